@@ -1,0 +1,214 @@
+"""Tiny random models, tokenizers and texts that the tests are run on.
+
+Nothing here is downloaded, and nothing knows `spd_calib`. The weights are drawn by hand rather than left at
+transformers' initialisation, which is too quiet to test with: its biases are zero, its norms all ones, and its
+sub-layers add next to nothing to the residual stream, so that a dropped sync point would hardly show.
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
+WORDS = tuple(
+    """a and the in on at to from with under behind near he she it they was had saw put took gave found lost kept
+    held ran sat went came said old new red blue green small big cold warm dark bright one two three four five ball
+    box cup key book lamp hat coat stone shell boat bird cat dog horse fox bear mouse fish tree river hill house
+    garden kitchen school market road bridge field tower door window table chair shelf basket day night morning
+    winter summer rain snow wind sun moon star anna ben clara david ella felix grace hugo iris jonas . , ? :""".split()
+)
+
+SHAPE = {
+    "vocab_size": 131,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""The shape all models share. The vocabulary is divided by no TP degree; TP 4 and 8 have more ranks than KV heads."""
+
+ALIASES = {
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "hidden": "hidden_size",
+    "intermediate": "intermediate_size",
+    "vocab": "vocab_size",
+    "positions": "max_position_embeddings",
+}
+"""Short names for the arguments of `build`, the same for all families."""
+
+FAMILIES: dict[str, tuple[str, dict]] = {
+    "llama": ("llama", {}),
+    "llama_bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral_window": ("mistral", {"sliding_window": 5}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 8, "tie_word_embeddings": True}),
+    "gemma": ("gemma", {"head_dim": 16}),
+    "opt": ("opt", {"do_layer_norm_before": True}),
+    "starcoder2": ("starcoder2", {}),
+}
+"""Family -> (model type of transformers, what its configuration has besides SHAPE)."""
+
+SUPPORTED: tuple[str, ...] = tuple(FAMILIES)
+
+_REFUSED: dict[str, tuple[str, dict, tuple[str, ...]]] = {
+    "phi3": ("phi3", {}, ("fused",)),
+    "gemma2": ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 32}, ("post-norm",)),
+    "gemma3": ("gemma3_text", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 32}, ("post-norm",)),
+    "olmo2": ("olmo2", {}, ("post-norm",)),
+    "granite": ("granite", {"residual_multiplier": 0.22, "attention_multiplier": 0.35}, ("scaled",)),
+    "opt_350m": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}, ("post-norm",)),
+    "gpt_neox": ("gpt_neox", {"use_parallel_residual": True}, ("parallel",)),
+    "gptj": ("gptj", {"rotary_dim": 4}, ("parallel",)),
+    "phi": ("phi", {}, ("parallel",)),
+    "cohere": ("cohere", {"logit_scale": 1.0}, ("parallel",)),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, ("mixture of experts",)),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 64,
+        },
+        ("mixture of experts",),
+    ),
+}
+
+REFUSED: dict[str, tuple[str, ...]] = {name: words for name, (_, _, words) in _REFUSED.items()}
+"""Architecture -> words that the sentence refusing it has to contain (case aside)."""
+
+
+def build(family: str, *, seed: int = 0, **overrides) -> PreTrainedModel:
+    """A tiny random model of one of SUPPORTED, float32, in eval mode; `overrides` by ALIASES or configuration names."""
+    model_type, extra = FAMILIES[family]
+    return _model(_config(model_type, {**extra, **overrides}), seed)
+
+
+def build_refused(name: str, *, seed: int = 0, **overrides) -> PreTrainedModel:
+    """A tiny random model of an architecture that the tool must refuse, see REFUSED."""
+    model_type, extra, _ = _REFUSED[name]
+    return _model(_config(model_type, {**extra, **overrides}), seed)
+
+
+def save(model: PreTrainedModel, directory: str | Path, words: Sequence[str] = WORDS, *, bos: bool = True) -> Path:
+    """Save the model with a word-level tokenizer, so that transformers' Auto classes load the folder.
+
+    `bos` says whether the tokenizer opens every text with `<bos>`. Qwen2 alone gets a tokenizer of single characters:
+    transformers gives a folder of that model type its own byte-level tokenizer class, whatever was saved.
+    """
+    directory = Path(directory)
+    model.save_pretrained(directory)
+    make = character_tokenizer if model.config.model_type == "qwen2" else tokenizer
+    make(words, bos=bos, vocab=model.config.vocab_size).save_pretrained(directory)
+    return directory
+
+
+def tokenizer(words: Sequence[str] = WORDS, *, bos: bool = True, vocab: int | None = None) -> PreTrainedTokenizerFast:
+    """One token a word, the special tokens first; what is not among the words is `<unk>`."""
+    entries = [*SPECIALS, *words]
+    inner = Tokenizer(models.WordLevel({entry: i for i, entry in enumerate(entries)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return _wrap(inner, bos, vocab)
+
+
+def character_tokenizer(
+    words: Sequence[str] = WORDS, *, bos: bool = True, vocab: int | None = None
+) -> PreTrainedTokenizerFast:
+    """One token a printable ASCII character, spelled as byte-level tokenizers do; `words` make no difference."""
+    spelled = [chr(i) for i in range(33, 127)] + ["\u0120", "\u010a"]  # the last two: a space, a newline
+    entries = {entry: i for i, entry in enumerate([*SPECIALS, *spelled])}
+    inner = Tokenizer(models.BPE(entries, merges=[], unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return _wrap(inner, bos, vocab)
+
+
+def _wrap(inner: Tokenizer, bos: bool, vocab: int | None) -> PreTrainedTokenizerFast:
+    """The tokenizer as transformers wants it: special tokens named, padding on the left."""
+    if vocab is not None and inner.get_vocab_size() > vocab:
+        raise ValueError(f"{inner.get_vocab_size()} tokens do not fit a vocabulary of {vocab}")
+    if bos:
+        inner.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", pair="<bos> $A $B", special_tokens=[("<bos>", SPECIALS.index("<bos>"))]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def stories(n: int, words: Sequence[str] = WORDS, seed: int = 0, *, shortest: int = 32, longest: int = 48) -> list[str]:
+    """n texts of `shortest` to `longest` random words, a token each: <bos> comes on top where there is one."""
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(words, k=rng.randint(shortest, longest))) for _ in range(n)]
+
+
+def write_jsonl(path: str | Path, texts: Sequence[str]) -> Path:
+    """One JSON object a line, the text under the key `text`."""
+    path = Path(path)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def tokens(batch: int, length: int, *, vocab: int = SHAPE["vocab_size"], seed: int = 0) -> torch.Tensor:
+    """Random token ids, [batch, length], special tokens left out."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(len(SPECIALS), vocab, (batch, length), generator=generator)
+
+
+def left_padded(ids: torch.Tensor, pads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same ids with the first `pads[b]` tokens of row b turned into padding, and the attention mask."""
+    ids, mask = ids.clone(), torch.ones_like(ids)
+    for row, pad in enumerate(pads):
+        ids[row, :pad] = SPECIALS.index("<pad>")
+        mask[row, :pad] = 0
+    return ids, mask
+
+
+def _config(model_type: str, extra: dict) -> PreTrainedConfig:
+    """SHAPE and `extra` as a configuration, under the names that this model type has for them."""
+    settings = {**SHAPE, **{ALIASES.get(key, key): value for key, value in extra.items()}}
+    if model_type == "opt":
+        settings["ffn_dim"] = settings.pop("intermediate_size")
+    if model_type == "gptj":
+        settings["n_inner"] = settings.pop("intermediate_size")
+    if model_type in ("opt", "gpt_neox", "gptj", "phi"):
+        settings.pop("num_key_value_heads")  # every query head has its own
+    return AutoConfig.for_model(model_type, **settings)
+
+
+def _model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    """A model with weights that all matter: see the module's docstring."""
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("bias"):
+                parameter.copy_(0.2 * noise)
+            elif parameter.dim() == 1:  # a norm's weight: centred on one, in Gemma on zero
+                parameter.add_(0.2 * noise)
+            elif "embed" in name or "wte" in name or "lm_head" in name:
+                parameter.copy_(0.25 * noise)
+            else:
+                parameter.copy_(noise * (1.3 / parameter.shape[-1] ** 0.5))
+    return model.eval()
