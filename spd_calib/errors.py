@@ -1,0 +1,13 @@
+"""What a person at the terminal can be told: one sentence, the thing, the way out."""
+
+
+class SpdError(Exception):
+    """The answer is no: a budget that cannot be met, a check that fails."""
+
+    exit_code = 1
+
+
+class InputError(SpdError):
+    """The input cannot be used: a file, a model, a number."""
+
+    exit_code = 2

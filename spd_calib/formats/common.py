@@ -1,0 +1,63 @@
+"""What the travelling files share: strategies, references to models and text, provenance."""
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Strategy(StrEnum):
+    """What happens at a sync point (DESIGN section 2)."""
+
+    KEEP_SYNC = "keep_sync"
+    BLOCK_DROP = "block_drop"
+    PLAIN_DROP = "plain_drop"
+
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Part(BaseModel):
+    """Base of everything in a file: unknown fields are refused, values are never changed silently."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelRef(Part):
+    """Which model a file speaks of, exactly enough to notice when it is another one."""
+
+    id: str = Field(min_length=1, description="As given: a hub id, a local folder, or 'demo'")
+    revision: str | None = Field(default=None, description="Commit of the hub repository, where it came from there")
+    architecture: str = Field(description="Class of the model, e.g. LlamaForCausalLM")
+    num_blocks: int = Field(gt=0)
+    config_hash: Sha256 = Field(description="sha256 of the model's configuration, sorted JSON")
+    weight_fingerprint: Sha256 = Field(description="sha256 over name, dtype, shape and bytes of every tensor on disk")
+
+
+class TextRef(Part):
+    """Which token sequences a measurement was made on."""
+
+    source: str = Field(min_length=1, description="As given to --data")
+    seq_len: int = Field(ge=2, description="Tokens of a document that are used, at most")
+    min_len: int = Field(ge=2, description="Documents with fewer tokens are left out")
+    pack: bool = Field(description="Documents glued together and cut into sequences of seq_len tokens")
+    first: Count = Field(description="Index of the first sequence used, among those long enough, in file order")
+    sequences: int = Field(gt=0)
+    tokens: int = Field(gt=0, description="Tokens in these sequences, special tokens included")
+    sha256: Sha256 = Field(description="Of the token ids, sequence by sequence")
+
+
+class TensorParallel(Part):
+    size: int = Field(gt=0, description="Number of ranks")
+
+
+class Provenance(Part):
+    """How a file came to be. No dates: the same run gives the same file."""
+
+    command: str
+    seed: int
+    device: str
+    dtype: Literal["float32", "bfloat16", "float16"]
+    versions: dict[str, str]

@@ -1,0 +1,108 @@
+"""Reading and writing the travelling files: whole or not at all, and never half accepted."""
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from spd_calib.errors import InputError
+
+from .plan import Plan
+from .profile import Profile
+from .results import Results
+
+FORMATS: dict[str, type[BaseModel]] = {"profile": Profile, "plan": Plan, "results": Results}
+MAX_BYTES = 64 * 2**20  # no profile comes near this; it keeps a wrong file from filling the memory
+F = TypeVar("F", bound=BaseModel)
+
+
+def read(kind: type[F], path: Path) -> F:
+    """Read a profile, plan or results file. Raises InputError naming the file and what is wrong with it."""
+    name = kind.__name__.lower()
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"{path} is larger than {MAX_BYTES >> 20} MiB: it is no {name} file.")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"There is no file {path}; `spd-calib {_writer(name)}` writes one.") from None
+    except OSError as e:
+        raise InputError(f"{path} cannot be read: {e.strerror}.") from None
+    except (ValueError, RecursionError):
+        raise InputError(
+            f"{path} is not valid JSON, it may be cut off; write it again with `spd-calib {_writer(name)}`."
+        ) from None
+    expected = f"spd-calib/{name}"
+    if not isinstance(data, dict) or data.get("format") != expected:
+        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        raise InputError(f"{path} is not a {name} file: its format is {found!r}, not {expected!r}.")
+    if data.get("version") != 1:
+        raise InputError(
+            f"{path} has version {data.get('version')!r}; this spd-calib reads version 1: update spd-calib."
+        )
+    try:
+        return kind.model_validate_json(json.dumps(data), strict=True)
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise InputError(f"{path} is not a valid {name}: {where}: {first['msg']}.") from None
+
+
+def _writer(name: str) -> str:
+    return {"results": "eval"}.get(name, name)
+
+
+def dumps(document: BaseModel) -> str:
+    """JSON as it is written to disk: indented, keys in the order of the model, a newline at the end."""
+    return json.dumps(document.model_dump(mode="json"), indent=1, allow_nan=False) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: beside it first, then moved into place."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """As write_text. Raises InputError where the folder is missing, unwritable or full."""
+    temporary: str | None = None
+    try:
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except OSError as e:
+        raise InputError(f"{path} cannot be written: {e.strerror}; choose another output with -o.") from None
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def check_writable(path: Path) -> None:
+    """Fail before the work, not after it. Raises InputError where `path` could not be written."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file with -o.")
+    if not path.parent.is_dir():
+        raise InputError(f"The folder {path.parent} for the output does not exist; make it first.")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"The folder {path.parent} cannot be written to; choose another output with -o.")
+
+
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def schema(name: str) -> str:
+    """The JSON Schema of 'profile', 'plan' or 'results', as kept in docs/schemas/."""
+    return json.dumps(FORMATS[name].model_json_schema(), indent=1) + "\n"

@@ -1,0 +1,82 @@
+"""plan.json: what a runtime does at each sync point. A runtime needs `tensor_parallel`, `blocks`, `requires`."""
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from .common import Count, Finite, ModelRef, Part, Provenance, Strategy, TensorParallel, TextRef
+from .profile import Comparison
+
+Requirement = Literal["mlp_drop", "compensation"]
+
+
+class Budget(Part):
+    """What was asked for. Fractions are fractions: 0.01 for 1 %."""
+
+    kind: Literal["max_kl", "max_ppl_increase", "max_accuracy_drop", "drop", "tau"]
+    value: Finite = Field(ge=0, description="For `drop` a number of blocks; for `tau` the paper's tau1")
+    tau2: Finite | None = Field(default=None, ge=0)
+    strategies: list[Strategy] = Field(min_length=1, description="What the plan was allowed to use")
+
+
+class PlannedBlock(Part):
+    index: Count
+    module: str = Field(min_length=1, description="Path of the decoder layer in the transformers model")
+    strategy: Strategy = Field(description="The attention's sync point")
+    mlp_strategy: Literal[Strategy.KEEP_SYNC, Strategy.BLOCK_DROP] = Strategy.KEEP_SYNC
+    recovery: Literal["distillation", "grouping+distillation"] | None = Field(
+        default=None, description="Treatment the paper's rule asks for before this block may be dropped"
+    )
+    kl: Finite | None = Field(default=None, description="Measured cost of the strategy on this block alone")
+    reason: str
+
+
+class Predicted(Part):
+    """Sum of the single measurements: an estimate, usually too low for large sets."""
+
+    kl: Finite
+    ppl_increase: Finite
+    accuracy_drop: Finite
+
+
+class Verified(Comparison):
+    """The whole plan, measured on text that was not used to choose it."""
+
+    text: TextRef
+
+
+class Plan(Part):
+    format: Literal["spd-calib/plan"] = "spd-calib/plan"
+    version: Literal[1] = 1
+    model: ModelRef
+    tensor_parallel: TensorParallel
+    requires: list[Requirement] = Field(default_factory=list)
+    blocks: list[PlannedBlock] = Field(min_length=1)
+    budget: Budget
+    predicted: Predicted
+    verified: Verified
+    provenance: Provenance
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if [b.index for b in self.blocks] != list(range(self.model.num_blocks)):
+            raise ValueError(f"the blocks are not 0 to {self.model.num_blocks - 1}, each once and in order")
+        deferred = [b.index for b in self.blocks if b.mlp_strategy != Strategy.KEEP_SYNC]
+        if deferred and "mlp_drop" not in self.requires:
+            raise ValueError("blocks with an mlp_strategy that drops need 'mlp_drop' in requires")
+        if self.model.num_blocks - 1 in deferred:
+            raise ValueError("the last block's MLP sync point cannot be dropped")
+        return self
+
+    @property
+    def strategies(self) -> tuple[Strategy, ...]:
+        return tuple(b.strategy for b in self.blocks)
+
+    @property
+    def mlp_strategies(self) -> tuple[Strategy, ...]:
+        return tuple(Strategy(b.mlp_strategy) for b in self.blocks)
+
+    @property
+    def dropped(self) -> list[int]:
+        """Blocks whose attention sync point is gone."""
+        return [b.index for b in self.blocks if b.strategy != Strategy.KEEP_SYNC]

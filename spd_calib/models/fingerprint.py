@@ -1,0 +1,78 @@
+"""What a checkpoint is, by its content: the same weights give the same fingerprint however they are cut into files."""
+
+import hashlib
+import json
+import mmap
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from spd_calib.errors import InputError
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """The weight files of a checkpoint. Raises InputError where there are none, only pickles, or some are missing."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise InputError(f"{index} cannot be read as an index of weight files; fetch the model again.") from None
+        missing = [n for n in names if Path(n).name != n or not (folder / n).is_file()]
+        if missing:
+            raise InputError(f"{folder} lacks the weight file {missing[0]} its index names; fetch the model again.")
+        return [folder / n for n in names]
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if pickles := sorted(folder.glob("*.bin")):
+        raise InputError(
+            f"{folder} holds its weights as a pickle ({pickles[0].name}), which may run code when read; "
+            "convert it to safetensors first."
+        )
+    raise InputError(f"{folder} holds no model.safetensors; name the folder of a transformers checkpoint.")
+
+
+def weight_fingerprint(folder: Path) -> str:
+    """sha256 over the sorted sha256 of (name, dtype, shape, bytes) of every tensor in the checkpoint's files."""
+    digests: list[str] = []
+    for path in safetensors_files(folder):
+        try:
+            with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                digests += _tensor_digests(memoryview(data))
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(
+                f"{path} is not a whole safetensors file, it may be cut off; fetch the model again."
+            ) from None
+    return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
+
+
+def _tensor_digests(data: memoryview) -> list[str]:
+    """One digest a tensor of a safetensors file: 8 bytes header length, JSON header, then the bytes."""
+    try:
+        header_end = 8 + int.from_bytes(data[:8], "little")
+        if header_end > len(data):
+            raise ValueError("header beyond the end of the file")
+        header = json.loads(bytes(data[8:header_end]))
+        header.pop("__metadata__", None)
+
+        def digest(item: tuple[str, dict]) -> str:
+            name, info = item
+            begin, end = (header_end + offset for offset in info["data_offsets"])
+            if not header_end <= begin <= end <= len(data):
+                raise ValueError("tensor beyond the end of the file")
+            h = hashlib.sha256(json.dumps([name, info["dtype"], info["shape"]]).encode())
+            h.update(data[begin:end])  # hashlib lets other threads run meanwhile
+            return h.hexdigest()
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(digest, header.items()))
+    finally:
+        data.release()
+
+
+def config_hash(config: dict) -> str:
+    """sha256 of a model's configuration, without what transformers writes of itself into it."""
+    volatile = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "_attn_implementation")
+    kept = {k: v for k, v in config.items() if k not in volatile}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

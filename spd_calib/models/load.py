@@ -1,0 +1,129 @@
+"""From MODEL as a user names it to a dense model, its tokenizer and its reference."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from spd_calib.errors import InputError
+from spd_calib.formats.common import ModelRef
+
+from .architecture import HeadCounts, check_divides
+from .fingerprint import config_hash, weight_fingerprint
+from .probe import find_layers
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's files lie."""
+
+    id: str  # as the user named it
+    folder: Path
+    revision: str | None
+
+
+def locate(model: str, revision: str | None = None) -> Source:
+    """Find MODEL: a local folder, or a hub id whose files are then fetched (safetensors, configuration, tokenizer).
+
+    Raises InputError where it is neither, or the hub cannot be reached.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{model} holds no config.json; name the folder of a transformers checkpoint.")
+        return Source(model, path, None)
+    if path.exists() or model.count("/") > 1 or model.startswith((".", "/", "~")):
+        raise InputError(f"There is no model folder {model}; name a local folder or a hub id such as org/name.")
+    folder = Path(_fetch(model, revision))
+    return Source(model, folder, folder.name)  # the hub's cache names a snapshot by its commit
+
+
+def _fetch(model: str, revision: str | None) -> str:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+    wanted = ["*.safetensors", "*.json", "*.model", "*.txt"]
+    try:
+        return snapshot_download(model, revision=revision, allow_patterns=wanted)
+    except GatedRepoError:
+        raise InputError(
+            f"{model} is gated on the hub: accept its terms there and log in with `hf auth login`."
+        ) from None
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise InputError(f"The hub knows no model {model!r} (or it is private); check the name or log in.") from None
+    except HFValidationError:
+        raise InputError(f"{model!r} is neither a local folder nor a hub id such as org/name.") from None
+    except Exception as e:  # whatever the network does, the way out is the same
+        raise InputError(
+            f"{model!r} is no local folder, and the model hub cannot be reached to fetch it ({type(e).__name__}); "
+            "name a local folder, or try again with a network."
+        ) from None
+
+
+def read_config(source: Source):
+    """The model's configuration. Raises InputError where transformers cannot use it."""
+    try:
+        return AutoConfig.from_pretrained(source.folder)
+    except Exception as e:
+        raise InputError(f"The configuration of {source.id} cannot be used: {_first_line(e)}.") from None
+
+
+def model_ref(source: Source, config) -> ModelRef:
+    """The reference that stands in every file; reads every weight once to fingerprint it."""
+    return ModelRef(
+        id=source.id,
+        revision=source.revision,
+        architecture=(config.architectures or [type(config).__name__])[0],
+        num_blocks=config.num_hidden_layers,
+        config_hash=config_hash(config.to_dict()),
+        weight_fingerprint=weight_fingerprint(source.folder),
+    )
+
+
+def check_config(config, tp: int) -> None:
+    """Refuse, before any weight is read, a model whose form is not supported or that `tp` does not divide."""
+    try:
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config)
+    except Exception as e:
+        raise InputError(
+            f"transformers has no causal language model for this configuration: {_first_line(e)}."
+        ) from None
+    for parts in find_layers(skeleton):
+        check_divides(HeadCounts.of(parts), tp)
+
+
+def load_dense(source: Source, config, device: str, dtype: str) -> PreTrainedModel:
+    """The dense model in eval mode. Raises InputError where its weights cannot be read or the device is not there."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        torch.empty(1, device=device)
+    except Exception:
+        raise InputError(f"The device {device!r} cannot be used here; choose another with --device.") from None
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.folder, config=config, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True
+        )
+        return model.to(device).eval()
+    except torch.OutOfMemoryError:
+        raise InputError(
+            f"{source.id} does not fit on {device} in {dtype}; use more ranks or --dtype bfloat16."
+        ) from None
+    except Exception as e:
+        raise InputError(f"The weights of {source.id} cannot be loaded: {_first_line(e)}.") from None
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(source.folder, local_files_only=True)
+    except Exception as e:
+        raise InputError(f"The tokenizer of {source.id} cannot be loaded: {_first_line(e)}.") from None
+
+
+def _first_line(e: Exception) -> str:
+    return (str(e).strip().splitlines() or [type(e).__name__])[0].rstrip(".")

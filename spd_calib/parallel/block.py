@@ -1,0 +1,68 @@
+"""A decoder block on its ranks. The one definition behind the simulation and the real ranks."""
+
+import copy
+
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from spd_calib.formats.common import Strategy
+from spd_calib.models.architecture import HeadCounts, LayerParts
+from spd_calib.models.shard import RankMLP, RankSlices, rank_attention
+
+from .comm import Comm
+from .streams import Streams, defer, keep, write_off
+
+
+class Block(nn.Module):
+    """Takes the place of a transformers decoder layer; hands Streams to the next block.
+
+    `attention_strategy` and `mlp_strategy` may be set between forwards.
+    """
+
+    def __init__(self, index: int, num_blocks: int, parts: LayerParts, comm: Comm):
+        super().__init__()
+        counts = HeadCounts.of(parts)
+        slices = [RankSlices.of(counts, rank, comm.size) for rank in comm.ranks]
+        self.index, self.num_blocks, self.comm = index, num_blocks, comm
+        self.norm1, self.norm2 = parts.norm1, parts.norm2
+        # the KV cache holds the blocks of this process's first rank, then those of its second, ...
+        self.attentions = nn.ModuleList(
+            rank_attention(parts, s, layer_idx=i * num_blocks + index) for i, s in enumerate(slices)
+        )
+        self.mlps = nn.ModuleList(RankMLP(parts, s) for s in slices)
+        self.o_bias, self.down_bias = parts.o.bias, parts.down.bias
+        self.attention_strategy = Strategy.KEEP_SYNC
+        self.mlp_strategy = Strategy.KEEP_SYNC
+
+    def forward(self, hidden_states: Tensor | Streams, **kwargs) -> Streams:
+        """hidden_states: [B, T, d] (the embeddings) or the Streams of the block before; kwargs as transformers' own."""
+        s = hidden_states if isinstance(hidden_states, Streams) else Streams(hidden_states)
+        if kwargs.get("past_key_values") is not None:
+            _a_cache_for_each_rank(kwargs["past_key_values"], self.num_blocks, len(self.attentions))
+        inputs = self._inputs(self.norm1, s)
+        partials = [attn(hidden_states=u, **kwargs)[0] for attn, u in zip(self.attentions, inputs, strict=True)]
+        s = self._sync_point(self.attention_strategy, s, partials, self.o_bias)
+        inputs = self._inputs(self.norm2, s)
+        partials = [mlp(u) for mlp, u in zip(self.mlps, inputs, strict=True)]
+        return self._sync_point(self.mlp_strategy, s, partials, self.down_bias)
+
+    def _inputs(self, norm: nn.Module, s: Streams) -> list[Tensor]:
+        """What each rank's sub-layer reads: n(x + w_i + p_i)."""
+        ranks = range(len(self.attentions))
+        return [norm(s.shared)] * len(ranks) if s.agree else [norm(s.read(i)) for i in ranks]
+
+    def _sync_point(self, strategy: Strategy, s: Streams, partials: list[Tensor], bias: Tensor | None) -> Streams:
+        if strategy == Strategy.KEEP_SYNC:
+            return keep(s, partials, bias, self.comm)
+        if strategy == Strategy.BLOCK_DROP:
+            return defer(s, partials, bias)
+        return write_off(s, partials, bias)
+
+
+def _a_cache_for_each_rank(cache: Cache, num_blocks: int, ranks: int) -> None:
+    """transformers makes a KV cache for one rank: repeat its still empty layers for the others."""
+    if len(cache.layers) == num_blocks and ranks > 1:
+        empty = [copy.deepcopy(layer) for layer in cache.layers]
+        for layer in empty:
+            layer.reset()
+        cache.layers.extend(copy.deepcopy(layer) for _ in range(ranks - 1) for layer in empty)

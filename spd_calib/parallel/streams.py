@@ -1,0 +1,59 @@
+"""The residual stream of every rank, and what a sync point does to it (DESIGN section 2, the general form).
+
+Rank i reads `shared + written_off_i + debt_i`. `shared` is computed from all-reduced sums alone, so it is the
+same, bit for bit, on all ranks; what a rank knows and the others do not is kept apart from it, never added in
+and subtracted out again, which would let rounding pull the ranks apart.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .comm import Comm
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Tensors are [B, T, d]; the lists hold one tensor for each rank of this process, or are None for zero."""
+
+    shared: Tensor
+    debt: list[Tensor] | None = None  # partial sums the rank still owes the others
+    written_off: list[Tensor] | None = None  # partial sums only this rank will ever see
+
+    @property
+    def agree(self) -> bool:
+        """Do all ranks read the same?"""
+        return self.debt is None and self.written_off is None
+
+    def read(self, i: int) -> Tensor:
+        """What the i-th rank of this process reads."""
+        x = self.shared
+        if self.written_off is not None:
+            x = x + self.written_off[i]
+        if self.debt is not None:
+            x = x + self.debt[i]
+        return x
+
+
+def keep(s: Streams, partials: Sequence[Tensor], bias: Tensor | None, comm: Comm) -> Streams:
+    """A sync point that is kept: x <- x + AR(p_i + partial_i) + bias, p_i <- 0."""
+    return Streams(_add(s.shared + comm.all_reduce(_sums(s.debt, partials)), bias), None, s.written_off)
+
+
+def defer(s: Streams, partials: Sequence[Tensor], bias: Tensor | None) -> Streams:
+    """A sync point left to the next one kept: p_i <- p_i + partial_i, x <- x + bias."""
+    return Streams(_add(s.shared, bias), _sums(s.debt, partials), s.written_off)
+
+
+def write_off(s: Streams, partials: Sequence[Tensor], bias: Tensor | None) -> Streams:
+    """A sync point dropped for good: the partial stays with its rank and is never reduced."""
+    return Streams(_add(s.shared, bias), s.debt, _sums(s.written_off, partials))
+
+
+def _sums(held: list[Tensor] | None, partials: Sequence[Tensor]) -> list[Tensor]:
+    return list(partials) if held is None else [h + p for h, p in zip(held, partials, strict=True)]
+
+
+def _add(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x if bias is None else x + bias

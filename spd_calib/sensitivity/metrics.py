@@ -1,0 +1,89 @@
+"""What a drop costs, token by token, against the dense model (DESIGN section 3).
+
+Sums are kept per sequence: a mean is over all predicted tokens, its standard error over sequences, since the
+tokens of one are not independent.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from spd_calib.errors import InputError
+from spd_calib.formats.profile import Baseline, Comparison
+
+FIELDS = ("nll_dense", "nll", "kl", "correct_dense", "correct", "agree")
+
+
+def token_metrics(dense: Tensor, planned: Tensor, targets: Tensor) -> tuple[Tensor, float]:
+    """FIELDS of every token, [N, 6] float64, and the largest |delta log p|, from logits [N, V] and targets [N].
+
+    KL(dense || planned) is exact: over the whole vocabulary, in float32.
+    """
+    log_p, log_q = dense.float().log_softmax(-1), planned.float().log_softmax(-1)
+    best_p, best_q = log_p.argmax(-1), log_q.argmax(-1)
+    difference = log_p - log_q
+    columns = (
+        -log_p.gather(-1, targets[:, None])[:, 0],
+        -log_q.gather(-1, targets[:, None])[:, 0],
+        (log_p.exp() * difference).sum(-1),
+        best_p == targets,
+        best_q == targets,
+        best_p == best_q,
+    )
+    return torch.stack([c.double() for c in columns], dim=-1), difference.abs().max().item()
+
+
+@dataclass
+class Tally:
+    """Sums of FIELDS and token counts, one row a sequence."""
+
+    sums: list[Tensor] = field(default_factory=list)  # [6] float64 each
+    tokens: list[int] = field(default_factory=list)
+    max_abs_logprob_diff: float = 0.0
+
+    def baseline(self) -> Baseline:
+        nll, correct = (self._mean(name)[0] for name in ("nll_dense", "correct_dense"))
+        return Baseline(nll=nll, ppl=math.exp(nll), top1_accuracy=correct, tokens=sum(self.tokens))
+
+    def comparison(self) -> Comparison:
+        kl, kl_stderr = self._mean("kl")
+        nll_increase, nll_increase_stderr = self._mean("nll", minus="nll_dense")
+        accuracy_drop, accuracy_drop_stderr = self._mean("correct_dense", minus="correct")
+        agreement, agreement_stderr = self._mean("agree")
+        nll, dense = self._mean("nll")[0], self._mean("nll_dense")[0]
+        return Comparison(
+            kl=kl,
+            kl_stderr=kl_stderr,
+            nll_increase=nll_increase,
+            nll_increase_stderr=nll_increase_stderr,
+            ppl=math.exp(nll),
+            ppl_increase=math.expm1(nll - dense),
+            accuracy_drop=accuracy_drop,
+            accuracy_drop_stderr=accuracy_drop_stderr,
+            top1_agreement=agreement,
+            top1_agreement_stderr=agreement_stderr,
+            max_abs_logprob_diff=self.max_abs_logprob_diff,
+            tokens=sum(self.tokens),
+            sequences=len(self.tokens),
+        )
+
+    def _mean(self, name: str, minus: str | None = None) -> tuple[float, float]:
+        """Mean per token, and its standard error over sequences.
+
+        With sums s_j over n_j tokens the mean is the ratio R = sum s_j / sum n_j; its error, by the delta method,
+        sqrt(m / (m - 1) * sum (s_j - R n_j)^2) / sum n_j. With equal lengths that is the standard error of the
+        sequences' means. One sequence alone gives no error: 0 is reported.
+        """
+        rows = torch.stack(self.sums)
+        s = rows[:, FIELDS.index(name)] - (rows[:, FIELDS.index(minus)] if minus else 0)
+        n = torch.tensor(self.tokens, dtype=torch.float64)
+        mean = (s.sum() / n.sum()).item()
+        if not math.isfinite(mean):
+            raise InputError(
+                f"The {name} of a measurement is not finite: the model's weights or logits hold NaN or Inf."
+            )
+        m = len(self.tokens)
+        squares = (s - mean * n).pow(2).sum().item()
+        return mean, math.sqrt(m / (m - 1) * squares) / n.sum().item() if m > 1 else 0.0
