@@ -1,0 +1,278 @@
+"""A tensor-parallel decoder with dropped sync points, written out the long way: what the package is measured against.
+
+It shares no code with the package and calls nothing of the model: it reads `state_dict()` and `config`, and computes in
+float64, one sequence, one rank, one head, one query position at a time. What a rank reads is the sum of three things,
+kept apart (section 2 of the design):
+
+    x      the part of the residual stream that all ranks share
+    w[i]   what rank i keeps for itself for good, written off by plain_drop
+    p[i]   what rank i still owes the others, until the next sync point that is kept
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+ATTENTION_STRATEGIES = ("keep_sync", "block_drop", "plain_drop")
+MLP_STRATEGIES = ("keep_sync", "block_drop")
+
+LLAMA_NAMES = {
+    "embedding": "model.embed_tokens",
+    "block": "model.layers.{}.",
+    "n1": "input_layernorm",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "n2": "post_attention_layernorm",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+    "last_norm": "model.norm",
+}
+STARCODER2_NAMES = {**LLAMA_NAMES, "gate": None, "up": "mlp.c_fc", "down": "mlp.c_proj"}
+OPT_NAMES = {
+    "embedding": "model.decoder.embed_tokens",
+    "block": "model.decoder.layers.{}.",
+    "n1": "self_attn_layer_norm",
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.out_proj",
+    "n2": "final_layer_norm",
+    "gate": None,
+    "up": "fc1",
+    "down": "fc2",
+    "last_norm": "model.decoder.final_layer_norm",
+}
+NAMES: dict[str, dict] = {
+    "llama": LLAMA_NAMES,
+    "mistral": LLAMA_NAMES,
+    "qwen2": LLAMA_NAMES,
+    "qwen3": LLAMA_NAMES,
+    "gemma": LLAMA_NAMES,
+    "opt": OPT_NAMES,
+    "starcoder2": STARCODER2_NAMES,
+}
+"""Model type -> what the parts are called in its state dict; `gate` is None where the MLP has no gate."""
+
+
+def logits(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    tp: int,
+    strategies: Sequence[str],
+    mlp_strategies: Sequence[str] | None = None,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """Logits [batch, length, vocabulary] in float64, one strategy a block; zero where `attention_mask` is 0.
+
+    A row with padding is the same row without it: positions count from its first real token.
+    """
+    config = model.config
+    weights = {name: tensor.detach().double().cpu() for name, tensor in model.state_dict().items()}
+    mlp_strategies = ["keep_sync"] * config.num_hidden_layers if mlp_strategies is None else mlp_strategies
+    _check(config, tp, strategies, mlp_strategies)
+    head = weights["lm_head.weight"]
+    part = math.ceil(head.shape[0] / tp)  # of the vocabulary, a rank
+    out = torch.zeros(*input_ids.shape, head.shape[0], dtype=torch.float64)
+    for row in range(input_ids.shape[0]):
+        real = [t for t in range(input_ids.shape[1]) if attention_mask is None or attention_mask[row, t] != 0]
+        streams = _streams(weights, config, input_ids[row, real], tp, strategies, mlp_strategies)
+        for rank in range(tp):
+            words = slice(rank * part, (rank + 1) * part)
+            out[row, real, words] = streams[rank] @ head[words].T
+    return out
+
+
+def generate(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    tp: int,
+    strategies: Sequence[str],
+    steps: int,
+    mlp_strategies: Sequence[str] | None = None,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """`input_ids` and `steps` greedy tokens a row, everything computed anew for each; no token ends a row early."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    for _ in range(steps):
+        chosen = logits(model, input_ids, tp, strategies, mlp_strategies, mask)[:, -1:].argmax(-1)
+        input_ids = torch.cat([input_ids, chosen], dim=1)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+    return input_ids
+
+
+def _check(config: PreTrainedConfig, tp: int, strategies: Sequence[str], mlp_strategies: Sequence[str]) -> None:
+    """A test that asks for something meaningless should fail here and not pass by luck."""
+    blocks = config.num_hidden_layers
+    assert len(strategies) == len(mlp_strategies) == blocks, "one strategy a block"
+    assert set(strategies) <= set(ATTENTION_STRATEGIES) and set(mlp_strategies) <= set(MLP_STRATEGIES)
+    assert mlp_strategies[blocks - 1] == "keep_sync", "nothing is left to settle the last block's debt"
+    assert config.num_attention_heads % tp == 0 and _neurons(config) % tp == 0, "the TP degree does not divide"
+    if config.model_type != "opt":
+        rope = config.rope_parameters
+        assert rope["rope_type"] == "default" and rope.get("partial_rotary_factor", 1.0) == 1.0, "plain rotary only"
+
+
+def _streams(
+    weights: dict[str, Tensor],
+    config: PreTrainedConfig,
+    ids: Tensor,
+    tp: int,
+    strategies: Sequence[str],
+    mlp_strategies: Sequence[str],
+) -> list[Tensor]:
+    """The last norm's output for one sequence, [length, hidden], as each rank has it."""
+    names = NAMES[config.model_type]
+    x = _embed(weights, config, ids)
+    w = [torch.zeros_like(x) for _ in range(tp)]
+    p = [torch.zeros_like(x) for _ in range(tp)]
+    for block in range(config.num_hidden_layers):
+        prefix = names["block"].format(block)
+        part = {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
+
+        attn = []
+        for rank in range(tp):
+            read = _norm(part, config, names["n1"], x + w[rank] + p[rank])
+            attn.append(_attention(part, config, block, rank, tp, read))
+        b_o = part.get(names["o"] + ".bias", torch.zeros_like(x[0]))
+        if strategies[block] == "keep_sync":
+            x, p = _settle(x, p, attn, b_o)
+        elif strategies[block] == "block_drop":
+            p = [p[rank] + attn[rank] for rank in range(tp)]
+            x = x + b_o
+        else:
+            w = [w[rank] + attn[rank] for rank in range(tp)]
+            x = x + b_o
+
+        mlp = []
+        for rank in range(tp):
+            read = _norm(part, config, names["n2"], x + w[rank] + p[rank])
+            mlp.append(_mlp(part, config, rank, tp, read))
+        b_d = part.get(names["down"] + ".bias", torch.zeros_like(x[0]))
+        if mlp_strategies[block] == "keep_sync":
+            x, p = _settle(x, p, mlp, b_d)
+        else:
+            p = [p[rank] + mlp[rank] for rank in range(tp)]
+            x = x + b_d
+    return [_norm(weights, config, names["last_norm"], x + w[rank] + p[rank]) for rank in range(tp)]
+
+
+def _settle(x: Tensor, p: list[Tensor], partial: list[Tensor], bias: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """A sync point that is kept: every rank hands over what it owes and its share of this sub-layer."""
+    total = torch.zeros_like(x)
+    for rank in range(len(p)):
+        total = total + p[rank] + partial[rank]
+    return x + total + bias, [torch.zeros_like(x) for _ in p]
+
+
+def _embed(weights: dict[str, Tensor], config: PreTrainedConfig, ids: Tensor) -> Tensor:
+    """What enters the first block, [length, hidden]."""
+    table = weights[NAMES[config.model_type]["embedding"] + ".weight"]
+    x = torch.stack([table[int(i)] for i in ids])
+    if config.model_type == "gemma":
+        x = x * float(torch.tensor(config.hidden_size**0.5))  # rounded to float32, as transformers has it
+    if config.model_type == "opt":
+        places = weights["model.decoder.embed_positions.weight"]
+        x = x + torch.stack([places[t + 2] for t in range(len(ids))])  # OPT's first two rows are for nobody
+    return x
+
+
+def _norm(weights: dict[str, Tensor], config: PreTrainedConfig, name: str, x: Tensor) -> Tensor:
+    """LayerNorm in OPT and Starcoder2, else RMSNorm, over the last dimension."""
+    weight = weights[name + ".weight"]
+    if config.model_type in ("opt", "starcoder2"):
+        eps = 1e-5 if config.model_type == "opt" else config.norm_epsilon
+        centred = x - x.mean(-1, keepdim=True)
+        return centred / ((centred**2).mean(-1, keepdim=True) + eps).sqrt() * weight + weights[name + ".bias"]
+    if config.model_type == "gemma":
+        weight = 1 + weight
+    return x / ((x**2).mean(-1, keepdim=True) + config.rms_norm_eps).sqrt() * weight
+
+
+def _attention(part: dict[str, Tensor], config: PreTrainedConfig, block: int, rank: int, tp: int, x: Tensor) -> Tensor:
+    """The sum over the rank's own query heads of head times its columns of `o`; the bias of `o` is left out."""
+    names = NAMES[config.model_type]
+    heads = config.num_attention_heads
+    kv_heads = heads if config.model_type == "opt" else config.num_key_value_heads
+    size = part[names["q"] + ".weight"].shape[0] // heads
+    window = _window(config, block)
+    total = torch.zeros_like(x)
+    for head in range(rank * heads // tp, (rank + 1) * heads // tp):
+        served_by = head // (heads // kv_heads)
+        q = _rows(part, names["q"], x, head * size, (head + 1) * size)
+        k = _rows(part, names["k"], x, served_by * size, (served_by + 1) * size)
+        v = _rows(part, names["v"], x, served_by * size, (served_by + 1) * size)
+        if config.model_type == "qwen3":
+            q = _norm(part, config, "self_attn.q_norm", q)
+            k = _norm(part, config, "self_attn.k_norm", k)
+        if config.model_type != "opt":
+            q, k = _rotate(q, config), _rotate(k, config)
+        seen = []
+        for t in range(x.shape[0]):
+            first = 0 if window is None else max(0, t + 1 - window)
+            scores = k[first : t + 1] @ q[t] / math.sqrt(size)
+            shares = (scores - scores.max()).exp()
+            seen.append((shares / shares.sum()) @ v[first : t + 1])
+        total = total + torch.stack(seen) @ part[names["o"] + ".weight"][:, head * size : (head + 1) * size].T
+    return total
+
+
+def _window(config: PreTrainedConfig, block: int) -> int | None:
+    """How many tokens, itself included, a token of this block sees; None for all."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    return window if kinds is None or kinds[block] == "sliding_attention" else None
+
+
+def _rotate(x: Tensor, config: PreTrainedConfig) -> Tensor:
+    """Rotary position embedding, x [length, head size]: entries j and j + half turn by position / theta^(2j/size)."""
+    size = x.shape[1]
+    half = size // 2
+    out = torch.empty_like(x)
+    for j in range(half):
+        angle = torch.arange(x.shape[0], dtype=torch.float64) * config.rope_parameters["rope_theta"] ** (-2 * j / size)
+        out[:, j] = x[:, j] * angle.cos() - x[:, j + half] * angle.sin()
+        out[:, j + half] = x[:, j + half] * angle.cos() + x[:, j] * angle.sin()
+    return out
+
+
+def _mlp(part: dict[str, Tensor], config: PreTrainedConfig, rank: int, tp: int, x: Tensor) -> Tensor:
+    """The rank's neurons times their columns of `down`; the bias of `down` is left out."""
+    names = NAMES[config.model_type]
+    first, last = rank * _neurons(config) // tp, (rank + 1) * _neurons(config) // tp
+    up = _rows(part, names["up"], x, first, last)
+    if names["gate"] is None:
+        neurons = _activation(config, up)
+    else:
+        neurons = _activation(config, _rows(part, names["gate"], x, first, last)) * up
+    return neurons @ part[names["down"] + ".weight"][:, first:last].T
+
+
+def _neurons(config: PreTrainedConfig) -> int:
+    """The width of the MLP."""
+    return config.ffn_dim if config.model_type == "opt" else config.intermediate_size
+
+
+def _activation(config: PreTrainedConfig, x: Tensor) -> Tensor:
+    """The MLP's activation function, by the name the configuration has for it."""
+    name = config.activation_function if config.model_type == "opt" else config.hidden_act
+    if name == "silu":
+        return x / (1 + (-x).exp())
+    if name == "relu":
+        return torch.where(x > 0, x, torch.zeros_like(x))
+    if name == "gelu":
+        return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+    if name in ("gelu_pytorch_tanh", "gelu_new"):
+        return x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+    raise NotImplementedError(name)
+
+
+def _rows(part: dict[str, Tensor], name: str, x: Tensor, first: int, last: int) -> Tensor:
+    """x through the output features first..last of a linear layer, with their biases where it has any."""
+    out = x @ part[name + ".weight"][first:last].T
+    return out + part[name + ".bias"][first:last] if name + ".bias" in part else out
