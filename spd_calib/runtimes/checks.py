@@ -20,7 +20,7 @@ def compare_logprobs(
 ) -> Row:
     """Log-probabilities of the same tokens, one list a prompt, from the simulation and from the runtime.
 
-    Holds where none is further off than `tolerance`. Different numbers of tokens, and values that are not finite, do not.
+    Holds where none is further off than `tolerance`; never where the numbers of tokens differ or a value is not finite.
     """
     if list(map(len, expected)) != list(map(len, found)):
         return Row(what, f"{sum(map(len, expected))} tokens", f"{sum(map(len, found))} tokens", False)
