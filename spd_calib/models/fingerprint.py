@@ -30,7 +30,7 @@ def safetensors_files(folder: Path) -> list[Path]:
             f"{folder} holds its weights as a pickle ({pickles[0].name}), which may run code when read; "
             "convert it to safetensors first."
         )
-    raise InputError(f"{folder} holds no model.safetensors; name the folder of a transformers checkpoint.")
+    raise InputError(f"{folder} holds no weights in safetensors; name a checkpoint that does (pickles are not read).")
 
 
 def weight_fingerprint(folder: Path) -> str:

@@ -1,6 +1,7 @@
-"""One model, opened for work: on simulated ranks in this process."""
+"""One model, opened for work in two steps: what can be refused cheaply first, the weights last."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -8,36 +9,45 @@ from transformers import PreTrainedTokenizerBase
 
 from spd_calib.errors import InputError
 from spd_calib.formats.common import ModelRef
-from spd_calib.models.load import check_config, load_dense, load_tokenizer, locate, model_ref, read_config
+from spd_calib.models.load import Source, check_config, load_dense, load_tokenizer, locate, model_ref, read_config
 
 from .model import TensorParallelLM
 
 
 @dataclass(frozen=True)
 class Session:
-    lm: TensorParallelLM
+    """A model whose configuration and TP size are accepted; `load` reads its weights."""
+
+    source: Source
+    config: Any
+    tp: int
     tokenizer: PreTrainedTokenizerBase
     ref: ModelRef
-    max_length: int  # tokens, the longest sequence the model can read
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence the model can read."""
+        return self.config.max_position_embeddings
+
+    def load(self, device: str = "cpu", dtype: str = "float32", seed: int = 0) -> TensorParallelLM:
+        """The model on its ranks, every sync point kept."""
+        torch.manual_seed(seed)
+        return TensorParallelLM.simulated(load_dense(self.source, self.config, device, dtype), self.tp)
 
 
-def open_session(
-    model: str, tp: int, device: str = "cpu", dtype: str = "float32", seed: int = 0, expected: ModelRef | None = None
-) -> Session:
-    """Load MODEL on `tp` ranks. `expected` is the reference a file holds: raises InputError for another model.
+def open_session(model: str, tp: int, expected: ModelRef | None = None) -> Session:
+    """Find MODEL (a folder or a hub id) for `tp` ranks. `expected` is the reference that a file holds.
 
-    Refuses, before the weights are read, a model whose form is not supported or that `tp` does not divide.
+    Raises InputError for a model whose form is not supported, that `tp` does not divide, or that is not the one
+    expected.
     """
-    torch.manual_seed(seed)
     source = locate(model, expected.revision if expected else None)
     config = read_config(source)
     check_config(config, tp)
     ref = model_ref(source, config)
     if expected is not None:
         check_same_model(expected, ref)
-    tokenizer = load_tokenizer(source)
-    lm = TensorParallelLM.simulated(load_dense(source, config, device, dtype), tp)
-    return Session(lm, tokenizer, ref, config.max_position_embeddings)
+    return Session(source, config, tp, load_tokenizer(source), ref)
 
 
 def check_same_model(expected: ModelRef, found: ModelRef) -> None:

@@ -17,7 +17,7 @@ from spd_calib.parallel.model import TensorParallelLM
 from .metrics import Tally, token_metrics
 
 LOGITS_AT_A_TIME = 2**24  # float32 logits compared at once: 64 MiB a tensor
-Tick = Callable[[], None]
+Tick = Callable[[int, Tally | None], None]  # (experiment, its tally so far), after each batch
 
 
 @dataclass(frozen=True)
@@ -46,26 +46,26 @@ def measure(
     sequences: Sequence[Sequence[int]],
     experiments: Sequence[Experiment],
     batch_size: int = 8,
-    tick: Tick = lambda: None,
+    tick: Tick = lambda experiment, tally: None,
 ) -> tuple[Baseline, list[Comparison]]:
     """The dense model and every experiment on `sequences` of token ids; results in the order of `experiments`.
 
     One batch's hidden states are held at a time: each experiment starts from those that enter its first dropped
-    block. `tick` is called once for each batch and experiment. Leaves every sync point kept.
+    block. `tick` is called after each batch of each experiment. Leaves every sync point kept.
     """
     dense, tallies = Tally(), [Tally() for _ in experiments]
     for input_ids, lengths in batches(sequences, batch_size, lm.device):
         lm.keep_all()
         recording = lm.record(input_ids)
         _compare(lm, recording.final, recording.final, False, input_ids, lengths, dense)
-        for experiment, tally in zip(experiments, tallies, strict=True):
+        for i, (experiment, tally) in enumerate(zip(experiments, tallies, strict=True)):
             final = recording.final
             if experiment.first < lm.num_blocks:
                 lm.set_strategies(experiment.attention, experiment.mlp)
                 final = lm.resume(recording, experiment.first)
             _compare(lm, recording.final, final, lm.head.streams_differ, input_ids, lengths, tally)
             lm.keep_all()
-            tick()
+            tick(i, tally)
     return dense.baseline(), [tally.comparison() for tally in tallies]
 
 
@@ -90,7 +90,7 @@ def _compare(
     dense [B, T, d]; planned the same, or [ranks * B, T, d] where the ranks' streams differ.
     """
     streams = planned.unflatten(0, (-1, len(lengths)))  # [1 or ranks, B, T, d]
-    step = max(1, LOGITS_AT_A_TIME // lm.head.weight.shape[0])
+    step = max(1, LOGITS_AT_A_TIME // lm.head.vocab_size)
     for row, length in enumerate(lengths):
         total = torch.zeros(6, dtype=torch.float64)
         for start in range(0, length - 1, step):

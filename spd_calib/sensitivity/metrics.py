@@ -43,6 +43,10 @@ class Tally:
     tokens: list[int] = field(default_factory=list)
     max_abs_logprob_diff: float = 0.0
 
+    def kl(self) -> float:
+        """The KL so far."""
+        return self._mean("kl")[0]
+
     def baseline(self) -> Baseline:
         nll, correct = (self._mean(name)[0] for name in ("nll_dense", "correct_dense"))
         return Baseline(nll=nll, ppl=math.exp(nll), top1_accuracy=correct, tokens=sum(self.tokens))

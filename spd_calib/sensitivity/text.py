@@ -27,6 +27,7 @@ class TextOptions:
     max_samples: int
     verify_samples: int
     pack: bool = False
+    name: str | None = None  # what stands in files in place of `source`
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,9 @@ def _parquet(path: Path) -> Iterator[str]:
 def _hub(source: str) -> Iterator[str]:
     """NAME, NAME:CONFIG or NAME:CONFIG:SPLIT, streamed: nothing but what is used is fetched."""
     import datasets
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # its retries are not the user's concern, the outcome is
     name, _, rest = source.partition(":")
     config, _, part = rest.partition(":")
     default_config, default_part = HUB_DEFAULTS.get(name, (None, "train"))
@@ -185,7 +188,7 @@ def _ref(options: TextOptions, sequences: list[Tokens], first: int) -> TextRef:
     for ids in sequences:
         digest.update(json.dumps(ids).encode())
     return TextRef(
-        source=options.source,
+        source=options.name or options.source,
         seq_len=options.seq_len,
         min_len=options.min_len,
         pack=options.pack,

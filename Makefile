@@ -1,0 +1,63 @@
+# make demo: the whole pipeline on the shipped model.  make test: all tests.  Each sets .venv up by itself.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: demo test lint format pipeline docs results bench clean FORCE
+
+demo: $(READY)
+	$(BIN)/spd-calib demo -o runs/demo
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+# make pipeline RECIPE=recipes/demo.yaml: profile, plan, eval and figure into results/demo, only what is out of date.
+# Each step depends on its own section of the recipe and on the step before.
+RECIPE ?= recipes/demo.yaml
+OUT ?= $(patsubst recipes/%.yaml,results/%,$(RECIPE))
+SECTIONS := runs/sections/$(patsubst recipes/%.yaml,%,$(RECIPE))
+STEPS := $(OUT)/sensitivity.png $(if $(shell grep -s '^eval:' $(RECIPE)),$(OUT)/results.json)
+
+pipeline: $(STEPS)
+
+$(SECTIONS)/%.yaml: FORCE | $(READY)
+	@$(BIN)/python recipes/section.py $(RECIPE) $* $@
+
+$(OUT)/profile.json: $(SECTIONS)/profile.yaml | $(READY)
+	@mkdir -p $(OUT)
+	$(BIN)/spd-calib profile --recipe $(RECIPE) -o $@
+
+$(OUT)/plan.json: $(OUT)/profile.json $(SECTIONS)/plan.yaml
+	$(BIN)/spd-calib plan $< --recipe $(RECIPE) -o $@
+
+$(OUT)/results.json: $(OUT)/plan.json $(SECTIONS)/eval.yaml
+	$(BIN)/spd-calib eval $< --recipe $(RECIPE) -o $@
+
+$(OUT)/sensitivity.png: $(OUT)/profile.json $(OUT)/plan.json
+	$(BIN)/spd-calib report $< --plan $(OUT)/plan.json --png $@
+
+# Everything in results/ that needs no GPU and no model beyond the shipped one and ../shared.
+results: $(READY)
+	$(MAKE) pipeline RECIPE=recipes/demo.yaml
+	$(MAKE) pipeline RECIPE=recipes/stories260k/tp2.yaml
+	$(MAKE) pipeline RECIPE=recipes/stories260k/tp4.yaml
+
+clean:
+	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,41 @@
+"""`spd-calib`: one command a file. Heavy imports wait inside the commands, so that help answers at once."""
+
+import sys
+
+import typer
+
+from . import check, demo, eval, lm_eval, plan, profile, report
+
+app = typer.Typer(
+    name="spd-calib",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    help="Find out which all-reduces of a tensor-parallel language model can go; plan, verify and evaluate it.",
+    epilog="A first try: spd-calib demo. Any command takes --debug to show a traceback with an error.",
+)
+for module in (profile, plan, eval, check, report, demo, lm_eval):
+    module.register(app)
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done; 1 the answer is no; 2 unusable input; 130 interrupted."""
+    from spd_calib.errors import SpdError
+
+    debug = "--debug" in sys.argv
+    sys.argv[:] = [a for a in sys.argv if a != "--debug"]
+    try:
+        app()
+    except SpdError as e:
+        if debug:
+            raise
+        print(f"spd-calib: {e}", file=sys.stderr)
+        raise SystemExit(e.exit_code) from None
+    except KeyboardInterrupt:
+        print("spd-calib: interrupted; nothing was written.", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Options that several commands share, recipes, and the provenance that stands in every file."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from spd_calib.errors import InputError
+
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes CUDA where there is one.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Sequences run at a time.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the file that is written to stdout, too.")]
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def _load_recipe(ctx: typer.Context, value: Path | None) -> Path | None:
+    """Make the recipe's section of the command's name its defaults."""
+    if value is not None:
+        ctx.default_map = {**(ctx.default_map or {}), **section(value, ctx.info_name or "", ctx)}
+    return value
+
+
+Recipe = Annotated[
+    Path | None,
+    typer.Option(
+        callback=_load_recipe, is_eager=True, help="YAML whose section of this command's name gives defaults."
+    ),
+]
+
+
+def section(path: Path, command: str, ctx: typer.Context) -> dict[str, Any]:
+    """The section `command` of a recipe. Raises InputError for a file or a key that cannot be used."""
+    recipe = read_recipe(path)
+    if command not in recipe:
+        raise InputError(f"{path} has no section {command!r}; it has {', '.join(recipe) or 'none'}.")
+    given = recipe[command] or {}
+    known = {p.name for p in ctx.command.params if p.name not in (None, "recipe", "help")}
+    values = {str(key).replace("-", "_"): value for key, value in given.items()}
+    if unknown := sorted(set(values) - known):  # type: ignore[type-var]
+        raise InputError(f"{path}: {command} takes no {unknown[0]!r}; it takes {', '.join(sorted(map(str, known)))}.")
+    return {k: str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for k, v in values.items()}
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise InputError(f"The recipe {path} cannot be read: {e.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise InputError(f"The recipe {path} is not valid YAML.") from None
+    if not isinstance(recipe, dict) or not all(isinstance(v, dict | None) for v in recipe.values()):
+        raise InputError(f"The recipe {path} must hold a section a command, each with its options.")
+    return recipe
+
+
+def resolve_device(device: str) -> str:
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_dtype(dtype: str) -> str:
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype!r} is none of {', '.join(DTYPES)}.")
+    return dtype
+
+
+def resolve_model(model: str) -> str:
+    """'demo' is the model this package ships."""
+    if model != "demo":
+        return model
+    from spd_calib.demo.assets import model_dir
+
+    return str(model_dir())
+
+
+def provenance(seed: int, device: str, dtype: str):
+    from spd_calib.formats.common import Provenance
+    from spd_calib.parallel.session import versions
+
+    command = shlex.join(["spd-calib", *sys.argv[1:]])
+    return Provenance(command=command, seed=seed, device=device, dtype=dtype, versions=versions())  # type: ignore[arg-type]

@@ -1,0 +1,114 @@
+"""What several commands do between their options and the core."""
+
+from pathlib import Path
+
+from spd_calib.errors import InputError
+from spd_calib.formats.common import Strategy, TextRef
+from spd_calib.formats.plan import Budget
+from spd_calib.formats.profile import Profile
+from spd_calib.parallel.session import Session
+from spd_calib.planning.budget import blocks, fraction
+from spd_calib.sensitivity.metrics import Tally
+from spd_calib.sensitivity.text import Text, TextOptions, load_text
+
+
+def load_text_for(
+    session: Session,
+    data: str,
+    seq_len: int | None,
+    min_len: int | None,
+    max_samples: int,
+    verify_samples: int,
+    pack: bool,
+) -> Text:
+    """Calibration and verification sequences for a session's model. Raises InputError for lengths it cannot read."""
+    if seq_len is not None and seq_len > session.max_length:
+        raise InputError(f"--seq-len {seq_len} is beyond the model's {session.max_length} tokens; lower it.")
+    seq_len = seq_len or min(2048, session.max_length)
+    if min_len is not None and min_len > seq_len:
+        raise InputError(f"--min-len {min_len} is more than --seq-len {seq_len}: no document would be left.")
+    return load_text(
+        TextOptions(resolve_data(data), seq_len, min_len or seq_len, max_samples, verify_samples, pack, name=data),
+        session.tokenizer,
+    )
+
+
+def reload_text(session: Session, calibration: TextRef, verification: TextRef) -> Text:
+    """The very sequences a profile speaks of. Raises InputError where the text has changed since."""
+    options = TextOptions(
+        resolve_data(calibration.source),
+        calibration.seq_len,
+        calibration.min_len,
+        calibration.sequences,
+        verification.sequences,
+        calibration.pack,
+        name=calibration.source,
+    )
+    text = load_text(options, session.tokenizer)
+    if (text.calibration_ref().sha256, text.verification_ref().sha256) != (calibration.sha256, verification.sha256):
+        raise InputError(
+            f"{calibration.source} or the tokenizer has changed since the profile was made; profile again."
+        )
+    return text
+
+
+def resolve_data(data: str) -> str:
+    """'demo' is the calibration text this package ships."""
+    if data != "demo":
+        return data
+    from spd_calib.demo.assets import data_file
+
+    return str(data_file("calibration"))
+
+
+def note_of(experiment: tuple, tally: Tally | None) -> str:
+    block, strategy, _ = experiment
+    what = f"block {block} {strategy}"
+    return what if tally is None else f"{what}: KL {tally.kl():.4f}"
+
+
+def budget_from(
+    profile: Profile,
+    max_kl: str | None,
+    max_ppl_increase: str | None,
+    max_accuracy_drop: str | None,
+    drop: str | None,
+    tau1: float | None,
+    tau2: float | None,
+    strategies: list[str] | None,
+) -> Budget:
+    """The one budget given. Raises InputError for none, two, or one that makes no sense."""
+    given = {
+        "--max-kl": max_kl,
+        "--max-ppl-increase": max_ppl_increase,
+        "--max-accuracy-drop": max_accuracy_drop,
+        "--drop": drop,
+        "--tau1": tau1,
+    }
+    chosen = [option for option, value in given.items() if value is not None]
+    if len(chosen) != 1:
+        found = "none is" if not chosen else f"{' and '.join(chosen)} are"
+        raise InputError(f"Give exactly one budget of {', '.join(given)}; {found} given.")
+    if (tau2 is not None) != (tau1 is not None):
+        raise InputError("--tau1 and --tau2 go together: the paper's rule has two thresholds.")
+    if tau1 is not None and tau2 is not None and tau2 < tau1:
+        raise InputError(f"--tau2 {tau2} is below --tau1 {tau1}; swap them.")
+    if wrong := [s for s in strategies or [] if s not in list(Strategy)]:
+        raise InputError(f"--strategy {wrong[0]!r} is none of {', '.join(Strategy)}.")
+    usable = list(dict.fromkeys(map(Strategy, strategies or profile.strategies)))
+    option = chosen[0]
+    if option == "--drop":
+        return Budget(kind="drop", value=blocks(str(drop), profile.model.num_blocks), strategies=usable)
+    if option == "--tau1":
+        return Budget(kind="tau", value=float(tau1 or 0), tau2=tau2, strategies=usable)
+    kind = option[2:].replace("-", "_")
+    return Budget(kind=kind, value=fraction(str(given[option]), option), strategies=usable)  # type: ignore[arg-type]
+
+
+def resolve_tasks(tasks: str, include_path: Path | None) -> tuple[list[str], Path | None]:
+    """Task names, and where lm-eval finds them; 'demo' stands for the three tasks this package ships."""
+    if tasks != "demo":
+        return [t for t in tasks.split(",") if t], include_path
+    from spd_calib.demo.assets import TASKS, tasks_dir
+
+    return list(TASKS), tasks_dir()

@@ -1,0 +1,64 @@
+"""Budgets: what a plan may cost, and what a measured plan does cost."""
+
+from spd_calib.errors import InputError
+from spd_calib.formats.plan import Budget
+from spd_calib.formats.profile import Comparison, Metric
+
+OPTIONS = {
+    "max_kl": "--max-kl",
+    "max_ppl_increase": "--max-ppl-increase",
+    "max_accuracy_drop": "--max-accuracy-drop",
+    "drop": "--drop",
+    "tau": "--tau1",
+}
+METRICS: dict[str, Metric] = {"max_kl": "kl", "max_ppl_increase": "ppl", "max_accuracy_drop": "accuracy", "tau": "ppl"}
+
+
+def fraction(text: str, option: str) -> float:
+    """'1%' or '0.01' to 0.01. Raises InputError for anything else, and for less than nothing."""
+    try:
+        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise InputError(f"{option} {text!r} is no budget; write a number such as 0.01, or 1%.")
+    return value
+
+
+def blocks(text: str, num_blocks: int) -> int:
+    """'5' or '60%' (of the blocks, rounded to the nearest) to a number of blocks. Raises InputError beyond 0 to all."""
+    if text.endswith("%"):
+        wanted = round(fraction(text, "--drop") * num_blocks)
+    elif text.isdigit():
+        wanted = int(text)
+    else:
+        raise InputError(f"--drop {text!r} is no number of blocks; write one such as 5, or a share such as 60%.")
+    if wanted > num_blocks:
+        raise InputError(f"--drop {text} asks for more than the model's {num_blocks} blocks; ask for fewer.")
+    return wanted
+
+
+def cost(budget: Budget, measured: Comparison) -> float:
+    """What `measured` spends of the budget, in the budget's own unit."""
+    return {
+        "max_kl": measured.kl,
+        "max_ppl_increase": measured.ppl_increase,
+        "max_accuracy_drop": measured.accuracy_drop,
+    }[budget.kind]
+
+
+def kept(budget: Budget, measured: Comparison) -> bool:
+    """Does a measured plan keep its budget? Numbers of drops and the paper's thresholds are kept by construction."""
+    return budget.kind in ("drop", "tau") or cost(budget, measured) <= budget.value
+
+
+def describe(budget: Budget, value: float | None = None) -> str:
+    """'KL 0.05', 'perplexity +1 %': the budget, or `value` in its unit."""
+    v = budget.value if value is None else value
+    return {
+        "max_kl": f"KL {v:.4g}",
+        "max_ppl_increase": f"perplexity {100 * v:+.3g} %",
+        "max_accuracy_drop": f"accuracy {-100 * v:+.3g} points",
+        "drop": f"{v:.0f} blocks dropped",
+        "tau": f"tau1 {v:.4g}, tau2 {budget.tau2 or 0:.4g}",
+    }[budget.kind]
