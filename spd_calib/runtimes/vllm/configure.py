@@ -1,0 +1,106 @@
+"""From an engine configuration with a plan to one whose workers run it, or one sentence why they cannot.
+
+Runs once, where the engine is configured: the workers get the strategies themselves and open no file. They stand in
+`additional_config`, which vLLM's compile cache has in its key, so that code compiled for one plan never serves another.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from spd_calib.errors import InputError
+from spd_calib.formats.files import read, sha256_of
+from spd_calib.formats.plan import Plan
+
+from .layers import FORMS
+
+PLAN, ENVIRONMENT, RESOLVED = "spd_plan", "SPD_PLAN", "spd_calib"
+WORKERS = {
+    "vllm.v1.worker.gpu_worker.Worker": "spd_calib.runtimes.vllm.gpu_worker.PlannedWorker",
+    "vllm.v1.worker.cpu_worker.CPUWorker": "spd_calib.runtimes.vllm.cpu_worker.PlannedWorker",
+}
+"""vLLM's worker classes -> those that apply a plan once the model is loaded."""
+
+SUPPORTED = {"mlp_drop"}
+"""What a plan may require of this runtime."""
+
+
+def configure(config: Any) -> None:
+    """Prepare a VllmConfig for its plan; leave it alone where there is none. Raises InputError with the reason."""
+    path = plan_path(config)
+    if path is None:
+        return
+    plan = read(Plan, path)
+    check(plan, path, config)
+    config.additional_config = {
+        **config.additional_config,
+        PLAN: str(path),
+        RESOLVED: {
+            "sha256": sha256_of(path),
+            "attention": [str(s) for s in plan.strategies],
+            "mlp": [str(s) for s in plan.mlp_strategies],
+        },
+    }
+    config.parallel_config.worker_cls = WORKERS[config.parallel_config.worker_cls]
+
+
+def plan_path(config: Any) -> Path | None:
+    """Where the plan lies: `additional_config["spd_plan"]`, else the environment's SPD_PLAN, else nowhere."""
+    additional = config.additional_config
+    if not isinstance(additional, dict):
+        if os.environ.get(ENVIRONMENT):
+            raise InputError(f"{ENVIRONMENT} names a plan, but additional_config is no dictionary to put it into.")
+        return None
+    named = additional.get(PLAN, os.environ.get(ENVIRONMENT) or None)
+    if named is None:
+        return None
+    if not isinstance(named, str) or not named:
+        raise InputError(f"additional_config[{PLAN!r}] is {named!r}; name the plan's file.")
+    return Path(named).expanduser().resolve()
+
+
+def check(plan: Plan, path: Path, config: Any) -> None:
+    """Everything that can be known before a process is started. Raises InputError with the reason."""
+    parallel, model = config.parallel_config, config.model_config
+    architecture = model.architecture
+    if unknown := sorted(set(plan.requires) - SUPPORTED):
+        raise InputError(f"{path} requires {unknown[0]!r}, which the vLLM runtime does not have.")
+    if architecture not in FORMS:
+        raise InputError(
+            f"vLLM would run {architecture}, whose decoder layer spd-calib does not know: {path} can be run on "
+            f"{', '.join(FORMS)}."
+        )
+    if parallel.worker_cls not in WORKERS:
+        raise InputError(f"vLLM would use the worker {parallel.worker_cls}, which spd-calib does not know: no plan.")
+    if parallel.tensor_parallel_size != plan.tensor_parallel.size:
+        raise InputError(
+            f"{path} is for TP {plan.tensor_parallel.size}, but vLLM was started with TP "
+            f"{parallel.tensor_parallel_size}; set --tensor-parallel-size {plan.tensor_parallel.size} or plan anew."
+        )
+    for what, used in (
+        ("pipeline parallelism", parallel.pipeline_parallel_size > 1),
+        ("decode context parallelism", parallel.decode_context_parallel_size > 1),
+        ("prefill context parallelism", parallel.prefill_context_parallel_size > 1),
+        ("a quantised model", config.quant_config is not None or model.quantization is not None),
+        ("LoRA adapters", config.lora_config is not None),
+        ("speculative decoding", config.speculative_config is not None),
+    ):
+        if used:
+            raise InputError(f"{path} cannot be run with {what}: the vLLM runtime of spd-calib does not support it.")
+    _check_same_model(plan, path, model)
+
+
+def _check_same_model(plan: Plan, path: Path, model: Any) -> None:
+    """The plan's model and the one vLLM would load: architecture, number of blocks, and every weight on disk."""
+    from spd_calib.models.fingerprint import weight_fingerprint
+    from spd_calib.models.load import locate
+
+    if plan.model.architecture != model.architecture or plan.model.num_blocks != model.hf_config.num_hidden_layers:
+        raise InputError(
+            f"{path} is for {plan.model.architecture} with {plan.model.num_blocks} blocks, but {model.model} is "
+            f"{model.architecture} with {model.hf_config.num_hidden_layers}; name the right model, or plan anew."
+        )
+    if weight_fingerprint(locate(model.model, model.revision).folder) != plan.model.weight_fingerprint:
+        raise InputError(
+            f"{path} was made for other weights than those of {model.model}; name the right model, or plan anew."
+        )

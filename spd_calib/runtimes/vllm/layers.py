@@ -1,0 +1,179 @@
+"""A vLLM decoder layer that drops its sync points (DESIGN section 2), and the list of layers known to have that form.
+
+Names say nothing about what a layer computes (Gemma2 and Granite look like Llama), so the list is of vLLM's own
+classes. `x` is the part of the residual stream that all ranks share (after a plain drop: the rank's own), `p` what the
+rank still owes the others. Tensors are [N, d], N tokens of all requests in the batch.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from spd_calib.errors import InputError
+from spd_calib.formats.common import Strategy
+
+KEEP, DROP, PLAIN = Strategy.KEEP_SYNC, Strategy.BLOCK_DROP, Strategy.PLAIN_DROP
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one layer does: its two sync points, and whether the layer before left a debt."""
+
+    attention: Strategy
+    mlp: Strategy
+    owes: bool
+
+    @property
+    def dense(self) -> bool:
+        return self.attention == KEEP and self.mlp == KEEP and not self.owes
+
+
+@dataclass(frozen=True)
+class Form:
+    """Where vLLM has the classes of an architecture, and its parts relative to model and layer."""
+
+    module: str
+    layer: str
+    planned: Callable[[nn.Module, Point], Callable]  # the forward that takes the place of the layer's own
+    layers: str = "model.layers"
+    o: str = "self_attn.o_proj"
+    down: str = "mlp.down_proj"
+    switches: tuple[tuple[str, Any], ...] = ()  # attributes of the layer that must have these values
+
+
+def fused(layer: nn.Module, point: Point) -> Callable[..., Pair]:
+    """Llama's kind: a layer takes and gives (hidden, residual), and norms add the one to the other as they go.
+
+    Between two layers, hidden is the sum of the MLP before; where that owes its all-reduce, it is the debt p.
+    """
+    norm1, norm2 = layer.input_layernorm, layer.post_attention_layernorm
+    o_bias, down_bias = layer.self_attn.o_proj.bias, layer.mlp.down_proj.bias
+
+    def forward(positions: Tensor, hidden_states: Tensor, residual: Tensor | None, **_: Any) -> Pair:
+        p = None
+        if residual is None:
+            u, x = norm1(hidden_states), hidden_states
+        elif point.owes:
+            u, x, p = norm1(residual + hidden_states), residual, hidden_states
+        else:
+            u, x = norm1(hidden_states, residual)
+
+        a = layer.self_attn(positions=positions, hidden_states=u)
+        if point.attention == KEEP:
+            (u, x), p = norm2(_add(_all_reduce(_add(a, p)), o_bias), x), None
+        elif point.attention == DROP:
+            x, p = _add(x, o_bias), _add(a, p)
+            u = norm2(x + p)
+        elif p is None:
+            u, x = norm2(_add(a, o_bias), x)
+        else:
+            x = _add(x + a, o_bias)
+            u = norm2(x + p)
+
+        m = layer.mlp(u)
+        if point.mlp == KEEP:
+            return _add(_all_reduce(_add(m, p)), down_bias), x
+        return _add(m, p), _add(x, down_bias)
+
+    return forward
+
+
+def unfused(layer: nn.Module, point: Point) -> Callable[..., Tensor | Pair]:
+    """OPT's kind: a layer takes and gives the residual stream alone, or (x, p) where something is owed."""
+    norm1, norm2 = layer.self_attn_layer_norm, layer.final_layer_norm
+    o_bias, down_bias = layer.self_attn.out_proj.bias, layer.fc2.bias
+
+    def forward(hidden_states: Tensor | Pair) -> Tensor | Pair:
+        x, p = hidden_states if point.owes else (hidden_states, None)
+        a = layer.self_attn(hidden_states=norm1(_add(x, p)))
+        if point.attention == KEEP:
+            x, p = _add(x + _all_reduce(_add(a, p)), o_bias), None
+        elif point.attention == DROP:
+            x, p = _add(x, o_bias), _add(a, p)
+        else:
+            x = _add(x + a, o_bias)
+
+        neurons, _ = layer.fc1(norm2(_add(x, p)))
+        m, _ = layer.fc2(layer.activation_fn(neurons))
+        if point.mlp == KEEP:
+            return _add(x + _all_reduce(_add(m, p)), down_bias)
+        return _add(x, down_bias), _add(m, p)
+
+    return forward
+
+
+_MODELS = "vllm.model_executor.models."
+FORMS = {
+    "LlamaForCausalLM": Form(_MODELS + "llama", "LlamaDecoderLayer", fused),
+    "MistralForCausalLM": Form(
+        _MODELS + "mistral", "MistralDecoderLayer", fused, switches=(("ada_rms_norm_t_cond", None),)
+    ),
+    "Qwen2ForCausalLM": Form(_MODELS + "qwen2", "Qwen2DecoderLayer", fused),
+    "Qwen3ForCausalLM": Form(_MODELS + "qwen3", "Qwen3DecoderLayer", fused),
+    "GemmaForCausalLM": Form(_MODELS + "gemma", "GemmaDecoderLayer", fused),
+    "OPTForCausalLM": Form(
+        _MODELS + "opt",
+        "OPTDecoderLayer",
+        unfused,
+        layers="model.decoder.layers",
+        o="self_attn.out_proj",
+        down="fc2",
+        switches=(("do_layer_norm_before", True),),
+    ),
+}
+"""The allow-list: vLLM's model class -> the form of its layers."""
+
+
+def apply(model: nn.Module, attention: Sequence[str], mlp: Sequence[str]) -> None:
+    """Make a loaded vLLM model run these strategies, one an attention and one an MLP; undoes what was applied before.
+
+    Layers with nothing to drop keep vLLM's own forward. Raises InputError for a model that is not on the list.
+    """
+    form, layers = _find(model)
+    if len(layers) != len(attention) or len(layers) != len(mlp):
+        raise InputError(f"The plan has {len(attention)} blocks, but the model vLLM loaded has {len(layers)}.")
+    if PLAIN in mlp or mlp[-1] != KEEP:
+        raise InputError("An MLP sync point is kept or block-dropped, and the last one is kept: the plan is not valid.")
+    owes = False
+    for layer, *strategies in zip(layers, attention, mlp, strict=True):
+        point = Point(*map(Strategy, strategies), owes)
+        layer.__dict__.pop("forward", None)
+        for path in (form.o, form.down):
+            linear = layer.get_submodule(path)
+            linear.reduce_results, linear.skip_bias_add = point.dense, not point.dense
+        if not point.dense:
+            layer.forward = form.planned(layer, point)
+        owes = point.mlp != KEEP
+
+
+def _find(model: nn.Module) -> tuple[Form, list[nn.Module]]:
+    """The model's form and its layers. Raises InputError unless the very classes are vLLM's own."""
+    form = FORMS.get(type(model).__name__)
+    if form is None or type(model) is not getattr(importlib.import_module(form.module), type(model).__name__):
+        raise InputError(f"vLLM loaded {type(model).__module__}.{type(model).__name__}: its layers are not known.")
+    layers = list(model.get_submodule(form.layers).children())
+    expected = getattr(importlib.import_module(form.module), form.layer)
+    for layer in layers:
+        if type(layer) is not expected:
+            raise InputError(f"vLLM loaded a {type(layer).__name__} where a {form.layer} is expected.")
+        if any(getattr(layer, name) != value for name, value in form.switches):
+            raise InputError(f"This {form.layer} is not h = x + attn(norm1(x)), y = h + mlp(norm2(h)): no plan.")
+        for path in (form.o, form.down):
+            if type(layer.get_submodule(path)).__name__ != "RowParallelLinear":
+                raise InputError(f"The layer's {path} is no RowParallelLinear: its sync point is not known.")
+    return form, layers
+
+
+def _add(a: Tensor, b: Tensor | None) -> Tensor:
+    return a if b is None else a + b
+
+
+def _all_reduce(partial: Tensor) -> Tensor:
+    """The sum over all ranks. Works in place on a CPU: `partial` is nobody's afterwards."""
+    from vllm.distributed import tensor_model_parallel_all_reduce
+
+    return tensor_model_parallel_all_reduce(partial)
