@@ -33,13 +33,39 @@ class RankSlices:
 ALL = slice(None)
 
 
-class RankLinear(nn.Module):
-    """Some output rows, or some input columns, of a dense linear layer whose weight it shares."""
+def linear_slices(parts: LayerParts, slices: RankSlices) -> list[tuple[nn.Linear, slice, slice]]:
+    """Each linear layer of a block with the output rows and the input columns of it that a rank owns."""
+    return [
+        (parts.q, slices.q, ALL),
+        (parts.k, slices.kv, ALL),
+        (parts.v, slices.kv, ALL),
+        (parts.o, ALL, slices.q),
+        *((linear, slices.neurons, ALL) for linear in parts.mlp_in),
+        (parts.down, ALL, slices.neurons),
+    ]
 
-    def __init__(self, linear: nn.Linear, rows: slice = ALL, columns: slice = ALL, with_bias: bool = True):
+
+def vocabulary_slice(vocab_size: int, rank: int, tp: int) -> slice:
+    """The rows of the output head that a rank owns: equal, contiguous parts, the last ones shorter or empty."""
+    part = -(-vocab_size // tp)
+    return slice(min(rank * part, vocab_size), min((rank + 1) * part, vocab_size))
+
+
+def is_cut(linear: nn.Linear) -> bool:
+    """Does the layer hold one rank's slice only, as `shard_load.py` reads it? Its features stay the dense ones."""
+    return linear.weight.shape != (linear.out_features, linear.in_features)
+
+
+class RankLinear(nn.Module):
+    """Some output rows, or some input columns, of a dense linear layer whose weight it shares.
+
+    Of a layer that is cut to the rank's slice already, all of it.
+    """
+
+    def __init__(self, linear: nn.Linear, rows: slice, columns: slice, with_bias: bool = True):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias if with_bias else None
-        self.rows, self.columns = rows, columns
+        self.rows, self.columns = (ALL, ALL) if is_cut(linear) else (rows, columns)
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias[self.rows]
@@ -54,12 +80,7 @@ def rank_attention(parts: LayerParts, slices: RankSlices, layer_idx: int) -> nn.
     shard = copy.copy(parts.attention)
     shard._modules = dict(parts.attention._modules)
     for name, module in parts.attention.named_children():
-        for linear, rows, columns in (
-            (parts.q, slices.q, ALL),
-            (parts.k, slices.kv, ALL),
-            (parts.v, slices.kv, ALL),
-            (parts.o, ALL, slices.q),
-        ):
+        for linear, rows, columns in linear_slices(parts, slices):
             if module is linear:
                 setattr(shard, name, RankLinear(linear, rows, columns, with_bias=linear is not parts.o))
     heads = (slices.q.stop - slices.q.start) // (slices.kv.stop - slices.kv.start)
@@ -80,9 +101,9 @@ class RankMLP(nn.Module):
 
     def __init__(self, parts: LayerParts, slices: RankSlices):
         super().__init__()
-        self.mlp_in = nn.ModuleList(RankLinear(linear, rows=slices.neurons) for linear in parts.mlp_in)
+        self.mlp_in = nn.ModuleList(RankLinear(linear, slices.neurons, ALL) for linear in parts.mlp_in)
         self.activation = parts.activation
-        self.down = RankLinear(parts.down, columns=slices.neurons, with_bias=False)
+        self.down = RankLinear(parts.down, ALL, slices.neurons, with_bias=False)
 
     def forward(self, u: Tensor) -> Tensor:
         gate = self.activation(self.mlp_in[0](u))

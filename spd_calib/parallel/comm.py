@@ -12,12 +12,13 @@ class Comm(Protocol):
 
     size: int
     ranks: Sequence[int]
+    all_reduces: int  # made so far
 
     def all_reduce(self, partials: Sequence[Tensor]) -> Tensor:
         """The sum over all ranks, the same bits on each; the partials stay as they are."""
 
     def all_gather(self, parts: Sequence[Tensor]) -> Tensor:
-        """The parts of all ranks behind one another along the last dimension."""
+        """The parts of all ranks, equal in shape, behind one another along the last dimension."""
 
 
 class Simulated:
@@ -25,9 +26,11 @@ class Simulated:
 
     def __init__(self, size: int):
         self.size = size
-        self.ranks = range(size)
+        self.ranks: Sequence[int] = range(size)
+        self.all_reduces = 0
 
     def all_reduce(self, partials: Sequence[Tensor]) -> Tensor:
+        self.all_reduces += 1
         total = partials[0]
         for partial in partials[1:]:
             total = total + partial

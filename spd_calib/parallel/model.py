@@ -11,6 +11,7 @@ from spd_calib.errors import InputError
 from spd_calib.formats.common import Strategy
 from spd_calib.models.architecture import Decoder, HeadCounts, LayerParts, check_divides, find_decoder
 from spd_calib.models.probe import check_block, find_layers
+from spd_calib.models.shard import ALL, RankLinear, vocabulary_slice
 
 from .block import Block
 from .comm import Comm, Simulated
@@ -47,20 +48,22 @@ class VocabParallelHead(nn.Module):
 
     def __init__(self, head: nn.Linear, comm: Comm):
         super().__init__()
-        self.weight, self.bias, self.comm = head.weight, head.bias, comm
-        part = -(-head.out_features // comm.size)
-        self.rows = [slice(rank * part, (rank + 1) * part) for rank in comm.ranks]
+        self.vocab_size, self.comm = head.out_features, comm
+        slices = [vocabulary_slice(self.vocab_size, rank, comm.size) for rank in comm.ranks]
+        self.parts = nn.ModuleList(RankLinear(head, rows, ALL) for rows in slices)
+        self.part_size = -(-self.vocab_size // comm.size)
         self.streams_differ = False
 
     def forward(self, hidden: Tensor) -> Tensor:
-        ranks = len(self.rows)
+        ranks = len(self.parts)
         streams = hidden.chunk(ranks) if self.streams_differ else [hidden] * ranks
-        return self.comm.all_gather(
-            [
-                nn.functional.linear(h, self.weight[rows], None if self.bias is None else self.bias[rows])
-                for h, rows in zip(streams, self.rows, strict=True)
-            ]
-        )
+        logits = [part(h) for part, h in zip(self.parts, streams, strict=True)]
+        return self.comm.all_gather([self._padded(part) for part in logits])[..., : self.vocab_size].contiguous()
+
+    def _padded(self, part: Tensor) -> Tensor:
+        """A part as wide as every other; only the last ones are not, so what is added stands behind the vocabulary."""
+        missing = self.part_size - part.shape[-1]
+        return nn.functional.pad(part, (0, missing)) if missing else part
 
 
 class TensorParallelLM:
@@ -68,9 +71,11 @@ class TensorParallelLM:
 
     `model` is a transformers causal LM in eval mode. Raises InputError for a model whose sync points cannot be
     dropped, that `comm.size` does not divide, or that differs from the dense one with every sync point kept.
+    Of a model that holds one rank's slices only (`sharded`) the dense form cannot be run, and is not compared with:
+    `check_small_copy` asks the same of a small model of the same configuration.
     """
 
-    def __init__(self, model: PreTrainedModel, comm: Comm):
+    def __init__(self, model: PreTrainedModel, comm: Comm, sharded: bool = False):
         parts = find_layers(model)
         for p in parts:
             check_divides(HeadCounts.of(p), comm.size)
@@ -82,14 +87,15 @@ class TensorParallelLM:
         self.num_blocks = len(parts)
         self.module_paths = [f"{decoder.path}.{i}" for i in range(self.num_blocks)]
         probe = _probe_tokens(model)
-        dense = self._probe_dense(decoder, parts, probe)
+        dense = None if sharded else self._probe_dense(decoder, parts, probe)
         self.blocks = [Block(i, self.num_blocks, p, comm) for i, p in enumerate(parts)]
         decoder.owner.layers = nn.ModuleList(self.blocks)
         self._norm = FinalNorm(getattr(decoder.owner, decoder.norm) or nn.Identity())
         setattr(decoder.owner, decoder.norm, self._norm)
         self.head = VocabParallelHead(head, comm)
         model.set_output_embeddings(self.head)
-        self._check_equals_dense(dense, probe)
+        if dense is not None:
+            self._check_equals_dense(dense, probe)
 
     @classmethod
     def simulated(cls, model: PreTrainedModel, tp: int) -> "TensorParallelLM":
