@@ -28,7 +28,8 @@ def fraction(text: str, option: str) -> float:
 def blocks(text: str, num_blocks: int) -> int:
     """'5' or '60%' (of the blocks, rounded to the nearest) to a number of blocks. Raises InputError beyond 0 to all."""
     if text.endswith("%"):
-        wanted = round(fraction(text, "--drop") * num_blocks)
+        share = fraction(text, "--drop")
+        wanted = round(share * num_blocks) if share <= 1 else num_blocks + 1
     elif text.isdigit():
         wanted = int(text)
     else:

@@ -1,0 +1,278 @@
+"""The commands as a user types them: what they write, print and refuse."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+
+from spd_calib.formats.common import Strategy
+from spd_calib.formats.files import read
+from spd_calib.formats.plan import Plan
+from spd_calib.formats.profile import Profile
+
+
+@pytest.fixture
+def plan_file(spd, profile_file, tmp_path) -> Path:
+    path = tmp_path / "plan.json"
+    assert spd("plan", profile_file, "--drop", "2", "--strategy", "block_drop", "-o", path).code == 0
+    return path
+
+
+def test_profile_measures_every_block_and_strategy(profile_file):
+    p = read(Profile, profile_file)
+    assert len(p.measurements) == 8 and p.strategies == [Strategy.BLOCK_DROP, Strategy.PLAIN_DROP]
+    assert p.text.sequences == 12 and p.verify_text.first == 12 and p.verify_text.sequences == 8
+    assert all(m.kl > 0 and m.kl_stderr > 0 for m in p.measurements)
+    assert p.model.id.endswith("0") or p.model.id  # as given
+    assert "torch" in p.provenance.versions
+
+
+def test_the_same_command_writes_the_same_file(spd, llama, text, tmp_path):
+    arguments = ("--tp", 2, "--data", text, "--seq-len", 16, "--max-samples", 4, "--verify-samples", 2)
+    texts = []
+    for _ in range(2):
+        outcome = spd("profile", llama, *arguments, "--json", "-o", tmp_path / "p.json")
+        assert outcome.code == 0, outcome.err
+        texts.append((tmp_path / "p.json").read_text())
+        assert outcome.out == texts[-1]
+        assert "least sensitive block first" in outcome.err and "first batch: block 0" in outcome.err
+    assert texts[0] == texts[1]
+
+
+def test_cumulative_ranked_by_ppl(spd, llama, text, tmp_path):
+    outcome = spd(
+        "profile", llama, "--tp", 2, "--data", text, "--seq-len", 16, "--max-samples", 4, "--verify-samples", 2,
+        "--method", "cumulative", "--rank-by", "ppl", "--strategy", "block_drop", "-o", tmp_path / "p.json",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    p = read(Profile, tmp_path / "p.json")
+    assert [m.dropped for m in p.measurements] == [[3], [2, 3], [1, 2, 3], [0, 1, 2, 3]]
+    total = sum(p.sensitivity(Strategy.BLOCK_DROP).values())
+    assert total == pytest.approx(p.measurements[-1].ppl - p.baseline.ppl)
+
+
+def test_plan_drops_what_it_was_asked_to(plan_file, profile_file):
+    plan, p = read(Plan, plan_file), read(Profile, profile_file)
+    assert sorted(plan.dropped) == sorted(p.ranking(Strategy.BLOCK_DROP)[:2])
+    assert plan.verified.text == p.verify_text and plan.verified.kl > 0
+    assert plan.blocks[1].module == "model.layers.1"
+    assert plan.requires == []
+
+
+def test_plan_keeps_its_budget_on_held_out_text(spd, profile_file, tmp_path):
+    p = read(Profile, profile_file)
+    limit = sorted(m.kl for m in p.of(Strategy.BLOCK_DROP).values())[1] * 2
+    outcome = spd("plan", profile_file, "--max-kl", limit, "--json", "-o", tmp_path / "plan.json")
+    assert outcome.code == 0, outcome.err
+    plan = Plan.model_validate_json(outcome.out)
+    assert plan.dropped and plan.verified.kl <= limit
+    assert "verified, held-out text" in outcome.err
+
+
+def test_a_budget_that_cannot_be_met_exits_1_and_writes_nothing(spd, profile_file, tmp_path):
+    outcome = spd("plan", profile_file, "--max-kl", "1e-9", "-o", tmp_path / "plan.json")
+    assert outcome.code == 1 and "best plan found" in outcome.err
+    assert not (tmp_path / "plan.json").exists()
+
+
+def test_the_papers_rule_marks_what_to_recover(spd, profile_file, tmp_path):
+    values = sorted(read(Profile, profile_file).sensitivity(Strategy.BLOCK_DROP, "ppl").values())
+    tau1, tau2 = (values[0] + values[1]) / 2, (values[2] + values[3]) / 2
+    outcome = spd(
+        "plan", profile_file, "--tau1", tau1, "--tau2", tau2, "--strategy", "block_drop", "-o", tmp_path / "plan.json"
+    )
+    assert outcome.code == 0, outcome.err
+    recoveries = sorted(str(b.recovery) for b in read(Plan, tmp_path / "plan.json").blocks)
+    assert recoveries == ["None", "distillation", "distillation", "grouping+distillation"]
+
+
+def test_check_and_report(spd, plan_file, profile_file, tmp_path):
+    outcome = spd("check", plan_file)
+    assert outcome.code == 0 and "2 of 4 attention all-reduces" in outcome.err
+    outcome = spd("report", profile_file, "--plan", plan_file, "--png", tmp_path / "f.png")
+    assert outcome.code == 0
+    assert (tmp_path / "f.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_check_finds_a_model_whose_weights_changed(spd, text, tmp_path):
+    folder = tiny.save(tiny.build("llama"), tmp_path / "model")
+    common = ("--seq-len", 16, "--max-samples", 4, "--verify-samples", 2, "--strategy", "block_drop")
+    assert spd("profile", folder, "--tp", 2, "--data", text, *common, "-o", tmp_path / "p.json").code == 0
+    assert spd("plan", tmp_path / "p.json", "--drop", 1, "-o", tmp_path / "plan.json").code == 0
+    assert spd("check", tmp_path / "plan.json").code == 0
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-3] ^= 1
+    weights.write_bytes(data)
+    outcome = spd("check", tmp_path / "plan.json")
+    assert outcome.code == 1 and "weights differs" in outcome.err
+    outcome = spd("plan", tmp_path / "p.json", "--drop", 1, "-o", tmp_path / "plan2.json")
+    assert outcome.code == 2 and "weights differs" in outcome.err and not (tmp_path / "plan2.json").exists()
+    shutil.rmtree(folder)
+    tiny.save(tiny.build("qwen3"), folder)
+    assert "architecture differs" in spd("check", tmp_path / "plan.json").err
+
+
+def test_the_fingerprint_is_of_the_weights_not_of_their_files(tmp_path):
+    from spd_calib.models.fingerprint import weight_fingerprint
+
+    model = tiny.build("llama")
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "cut", max_shard_size="100KB")
+    assert len(list((tmp_path / "cut").glob("*.safetensors"))) > 1
+    assert weight_fingerprint(tmp_path / "whole") == weight_fingerprint(tmp_path / "cut")
+    assert weight_fingerprint(tiny.save(tiny.build("llama", seed=1), tmp_path / "other")) != weight_fingerprint(
+        tmp_path / "whole"
+    )
+
+
+def test_recipes_give_defaults_that_the_command_line_overrides(spd, llama, text, tmp_path):
+    recipe = {
+        "profile": {
+            "model": str(llama), "tp": 2, "data": str(text), "seq_len": 16, "max-samples": 4, "verify_samples": 2,
+            "strategy": ["block_drop"], "output": str(tmp_path / "from-recipe.json"),
+        }
+    }  # fmt: skip
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    outcome = spd("profile", "--recipe", path, "--tp", 4)
+    assert outcome.code == 0, outcome.err
+    p = read(Profile, tmp_path / "from-recipe.json")
+    assert p.tensor_parallel.size == 4 and p.text.seq_len == 16 and p.strategies == [Strategy.BLOCK_DROP]
+    path.write_text(yaml.safe_dump({"profile": {"modle": "x"}}))
+    outcome = spd("profile", "--recipe", path)
+    assert outcome.code == 2 and "'modle'" in outcome.err
+    outcome = spd("plan", "--recipe", path)
+    assert outcome.code == 2 and "no section 'plan'" in outcome.err
+
+
+def test_every_recipe_is_understood_by_every_command_it_names():
+    """Keys of each section are options of its command; each opens with the command that runs it."""
+    import typer.main
+
+    from spd_calib.cli.main import app
+    from spd_calib.cli.options import read_recipe, section
+
+    commands = typer.main.get_command(app).commands
+    recipes = sorted(Path("recipes").rglob("*.yaml"))
+    assert len(recipes) >= 7
+    for path in recipes:
+        assert f"make pipeline RECIPE={path}" in path.read_text().split("profile:")[0]
+        for name in read_recipe(path):
+            assert section(path, name, typer.Context(commands[name]))
+
+
+BAD = [
+    (["profile", "{llama}", "--tp", "3", "--data", "{text}"], "8 query heads"),
+    (["profile", "{llama}", "--tp", "0", "--data", "{text}"], "--tp"),
+    (["profile", "{gemma2}", "--tp", "2", "--data", "{text}"], "post-norm"),
+    (["profile", "{phi3}", "--tp", "2", "--data", "{text}"], "fused"),
+    (["profile", "{gpt_neox}", "--tp", "2", "--data", "{text}"], "parallel"),
+    (["profile", "{mixtral}", "--tp", "2", "--data", "{text}"], "mixture of experts"),
+    (["profile", "{opt_350m}", "--tp", "2", "--data", "{text}", "--seq-len", "16"], "post-norm"),
+    (["profile", "{granite}", "--tp", "2", "--data", "{text}", "--seq-len", "16"], "scaled"),
+    (["profile", "{llama}", "--tp", "2", "--data", "{tmp}/none.jsonl"], "no data file"),
+    (["profile", "{llama}", "--tp", "2", "--data", "{empty}"], "holds no text"),
+    (["profile", "{llama}", "--tp", "2", "--data", "{llama}/model.safetensors"], "no .jsonl"),
+    (["profile", "{llama}", "--tp", "2", "--data", "{text}", "--seq-len", "4096"], "128 tokens"),
+    (["profile", "{llama}", "--tp", "2", "--data", "{text}", "--seq-len", "16", "--min-len", "32"], "--min-len"),
+    (["profile", "{llama}", "--tp", "2", "--data", "{text}", "--strategy", "keep_sync"], "cannot be measured"),
+    (["profile", "{llama}", "--tp", "2", "--data", "{text}", "--method", "fast"], "--method"),
+    (["profile", "{llama}", "--tp", "2", "--data", "{text}", "--rank-by", "luck"], "--rank-by"),
+    (["profile", "{llama}", "--tp", "2", "--data", "{text}", "--dtype", "int8"], "--dtype"),
+    (["profile", "{llama}", "--tp", "2", "--data", "{text}", "--device", "cuda:77", "--seq-len", "16"], "--device"),
+    (["profile", "{llama}", "--tp", "2", "--data", "{text}", "-o", "{tmp}/no/p.json"], "does not exist"),
+    (["profile", "{llama}", "--tp", "2", "--data", "{text}", "-o", "{tmp}"], "is a folder"),
+    (["profile", "{tmp}/nothing", "--tp", "2", "--data", "{text}"], "no model folder"),
+    (["profile", "{tmp}", "--tp", "2", "--data", "{text}"], "no config.json"),
+    (["profile", "{pickle}", "--tp", "2", "--data", "{text}"], "pickle"),
+    (["profile", "{torn}", "--tp", "2", "--data", "{text}"], "cut off"),
+    (["plan", "{profile}"], "none is given"),
+    (["plan", "{profile}", "--max-kl", "0.1", "--drop", "3"], "--max-kl and --drop"),
+    (["plan", "{profile}", "--tau1", "0.1"], "--tau2"),
+    (["plan", "{profile}", "--tau1", "0.2", "--tau2", "0.1"], "below --tau1"),
+    (["plan", "{profile}", "--max-kl", "lots"], "--max-kl"),
+    (["plan", "{profile}", "--drop", "17"], "4 blocks"),
+    (["plan", "{profile}", "--drop", "2", "--strategy", "keep_sync"], "nothing to plan"),
+    (["plan", "{profile}", "--drop", "2", "--strategy", "hope"], "'hope'"),
+    (["plan", "{tmp}/none.json", "--drop", "1"], "no file"),
+    (["plan", "{truncated}", "--drop", "1"], "not valid JSON"),
+    (["plan", "{text}", "--drop", "1"], "not valid JSON"),
+    (["plan", "{list}", "--drop", "1"], "not a profile"),
+    (["plan", "{changed}", "--drop", "1"], "changed since"),
+    (["check", "{profile}"], "not a plan"),
+    (["check", "{truncated}"], "not valid JSON"),
+    (["eval", "{profile}", "--tasks", "x"], "not a plan"),
+    (["profile", "--recipe", "{tmp}/none.yaml"], "cannot be read"),
+    (["profile", "--recipe", "{list}"], "section"),
+]
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, llama, text, profile_file) -> dict[str, Path]:
+    tmp = tmp_path_factory.mktemp("bad")
+    out = {"tmp": tmp, "llama": llama, "text": text, "profile": profile_file}
+    for name in ("gemma2", "phi3", "gpt_neox", "mixtral", "opt_350m", "granite"):
+        out[name] = tiny.save(tiny.build_refused(name), tmp / name)
+    for name in ("pickle", "torn"):
+        out[name] = Path(shutil.copytree(llama, tmp / name))
+    (out["pickle"] / "model.safetensors").rename(out["pickle"] / "pytorch_model.bin")
+    whole = (llama / "model.safetensors").read_bytes()
+    (out["torn"] / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    for name, content in {
+        "empty.jsonl": "",
+        "truncated.json": profile_file.read_text()[:700],
+        "list.json": "[1, 2]",
+    }.items():
+        (tmp / name).write_text(content)
+        out[name.split(".")[0]] = tmp / name
+    other = tiny.write_jsonl(tmp / "other.jsonl", tiny.stories(40, seed=5))
+    changed = json.loads(profile_file.read_text())
+    changed["text"]["source"] = str(other)
+    (tmp / "changed.json").write_text(json.dumps(changed))
+    return {**out, "changed": tmp / "changed.json"}
+
+
+@pytest.mark.parametrize(("arguments", "word"), BAD, ids=[f"{a[0]}-{w}" for a, w in BAD])
+def test_bad_input_is_one_sentence_and_exit_2(spd, places, arguments, word, tmp_path):
+    arguments = [a.format(**places) for a in arguments]
+    if "-o" not in arguments and arguments[0] != "check" and "--recipe" not in arguments:
+        arguments += ["-o", str(tmp_path / "out.json")]
+    outcome = spd(*arguments)
+    assert outcome.code == 2, outcome.err
+    assert word in outcome.err, outcome.err
+    assert "Traceback" not in outcome.err and outcome.out == ""
+    assert list(tmp_path.iterdir()) == []
+    if outcome.err.startswith("spd-calib:"):
+        assert outcome.err.count("\n") == 1
+
+
+def test_an_unreachable_hub_is_a_clear_error(spd, text, monkeypatch, tmp_path):
+    """The real loading code, with the hub's address pointing to a closed port of this machine."""
+    import huggingface_hub
+
+    def closed(*args, **kwargs):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("cannot reach")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", closed)
+    outcome = spd("profile", "org/name", "--tp", 2, "--data", text, "-o", tmp_path / "p.json")
+    assert outcome.code == 2 and "the model hub cannot be reached" in outcome.err
+
+
+def test_help_answers_without_heavy_imports(tmp_path):
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; sys.argv = ['spd-calib', '--help']\n"
+        "from spd_calib.cli.main import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'pandas', 'matplotlib', 'pydantic', 'lm_eval'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "profile" in done.stdout

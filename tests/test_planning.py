@@ -1,0 +1,200 @@
+"""Budgets and the search, on profiles made by hand and measurements that are functions."""
+
+import json
+
+import pytest
+
+from spd_calib.errors import InputError, SpdError
+from spd_calib.formats.common import ModelRef, Provenance, Strategy, TensorParallel, TextRef
+from spd_calib.formats.plan import Budget
+from spd_calib.formats.profile import Baseline, Comparison, Measurement, Profile
+from spd_calib.planning import budget as budgets
+from spd_calib.planning.search import candidates, choose, tier
+
+DROP, PLAIN = Strategy.BLOCK_DROP, Strategy.PLAIN_DROP
+
+
+def comparison(kl: float, accuracy_drop: float | None = None, ppl: float | None = None) -> Comparison:
+    return Comparison(
+        kl=kl,
+        kl_stderr=0.001,
+        nll_increase=kl,
+        nll_increase_stderr=0.001,
+        ppl=ppl or 10 * (1 + kl),
+        ppl_increase=kl if ppl is None else ppl / 10 - 1,
+        accuracy_drop=kl / 4 if accuracy_drop is None else accuracy_drop,
+        accuracy_drop_stderr=0.001,
+        top1_agreement=0.9,
+        top1_agreement_stderr=0.01,
+        max_abs_logprob_diff=1,
+        tokens=100,
+        sequences=4,
+    )
+
+
+def make_profile(block_drop, plain_drop=None, method="single", rank_by="kl", **changes) -> Profile:
+    """A profile whose KL per block and strategy is as given."""
+    n = len(block_drop)
+    rows = []
+    for strategy, values in ((DROP, block_drop), (PLAIN, plain_drop or [])):
+        for block, kl in enumerate(values):
+            dropped = [block] if method == "single" else list(range(block, n))
+            rows.append(Measurement(**vars(comparison(kl)), block=block, strategy=strategy, dropped=dropped))
+    text = TextRef(source="t", seq_len=8, min_len=8, pack=False, first=0, sequences=4, tokens=32, sha256="0" * 64)
+    return Profile(
+        model=ModelRef(id="m", architecture="A", num_blocks=n, config_hash="0" * 64, weight_fingerprint="1" * 64),
+        tensor_parallel=TensorParallel(size=2),
+        method=method,
+        rank_by=rank_by,
+        text=text,
+        verify_text=text,
+        baseline=Baseline(nll=2.3, ppl=10, top1_accuracy=0.5, tokens=100),
+        measurements=rows,
+        provenance=Provenance(command="c", seed=0, device="cpu", dtype="float32", versions={}),
+        **changes,
+    )
+
+
+def budget(kind="max_kl", value=0.1, strategies=(DROP, PLAIN), **more) -> Budget:
+    return Budget(kind=kind, value=value, strategies=list(strategies), **more)
+
+
+def total(costs, factor=1.0):
+    """A model of the world in which sets cost `factor` times their sum."""
+    return lambda drops: comparison(factor * sum(costs[b] for b in drops))
+
+
+def test_sensitivity_of_cumulative_profiles_is_the_difference_of_consecutive_perplexities():
+    p = make_profile([0.7, 0.4, 0.1], method="cumulative")
+    assert p.sensitivity(DROP, "ppl") == pytest.approx({2: 1.0, 1: 3.0, 0: 3.0})  # points of perplexity, base 10
+    assert p.sensitivity(DROP, "kl") == pytest.approx({2: 0.1, 1: 0.3, 0: 0.3})
+    assert p.ranking(DROP, "ppl")[0] == 2
+
+
+def test_ranking_by_accuracy_breaks_ties_by_kl():
+    p = make_profile([0.3, 0.1, 0.2], rank_by="accuracy")
+    rows = [m.model_copy(update={"accuracy_drop": 0.0}) for m in p.measurements]
+    assert p.model_copy(update={"measurements": rows}).ranking(DROP) == [1, 2, 0]
+
+
+def test_lm_eval_accuracy_ranks_where_there_is_some():
+    p = make_profile([0.1, 0.2, 0.3], rank_by="accuracy")
+    rows = [
+        m.model_copy(update={"task_accuracy_drop": {"a": d, "b": d + 0.1}})
+        for m, d in zip(p.measurements, (0.3, 0.1, 0.2), strict=True)
+    ]
+    p = p.model_copy(update={"measurements": rows})
+    assert p.ranking(DROP) == [1, 2, 0]
+    assert p.sensitivity(DROP)[0] == pytest.approx(0.35)
+
+
+def test_plain_drop_only_where_it_measures_as_harmless():
+    p = make_profile([0.010, 0.020, 0.030], [0.011, 0.080, 0.0321])
+    found = {c.block: c.strategy for c in candidates(p, budget())}
+    assert found == {0: PLAIN, 1: DROP, 2: DROP}
+
+
+def test_the_longest_run_that_keeps_the_budget_is_found():
+    costs = [0.05, 0.01, 0.02, 0.04, 0.03]
+    p = make_profile(costs)
+    choice = choose(p, budget(value=0.1, strategies=[DROP]), total(costs), total(costs))
+    assert [c.block for c in choice.dropped] == [1, 2, 4, 3]
+    assert choice.verified.kl == pytest.approx(0.1) and choice.repaired == 0
+
+
+def test_sets_that_cost_more_than_their_sum_are_measured_not_believed():
+    costs = [0.05, 0.01, 0.02, 0.04, 0.03]
+    choice = choose(make_profile(costs), budget(value=0.1, strategies=[DROP]), total(costs, 1.5), total(costs, 1.5))
+    assert [c.block for c in choice.dropped] == [1, 2, 4]
+
+
+def test_a_budget_broken_on_held_out_text_is_repaired():
+    costs = [0.05, 0.01, 0.02, 0.04, 0.03]
+    choice = choose(make_profile(costs), budget(value=0.1, strategies=[DROP]), total(costs), total(costs, 2.0))
+    assert [c.block for c in choice.dropped] == [1, 2]
+    assert choice.verified.kl <= 0.1 and choice.repaired == 2
+
+
+def test_a_budget_that_cannot_be_met_names_the_best_plan_found():
+    costs = [0.05, 0.01]
+    with pytest.raises(SpdError, match=r"block 1 alone with block_drop, costs KL 0.02 .*raise --max-kl") as e:
+        choose(make_profile(costs), budget(value=0.005, strategies=[DROP]), total(costs), total(costs, 2.0))
+    assert e.value.exit_code == 1
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.7, 3.0])
+@pytest.mark.parametrize("value", [0.02, 0.05, 0.11, 0.2, 0.6, 9.0])
+def test_no_longer_run_would_have_kept_the_budget(value, factor):
+    costs = [0.05, 0.01, 0.02, 0.04, 0.03, 0.08, 0.1, 0.015]
+    world = total(costs, factor)
+    order = sorted(range(8), key=lambda b: costs[b])
+    try:
+        n = len(choose(make_profile(costs), budget(value=value, strategies=[DROP]), world, world).dropped)
+    except SpdError:
+        n = 0
+    fits = [k for k in range(9) if world(order[:k]).kl <= value]
+    assert n == max(fits)
+
+
+def test_a_number_of_drops_takes_the_least_sensitive():
+    costs = [0.05, 0.01, 0.02]
+    choice = choose(make_profile(costs), budget("drop", 2, [DROP]), total(costs), total(costs))
+    assert [c.block for c in choice.dropped] == [1, 2]
+
+
+def test_the_papers_thresholds_make_three_tiers():
+    p = make_profile([0.001, 0.03, 0.2])  # 0.01, 0.3 and 2 points of perplexity
+    b = budget("tau", 0.1, [DROP], tau2=1.0)
+    found = {c.block: tier(p, b, c) for c in candidates(p, b)}
+    assert found == {0: "insensitive", 1: "sensitive", 2: "extremely sensitive"}
+    assert [c.block for c in choose(p, b, total([0] * 3), total([0] * 3)).dropped] == [0]
+
+
+@pytest.mark.parametrize(("text", "value"), [("1%", 0.01), ("0.05", 0.05), ("0", 0.0), ("150%", 1.5)])
+def test_fractions(text, value):
+    assert budgets.fraction(text, "--max-kl") == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1%", "nan", "inf", "1%%", "-0.1"])
+def test_fractions_that_are_none(text):
+    with pytest.raises(InputError, match="--max-kl"):
+        budgets.fraction(text, "--max-kl")
+
+
+@pytest.mark.parametrize(("text", "n"), [("5", 5), ("60%", 5), ("0%", 0), ("100%", 8), ("0", 0)])
+def test_numbers_of_blocks(text, n):
+    assert budgets.blocks(text, 8) == n
+
+
+@pytest.mark.parametrize("text", ["9", "101%", "1.5", "-1", "all"])
+def test_numbers_of_blocks_that_are_none(text):
+    with pytest.raises(InputError, match="--drop"):
+        budgets.blocks(text, 8)
+
+
+def test_a_strategy_that_was_not_profiled_cannot_be_planned():
+    with pytest.raises(InputError, match="plain_drop"):
+        candidates(make_profile([0.1]), budget(strategies=[PLAIN]))
+
+
+def test_formats_round_trip_and_refuse_what_they_do_not_know(tmp_path):
+    from spd_calib.formats.files import dumps, read
+
+    p = make_profile([0.1, 0.2], [0.3, 0.4])
+    path = tmp_path / "p.json"
+    path.write_text(dumps(p))
+    assert read(Profile, path) == p
+    good = json.loads(dumps(p))
+    for change, word in [
+        ({"version": 2}, "version 2"),
+        ({"format": "spd-calib/plan"}, "not a profile"),
+        ({"extra": 1}, "extra"),
+        ({"method": "guess"}, "method"),
+        ({"measurements": []}, "measurements"),
+        ({"baseline": {**good["baseline"], "ppl": float("nan")}}, "baseline.ppl"),
+        ({"measurements": [{**good["measurements"][0], "block": 7, "dropped": [7]}]}, "block 7"),
+        ({"measurements": [{**good["measurements"][0], "kl": "0.1"}]}, "kl"),
+    ]:
+        path.write_text(json.dumps({**good, **change}))
+        with pytest.raises(InputError, match=word):
+            read(Profile, path)
