@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint format pipeline docs results bench clean FORCE
+.PHONY: demo test lint format pipeline results schemas clean FORCE
 
 demo: $(READY)
 	$(BIN)/spd-calib demo -o runs/demo
@@ -58,6 +58,12 @@ results: $(READY)
 	$(MAKE) pipeline RECIPE=recipes/demo.yaml
 	$(MAKE) pipeline RECIPE=recipes/stories260k/tp2.yaml
 	$(MAKE) pipeline RECIPE=recipes/stories260k/tp4.yaml
+
+# The JSON Schemas of the travelling files, for who reads them in another language; a test fails when they drift.
+schemas: $(READY)
+	mkdir -p docs/schemas
+	$(BIN)/python -c "from pathlib import Path; from spd_calib.formats.files import FORMATS, schema; \
+	[Path(f'docs/schemas/{name}.schema.json').write_text(schema(name)) for name in FORMATS]"
 
 clean:
 	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

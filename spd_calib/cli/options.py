@@ -38,7 +38,7 @@ def section(path: Path, command: str, ctx: typer.Context) -> dict[str, Any]:
     given = recipe[command] or {}
     known = {p.name for p in ctx.command.params if p.name not in (None, "recipe", "help")}
     values = {str(key).replace("-", "_"): value for key, value in given.items()}
-    if unknown := sorted(set(values) - known):  # type: ignore[type-var]
+    if unknown := sorted(set(values) - known):
         raise InputError(f"{path}: {command} takes no {unknown[0]!r}; it takes {', '.join(sorted(map(str, known)))}.")
     return {k: str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for k, v in values.items()}
 

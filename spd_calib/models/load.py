@@ -109,7 +109,7 @@ def load_dense(source: Source, config, device: str, dtype: str) -> PreTrainedMod
         model = AutoModelForCausalLM.from_pretrained(
             source.folder, config=config, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True
         )
-        return model.to(device).eval()
+        return model.to(torch.device(device)).eval()  # type: ignore[arg-type]
     except torch.OutOfMemoryError:
         raise InputError(
             f"{source.id} does not fit on {device} in {dtype}; use more ranks or --dtype bfloat16."

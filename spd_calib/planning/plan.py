@@ -1,6 +1,7 @@
 """The plan file: what was chosen, why, what was predicted, and what the whole measures on held-out text."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 from spd_calib.formats.common import Provenance, Strategy, TextRef
 from spd_calib.formats.plan import Budget, Plan, PlannedBlock, Predicted, Verified
@@ -10,7 +11,10 @@ from spd_calib.sensitivity.measure import Experiment, Tick, measure
 
 from .search import Choice, Drops, candidates, choose, tier
 
-RECOVERY = {"sensitive": "distillation", "extremely sensitive": "grouping+distillation"}
+RECOVERY: dict[str, Literal["distillation", "grouping+distillation"]] = {
+    "sensitive": "distillation",
+    "extremely sensitive": "grouping+distillation",
+}
 
 
 def make_plan(

@@ -3,7 +3,7 @@
 Sets are not sums: the order comes from single measurements, but how far to go down it is measured on whole plans.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from spd_calib.errors import InputError, SpdError
@@ -11,7 +11,7 @@ from spd_calib.formats.common import Strategy
 from spd_calib.formats.plan import Budget
 from spd_calib.formats.profile import Comparison, Measurement, Profile
 
-from .budget import METRICS, OPTIONS, describe, kept
+from .budget import METRICS, OPTIONS, cost, describe, kept
 
 Drops = dict[int, Strategy]  # block -> how its attention sync point is dropped
 Measure = Callable[[Drops], Comparison]  # one whole plan
@@ -38,7 +38,7 @@ class Choice:
 
 def candidates(profile: Profile, budget: Budget) -> list[Candidate]:
     """Every block with the cheapest strategy it tolerates, least sensitive first in the budget's own metric."""
-    allowed = [s for s in (Strategy.PLAIN_DROP, Strategy.BLOCK_DROP) if s in budget.strategies]
+    allowed: list[Strategy] = [s for s in (Strategy.PLAIN_DROP, Strategy.BLOCK_DROP) if s in budget.strategies]
     measured = {s: profile.of(s) for s in allowed}
     if missing := [s for s in allowed if not measured[s]]:
         raise InputError(
@@ -53,7 +53,7 @@ def candidates(profile: Profile, budget: Budget) -> list[Candidate]:
     return sorted(found, key=lambda c: (costs[c.strategy][c.block], kl[c.strategy][c.block], c.block))
 
 
-def _cheapest(block: int, measured: dict[Strategy, dict[int, Measurement]]) -> Candidate:
+def _cheapest(block: int, measured: Mapping[Strategy, dict[int, Measurement]]) -> Candidate:
     """plain_drop needs no change to the block, but only where it measures as harmless: no worse than block_drop."""
     if len(measured) == 1:
         strategy = next(iter(measured))
@@ -79,14 +79,13 @@ def choose(profile: Profile, budget: Budget, calibrate: Measure, verify: Measure
         order = [c for c in order if tier(profile, budget, c) == "insensitive"]
         return Choice(order, verify(drops_of(order)), 0)
     low, high = 0, len(order)  # `low` candidates are known to keep the budget
-    guess = _predicted_length(profile, budget, order)
+    middle = min(max(_predicted_length(profile, budget, order), 1), high)
     while low < high:
-        middle = min(max(guess, low + 1), high) if guess is not None else (low + high + 1) // 2
-        guess = None
         if kept(budget, calibrate(drops_of(order[:middle]))):
             low = middle
         else:
             high = middle - 1
+        middle = (low + high + 1) // 2
     for n in range(low, 0, -1):
         verified = verify(drops_of(order[:n]))
         if kept(budget, verified):
@@ -123,8 +122,6 @@ def _predicted_length(profile: Profile, budget: Budget, order: Sequence[Candidat
 
 
 def _impossible(budget: Budget, first: Candidate, verified: Comparison) -> SpdError:
-    from .budget import cost
-
     least = cost(budget, verified)
     return SpdError(
         f"No sync point can be dropped within {describe(budget)}: the best plan found, block {first.block} alone with "
