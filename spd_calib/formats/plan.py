@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from .common import Count, Finite, ModelRef, Part, Provenance, Strategy, TensorParallel, TextRef
+from .common import Count, Finite, ModelRef, Part, Provenance, Sha256, Strategy, TensorParallel, TextRef
 from .profile import Comparison
 
 Requirement = Literal["mlp_drop", "compensation"]
@@ -19,6 +19,30 @@ class Budget(Part):
     strategies: list[Strategy] = Field(min_length=1, description="What the plan was allowed to use")
 
 
+class CompensationFile(Part):
+    """The predictors' tensors, `blocks.<index>.ranks.<rank>.{bias,a,b,w}`, in a file beside the plan."""
+
+    file: str = Field(
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors$", description="A plain name: it lies in the plan's folder"
+    )
+    sha256: Sha256
+
+
+class Compensation(Part):
+    """What a rank's MLP reads in place of x + its own partial sum: a prediction from its own head outputs z."""
+
+    kind: Literal["mean", "low_rank", "full"] = Field(
+        description="mean: partial + bias; low_rank: partial + bias + (z a) b; full: z w + bias"
+    )
+    rank: Count = Field(description="Of the low-rank predictor; 0 for the other kinds")
+
+    @model_validator(mode="after")
+    def _rank_fits(self) -> Self:
+        if (self.kind == "low_rank") != (self.rank > 0):
+            raise ValueError(f"a {self.kind} compensation cannot have rank {self.rank}")
+        return self
+
+
 class PlannedBlock(Part):
     index: Count
     module: str = Field(min_length=1, description="Path of the decoder layer in the transformers model")
@@ -27,6 +51,7 @@ class PlannedBlock(Part):
     recovery: Literal["distillation", "grouping+distillation"] | None = Field(
         default=None, description="Treatment the paper's rule asks for before this block may be dropped"
     )
+    compensation: Compensation | None = None
     kl: Finite | None = Field(default=None, description="Measured cost of the strategy on this block alone")
     reason: str
 
@@ -51,6 +76,10 @@ class Plan(Part):
     model: ModelRef
     tensor_parallel: TensorParallel
     requires: list[Requirement] = Field(default_factory=list)
+    compensation: CompensationFile | None = None
+    recovered_from: ModelRef | None = Field(
+        default=None, description="The dense model that `verified` compares with, where `recover` wrote the checkpoint"
+    )
     blocks: list[PlannedBlock] = Field(min_length=1)
     budget: Budget
     predicted: Predicted
@@ -66,6 +95,11 @@ class Plan(Part):
             raise ValueError("blocks with an mlp_strategy that drops need 'mlp_drop' in requires")
         if self.model.num_blocks - 1 in deferred:
             raise ValueError("the last block's MLP sync point cannot be dropped")
+        predicted = [b for b in self.blocks if b.compensation]
+        if any(b.strategy != Strategy.BLOCK_DROP for b in predicted):
+            raise ValueError("only a block whose strategy is block_drop can have a compensation")
+        if not bool(predicted) == ("compensation" in self.requires) == (self.compensation is not None):
+            raise ValueError("blocks with a compensation need 'compensation' in requires and the file that holds it")
         return self
 
     @property

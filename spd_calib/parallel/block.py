@@ -1,15 +1,18 @@
 """A decoder block on its ranks. The one definition behind the simulation and the real ranks."""
 
 import copy
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from spd_calib.errors import InputError
 from spd_calib.formats.common import Strategy
 from spd_calib.models.architecture import HeadCounts, LayerParts
 from spd_calib.models.shard import RankMLP, RankSlices, rank_attention
 
 from .comm import Comm
+from .compensation import Compensation, check_shapes
 from .streams import Streams, defer, keep, write_off
 
 
@@ -33,18 +36,48 @@ class Block(nn.Module):
         self.o_bias, self.down_bias = parts.o.bias, parts.down.bias
         self.attention_strategy = Strategy.KEEP_SYNC
         self.mlp_strategy = Strategy.KEEP_SYNC
+        self.compensation: nn.ModuleList | None = None  # one predictor for each rank of this process
+        name = next(n for n, m in parts.attention.named_children() if m is parts.o)
+        self._outs = [getattr(attention, name) for attention in self.attentions]  # each rank's slice of o_proj
+        self.d_rank = slices[0].q.stop - slices[0].q.start
+        self.width = parts.o.out_features
+
+    def set_compensation(self, predictors: Sequence[Compensation] | None) -> None:
+        """What each rank's MLP reads under block_drop: `predictors` of all ranks, or None for its own partial sum."""
+        self.compensation = None
+        if predictors is not None:
+            if len(predictors) != self.comm.size:
+                raise InputError(f"Block {self.index} has {len(predictors)} predictors for {self.comm.size} ranks.")
+            check_shapes(self.index, dict(enumerate(predictors)), self.d_rank, self.width)
+            like = next(self.mlps.parameters())
+            self.compensation = nn.ModuleList(predictors[rank].to(like) for rank in self.comm.ranks)
 
     def forward(self, hidden_states: Tensor | Streams, **kwargs) -> Streams:
         """hidden_states: [B, T, d] (the embeddings) or the Streams of the block before; kwargs as transformers' own."""
-        s = hidden_states if isinstance(hidden_states, Streams) else Streams(hidden_states)
+        entered = hidden_states if isinstance(hidden_states, Streams) else Streams(hidden_states)
         if kwargs.get("past_key_values") is not None:
             _a_cache_for_each_rank(kwargs["past_key_values"], self.num_blocks, len(self.attentions))
-        inputs = self._inputs(self.norm1, s)
-        partials = [attn(hidden_states=u, **kwargs)[0] for attn, u in zip(self.attentions, inputs, strict=True)]
-        s = self._sync_point(self.attention_strategy, s, partials, self.o_bias)
-        inputs = self._inputs(self.norm2, s)
+        partials, heads = self.attend(entered, **kwargs)
+        s = self._sync_point(self.attention_strategy, entered, partials, self.o_bias)
+        if self.compensation is not None and self.attention_strategy == Strategy.BLOCK_DROP:
+            predicted = [c(z, p) for c, z, p in zip(self.compensation, heads, partials, strict=True)]
+            inputs = self._inputs(self.norm2, defer(entered, predicted, self.o_bias))  # the debt stays the exact one
+        else:
+            inputs = self._inputs(self.norm2, s)
         partials = [mlp(u) for mlp, u in zip(self.mlps, inputs, strict=True)]
         return self._sync_point(self.mlp_strategy, s, partials, self.down_bias)
+
+    def attend(self, s: Streams, **kwargs) -> tuple[list[Tensor], list[Tensor]]:
+        """Each rank's partial sum of the attention [B, T, d] (bias left out), and its head outputs [B, T, d_rank]."""
+        heads: list[Tensor] = []
+        hooks = [out.register_forward_pre_hook(lambda m, args: heads.append(args[0])) for out in self._outs]
+        try:
+            inputs = self._inputs(self.norm1, s)
+            partials = [attn(hidden_states=u, **kwargs)[0] for attn, u in zip(self.attentions, inputs, strict=True)]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return partials, heads
 
     def _inputs(self, norm: nn.Module, s: Streams) -> list[Tensor]:
         """What each rank's sub-layer reads: n(x + w_i + p_i)."""

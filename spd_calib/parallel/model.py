@@ -1,6 +1,6 @@
 """A causal language model that runs a plan on its ranks: transformers' own model with its blocks replaced."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from spd_calib.models.shard import ALL, RankLinear, vocabulary_slice
 
 from .block import Block
 from .comm import Comm, Simulated
+from .compensation import Compensation
 from .streams import Streams
 
 KEEP, DROP, PLAIN = Strategy.KEEP_SYNC, Strategy.BLOCK_DROP, Strategy.PLAIN_DROP
@@ -115,6 +116,11 @@ class TensorParallelLM:
         for block, a, m in zip(self.blocks, attention, mlp, strict=True):
             block.attention_strategy, block.mlp_strategy = a, m
         self.head.streams_differ = PLAIN in attention
+
+    def set_compensation(self, predictors: Mapping[int, Sequence[Compensation]]) -> None:
+        """Set the predictors of the blocks named (one for each of all ranks), and none in every other block."""
+        for block in self.blocks:
+            block.set_compensation(predictors.get(block.index))
 
     def keep_all(self) -> None:
         self.set_strategies([KEEP] * self.num_blocks)

@@ -57,13 +57,13 @@ def measure(
     for input_ids, lengths in batches(sequences, batch_size, lm.device):
         lm.keep_all()
         recording = lm.record(input_ids)
-        _compare(lm, recording.final, recording.final, False, input_ids, lengths, dense)
+        compare(lm, recording.final, recording.final, False, input_ids, lengths, dense)
         for i, (experiment, tally) in enumerate(zip(experiments, tallies, strict=True)):
             final = recording.final
             if experiment.first < lm.num_blocks:
                 lm.set_strategies(experiment.attention, experiment.mlp)
                 final = lm.resume(recording, experiment.first)
-            _compare(lm, recording.final, final, lm.head.streams_differ, input_ids, lengths, tally)
+            compare(lm, recording.final, final, lm.head.streams_differ, input_ids, lengths, tally)
             lm.keep_all()
             tick(i, tally)
     return dense.baseline(), [tally.comparison() for tally in tallies]
@@ -76,7 +76,7 @@ def batches(sequences: Sequence[Sequence[int]], size: int, device: torch.device)
         yield torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device), [len(r) for r in rows]
 
 
-def _compare(
+def compare(
     lm: TensorParallelLM,
     dense: Tensor,
     planned: Tensor,
