@@ -38,14 +38,14 @@ class Form:
 
     module: str
     layer: str
-    planned: Callable[[nn.Module, Point], Callable]  # the forward that takes the place of the layer's own
+    planned: Callable[[Any, Point], Callable]  # the forward that takes the place of the layer's own
     layers: str = "model.layers"
     o: str = "self_attn.o_proj"
     down: str = "mlp.down_proj"
     switches: tuple[tuple[str, Any], ...] = ()  # attributes of the layer that must have these values
 
 
-def fused(layer: nn.Module, point: Point) -> Callable[..., Pair]:
+def fused(layer: Any, point: Point) -> Callable[..., Pair]:
     """Llama's kind: a layer takes and gives (hidden, residual), and norms add the one to the other as they go.
 
     Between two layers, hidden is the sum of the MLP before; where that owes its all-reduce, it is the debt p.
@@ -82,13 +82,13 @@ def fused(layer: nn.Module, point: Point) -> Callable[..., Pair]:
     return forward
 
 
-def unfused(layer: nn.Module, point: Point) -> Callable[..., Tensor | Pair]:
+def unfused(layer: Any, point: Point) -> Callable[..., Tensor | Pair]:
     """OPT's kind: a layer takes and gives the residual stream alone, or (x, p) where something is owed."""
     norm1, norm2 = layer.self_attn_layer_norm, layer.final_layer_norm
     o_bias, down_bias = layer.self_attn.out_proj.bias, layer.fc2.bias
 
     def forward(hidden_states: Tensor | Pair) -> Tensor | Pair:
-        x, p = hidden_states if point.owes else (hidden_states, None)
+        x, p = hidden_states if isinstance(hidden_states, tuple) else (hidden_states, None)
         a = layer.self_attn(hidden_states=norm1(_add(x, p)))
         if point.attention == KEEP:
             x, p = _add(x + _all_reduce(_add(a, p)), o_bias), None
@@ -139,8 +139,8 @@ def apply(model: nn.Module, attention: Sequence[str], mlp: Sequence[str]) -> Non
     if PLAIN in mlp or mlp[-1] != KEEP:
         raise InputError("An MLP sync point is kept or block-dropped, and the last one is kept: the plan is not valid.")
     owes = False
-    for layer, *strategies in zip(layers, attention, mlp, strict=True):
-        point = Point(*map(Strategy, strategies), owes)
+    for layer, of_attention, of_mlp in zip(layers, attention, mlp, strict=True):
+        point = Point(Strategy(of_attention), Strategy(of_mlp), owes)
         layer.__dict__.pop("forward", None)
         for path in (form.o, form.down):
             linear = layer.get_submodule(path)
@@ -150,7 +150,7 @@ def apply(model: nn.Module, attention: Sequence[str], mlp: Sequence[str]) -> Non
         owes = point.mlp != KEEP
 
 
-def _find(model: nn.Module) -> tuple[Form, list[nn.Module]]:
+def _find(model: nn.Module) -> tuple[Form, list[Any]]:
     """The model's form and its layers. Raises InputError unless the very classes are vLLM's own."""
     form = FORMS.get(type(model).__name__)
     if form is None or type(model) is not getattr(importlib.import_module(form.module), type(model).__name__):

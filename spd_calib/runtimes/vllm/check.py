@@ -1,0 +1,101 @@
+"""Does vLLM run the plan? The plan and the dense model on real ranks, against the simulation."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from spd_calib.formats.common import Strategy
+from spd_calib.formats.files import read
+from spd_calib.formats.plan import Plan
+from spd_calib.models.load import load_dense, load_tokenizer, locate, read_config
+from spd_calib.parallel.model import TensorParallelLM
+from spd_calib.runtimes.checks import Row, compare_counts, compare_logprobs, largest_difference
+
+from .engine import Seen, start
+
+TOLERANCE = 1e-4  # of a log-probability in float32
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """The same prompts and continuations on simulated ranks; one list a prompt."""
+
+    prompt: list[list[float]]
+    chosen: list[list[float]]  # log p of the tokens that the engine chose
+    best: list[list[float]]  # log p of the tokens that the simulation would have chosen
+
+
+def run(plan_path: Path, prompts: Sequence[str], model: str | None = None, new_tokens: int = 16) -> list[Row]:
+    """Start vLLM at the plan's TP size with the plan, then swap in the dense model; compare both with the simulation.
+
+    `model` stands in for the id in the plan. Raises InputError where vLLM or the plan cannot be used.
+    """
+    plan = read(Plan, plan_path)
+    source = locate(model or plan.model.id, plan.model.revision)
+    ids = [load_tokenizer(source)(p)["input_ids"] for p in prompts]
+    with start(source.folder, plan.tensor_parallel.size, max(map(len, ids)) + new_tokens, plan_path) as engine:
+        planned = engine.see(ids, new_tokens)
+        engine.set([Strategy.KEEP_SYNC] * plan.model.num_blocks)
+        dense = engine.see(ids, new_tokens)
+    lm = TensorParallelLM.simulated(
+        load_dense(source, read_config(source), "cpu", "float32"), plan.tensor_parallel.size
+    )
+    return compare(lm, plan.strategies, plan.mlp_strategies, ids, planned, dense)
+
+
+def compare(
+    lm: TensorParallelLM,
+    attention: Sequence[Strategy],
+    mlp: Sequence[Strategy],
+    prompts: Sequence[Sequence[int]],
+    planned: Seen,
+    dense: Seen,
+) -> list[Row]:
+    """Rows of expected and found for what an engine did under a plan, and as the dense model."""
+    lm.set_strategies(attention, mlp)
+    simulated = simulate(lm, prompts, planned.tokens)
+    lm.keep_all()
+    simulated_dense = simulate(lm, prompts, dense.tokens)
+    dropped = sum(s != Strategy.KEEP_SYNC for s in (*attention, *mlp))
+    rows = [
+        *_rows("plan", simulated, planned, _all_reduces(lm, dropped)),
+        *_rows("dense", simulated_dense, dense, _all_reduces(lm, 0)),
+    ]
+    if dropped:
+        expected = largest_difference(simulated.prompt, simulated_dense.prompt)
+        found = largest_difference(planned.prompt, dense.prompt)
+        near = abs(expected - found) <= 2 * TOLERANCE
+        rows.append(Row("plan against dense: max |Δ log p|", f"{expected:.4f}", f"{found:.4f}", near))
+    return rows
+
+
+def _rows(name: str, simulated: Simulated, seen: Seen, all_reduces: int) -> list[Row]:
+    counts = [count for rank in seen.all_reduces for count in rank]
+    return [
+        compare_logprobs(f"{name}: prompt tokens", simulated.prompt, seen.prompt, TOLERANCE),
+        compare_logprobs(f"{name}: greedy continuation", simulated.chosen, seen.chosen, TOLERANCE),
+        compare_logprobs(f"{name}: its tokens are the likeliest", simulated.best, simulated.chosen, 2 * TOLERANCE),
+        compare_counts(f"{name}: all-reduces per forward and rank", all_reduces, counts),
+    ]
+
+
+def _all_reduces(lm: TensorParallelLM, dropped: int) -> int:
+    """Two a block, one for the vocabulary-parallel embedding, less the sync points dropped; none on one rank."""
+    return 2 * lm.num_blocks + 1 - dropped if lm.comm.size > 1 else 0
+
+
+def simulate(
+    lm: TensorParallelLM, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
+) -> Simulated:
+    """Log-probabilities of prompts and of the continuations an engine gave them, under lm's present strategies."""
+    out = Simulated([], [], [])
+    for prompt, tokens in zip(prompts, continuations, strict=True):
+        ids = torch.tensor([[*prompt, *tokens]], device=lm.device)
+        log_p = lm(ids[:, :-1])[0].float().log_softmax(-1)  # [T - 1, V], position t predicts token t + 1
+        of_next = log_p.gather(-1, ids[0, 1:, None])[:, 0].tolist()
+        out.prompt.append(of_next[: len(prompt) - 1])
+        out.chosen.append(of_next[len(prompt) - 1 :])
+        out.best.append(log_p[len(prompt) - 1 :].amax(-1).tolist())
+    return out
