@@ -4,6 +4,8 @@ import sys
 
 import typer
 
+from spd_calib.ranks import ending_together
+
 from . import check, demo, eval, lm_eval, plan, profile, report
 
 app = typer.Typer(
@@ -21,17 +23,11 @@ for module in (profile, plan, eval, check, report, demo, lm_eval):
 
 def main() -> None:
     """Entry point. Exit codes: 0 done; 1 the answer is no; 2 unusable input; 130 interrupted."""
-    from spd_calib.errors import SpdError
-
     debug = "--debug" in sys.argv
     sys.argv[:] = [a for a in sys.argv if a != "--debug"]
     try:
-        app()
-    except SpdError as e:
-        if debug:
-            raise
-        print(f"spd-calib: {e}", file=sys.stderr)
-        raise SystemExit(e.exit_code) from None
+        with ending_together(debug):
+            app()
     except KeyboardInterrupt:
         print("spd-calib: interrupted; nothing was written.", file=sys.stderr)
         raise SystemExit(130) from None

@@ -10,6 +10,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from spd_calib.errors import InputError
+from spd_calib.ranks import is_main_rank
 
 from .plan import Plan
 from .profile import Profile
@@ -66,7 +67,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """As write_text. Raises InputError where the folder is missing, unwritable or full."""
+    """As write_text. Raises InputError where the folder is missing, unwritable or full. Of many ranks one writes."""
+    if not is_main_rank():
+        return
     temporary: str | None = None
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)

@@ -101,10 +101,7 @@ def load_dense(source: Source, config, device: str, dtype: str) -> PreTrainedMod
     """The dense model in eval mode. Raises InputError where its weights cannot be read or the device is not there."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    try:
-        torch.empty(1, device=device)
-    except Exception:
-        raise InputError(f"The device {device!r} cannot be used here; choose another with --device.") from None
+    check_device(device)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source.folder, config=config, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True
@@ -116,6 +113,14 @@ def load_dense(source: Source, config, device: str, dtype: str) -> PreTrainedMod
         ) from None
     except Exception as e:
         raise InputError(f"The weights of {source.id} cannot be loaded: {_first_line(e)}.") from None
+
+
+def check_device(device: str) -> None:
+    """Raises InputError for a device that is not there."""
+    try:
+        torch.empty(1, device=device)
+    except Exception:
+        raise InputError(f"The device {device!r} cannot be used here; choose another with --device.") from None
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:

@@ -1,10 +1,14 @@
 """The one thing in which simulated and real ranks differ: how partial sums and logits come together."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from spd_calib.errors import SpdError
 
 
 class Comm(Protocol):
@@ -38,3 +42,38 @@ class Simulated:
 
     def all_gather(self, parts: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(parts), dim=-1)
+
+
+class Distributed:
+    """One rank in this process, the others in theirs: the ranks of the default process group."""
+
+    def __init__(self) -> None:
+        self.size, self.rank = dist.get_world_size(), dist.get_rank()
+        self.ranks: Sequence[int] = [self.rank]
+        self.all_reduces = 0
+
+    def all_reduce(self, partials: Sequence[Tensor]) -> Tensor:
+        total = partials[0].clone(memory_format=torch.contiguous_format)  # reduced in place
+        with self._reaching_all():
+            dist.all_reduce(total)
+        self.all_reduces += 1
+        return total
+
+    def all_gather(self, parts: Sequence[Tensor]) -> Tensor:
+        part = parts[0].contiguous()
+        gathered = [torch.empty_like(part) for _ in range(self.size)]
+        with self._reaching_all():
+            dist.all_gather(gathered, part)
+        return torch.cat(gathered, dim=-1)
+
+    @contextmanager
+    def _reaching_all(self) -> Iterator[None]:
+        """Raises SpdError where another rank has gone."""
+        try:
+            yield
+        except RuntimeError as e:
+            if not isinstance(e, dist.DistError) and "onnection" not in str(e):
+                raise
+            raise SpdError(
+                f"Rank {self.rank} has lost another rank, which ended without a word: killed, perhaps for its memory."
+            ) from e

@@ -10,8 +10,12 @@ from transformers import PreTrainedTokenizerBase
 from spd_calib.errors import InputError
 from spd_calib.formats.common import ModelRef
 from spd_calib.models.load import Source, check_config, load_dense, load_tokenizer, locate, model_ref, read_config
+from spd_calib.models.shard_load import load_sharded
+from spd_calib.ranks import is_main_rank, world_size
 
+from . import distributed
 from .model import TensorParallelLM
+from .small_copy import check_small_copy
 
 
 @dataclass(frozen=True)
@@ -30,24 +34,40 @@ class Session:
         return self.config.max_position_embeddings
 
     def load(self, device: str = "cpu", dtype: str = "float32", seed: int = 0) -> TensorParallelLM:
-        """The model on its ranks, every sync point kept."""
-        torch.manual_seed(seed)
-        return TensorParallelLM.simulated(load_dense(self.source, self.config, device, dtype), self.tp)
+        """The model on its ranks, every sync point kept: under torchrun on its ranks, else on simulated ones."""
+        if world_size() == 1:
+            torch.manual_seed(seed)
+            return TensorParallelLM.simulated(load_dense(self.source, self.config, device, dtype), self.tp)
+        comm = distributed.start(self.tp)
+        check_small_copy(self.config)
+        model = load_sharded(self.source, self.config, comm.rank, self.tp, distributed.local_device(device), dtype)
+        torch.manual_seed(seed)  # the same on all ranks: they sample the same tokens
+        return TensorParallelLM(model, comm, sharded=True)
 
 
 def open_session(model: str, tp: int, expected: ModelRef | None = None) -> Session:
     """Find MODEL (a folder or a hub id) for `tp` ranks. `expected` is the reference that a file holds.
 
     Raises InputError for a model whose form is not supported, that `tp` does not divide, or that is not the one
-    expected.
+    expected, and under torchrun for another `tp` than it has ranks.
     """
+    if world_size() > 1:
+        distributed.start(tp)
     source = locate(model, expected.revision if expected else None)
     config = read_config(source)
     check_config(config, tp)
-    ref = model_ref(source, config)
+    ref = _ref(source, config)
     if expected is not None:
         check_same_model(expected, ref)
     return Session(source, config, tp, load_tokenizer(source), ref)
+
+
+def _ref(source: Source, config: Any) -> ModelRef:
+    """The model's reference; of many ranks one reads the weights to fingerprint them."""
+    if world_size() == 1:
+        return model_ref(source, config)
+    text = model_ref(source, config).model_dump_json() if is_main_rank() else None
+    return ModelRef.model_validate_json(distributed.from_main_rank(text))
 
 
 def check_same_model(expected: ModelRef, found: ModelRef) -> None:

@@ -1,0 +1,108 @@
+"""Real ranks: joining the process group that torchrun starts, and ending together.
+
+Where one rank fails, torchrun ends those of its machine; a thread ends those of other machines. Of all messages
+only the first is printed: what the others see is its consequence.
+"""
+
+import atexit
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from spd_calib.errors import InputError
+from spd_calib.ranks import rank, world_size
+
+from .comm import Distributed
+
+_store: dist.Store | None = None
+
+
+def start(tp: int) -> Distributed:
+    """Join the process group, unless this process has; its ranks are the `tp` ranks of a model.
+
+    gloo between CPUs and NCCL between GPUs; ranks that have to share a GPU use gloo there, too. Raises InputError
+    where torchrun started another number of ranks than `tp`.
+    """
+    if tp != world_size():
+        raise InputError(
+            f"torchrun started {world_size()} ranks, but TP is {tp}; run it with --nproc-per-node {tp}, or without "
+            "torchrun to simulate the ranks."
+        )
+    if not dist.is_initialized():
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", tp))
+        if local == tp and sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all on one machine: nobody else need hear
+        gpus = torch.cuda.device_count()
+        backend = "gloo" if not gpus else "cpu:gloo,cuda:nccl" if local <= gpus else "cpu:gloo,cuda:gloo"
+        if gpus:
+            torch.cuda.set_device(_local_rank() % gpus)
+        dist.init_process_group(backend, store=_rendezvous(), rank=rank(), world_size=tp)
+        atexit.register(dist.destroy_process_group)
+        threading.Thread(target=_end_with_the_others, daemon=True).start()
+    return Distributed()
+
+
+def local_device(device: str) -> str:
+    """The device of this rank: `cuda` is the GPU of its own. Raises InputError for a GPU by number."""
+    if not device.startswith("cuda") or not torch.cuda.device_count():
+        return device
+    if device != "cuda":
+        raise InputError(f"Under torchrun each rank takes a GPU of its own; give --device cuda, not {device}.")
+    return f"cuda:{_local_rank() % torch.cuda.device_count()}"
+
+
+def from_main_rank(text: str | None) -> str:
+    """The main rank's `text`, on every rank."""
+    box = [text]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return str(box[0])
+
+
+def speak_once(message: str) -> None:
+    """Print `message` on stderr if no other rank has failed before; else wait until that one has spoken."""
+    try:
+        store = dist.PrefixStore("spd_calib", _rendezvous(timedelta(seconds=5)))
+        first = store.add("failures", 1) == 1
+    except Exception:  # nobody is left to agree with
+        store, first = None, True
+    if first:
+        print(message, file=sys.__stderr__, flush=True)
+    if store is not None and first:
+        store.set("spoken", "yes")
+    elif store is not None:
+        _wait_until(lambda: store.check(["spoken"]), seconds=5)
+
+
+def _end_with_the_others() -> None:
+    """Runs beside the work: ends this process when another rank has failed."""
+    try:
+        store = dist.PrefixStore("spd_calib", _rendezvous())
+        while not store.check(["spoken"]):
+            time.sleep(1)
+    except Exception:  # torchrun itself is gone, and with it the store
+        pass
+    os._exit(1)
+
+
+def _rendezvous(timeout: timedelta = timedelta(minutes=5)) -> dist.Store:
+    """The key-value store that torchrun keeps for its ranks."""
+    global _store
+    if _store is None:
+        _store = next(rendezvous("env://", timeout=timeout))[0]
+    return _store
+
+
+def _wait_until(done, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not done() and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", rank()))

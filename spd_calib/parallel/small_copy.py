@@ -1,0 +1,49 @@
+"""The form of a model that is too big to run whole, asked of a small one of the same configuration."""
+
+import copy
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from .model import TensorParallelLM
+
+RANKS = 2
+
+
+def check_small_copy(config: Any) -> None:
+    """Check a narrow model with random weights, in float32 on the CPU, as TensorParallelLM checks a whole model.
+
+    It has the classes, the options, the head size and all the blocks of the real one, but few heads, neurons and
+    tokens. What is not checked: that the real model, every sync point kept, equals its dense form, which a rank
+    cannot hold. Raises InputError as TensorParallelLM does.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(_narrow(config), dtype=torch.float32).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():  # transformers leaves biases at zero, where a wrong one would not show
+                parameter.add_(0.05 * torch.randn(parameter.shape))
+    TensorParallelLM.simulated(model, RANKS)
+
+
+def _narrow(config: Any) -> Any:
+    """The configuration with RANKS query heads (two if they share a KV head, else one each) and few neurons."""
+    narrow = copy.deepcopy(config)
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    width = RANKS * head_dim
+    for name, value in {
+        "num_attention_heads": RANKS,
+        "num_key_value_heads": RANKS if kv_heads == heads else 1,
+        "hidden_size": width,
+        "word_embed_proj_dim": width,
+        "intermediate_size": width,
+        "ffn_dim": width,
+        "vocab_size": 64,
+        "pad_token_id": 0,
+    }.items():
+        if hasattr(narrow, name):
+            setattr(narrow, name, value)
+    return narrow
