@@ -11,7 +11,7 @@ from spd_calib.errors import InputError
 from spd_calib.formats.common import Strategy
 from spd_calib.models.architecture import Decoder, HeadCounts, LayerParts, check_divides, find_decoder
 from spd_calib.models.probe import check_block, find_layers
-from spd_calib.models.shard import ALL, RankLinear, vocabulary_slice
+from spd_calib.models.shard import ALL, is_cut, vocabulary_slice
 
 from .block import Block
 from .comm import Comm, Simulated
@@ -49,22 +49,24 @@ class VocabParallelHead(nn.Module):
 
     def __init__(self, head: nn.Linear, comm: Comm):
         super().__init__()
-        self.vocab_size, self.comm = head.out_features, comm
-        slices = [vocabulary_slice(self.vocab_size, rank, comm.size) for rank in comm.ranks]
-        self.parts = nn.ModuleList(RankLinear(head, rows, ALL) for rows in slices)
-        self.part_size = -(-self.vocab_size // comm.size)
+        self.weight, self.bias, self.comm = head.weight, head.bias, comm
+        self.vocab_size = head.out_features
+        own = [vocabulary_slice(self.vocab_size, rank, comm.size) for rank in comm.ranks]
+        self.rows = [ALL] if is_cut(head) else own  # of the weight, one slice for each rank of this process
+        self.width = -(-self.vocab_size // comm.size)
         self.streams_differ = False
 
     def forward(self, hidden: Tensor) -> Tensor:
-        ranks = len(self.parts)
+        ranks = len(self.rows)
         streams = hidden.chunk(ranks) if self.streams_differ else [hidden] * ranks
-        logits = [part(h) for part, h in zip(self.parts, streams, strict=True)]
-        return self.comm.all_gather([self._padded(part) for part in logits])[..., : self.vocab_size].contiguous()
-
-    def _padded(self, part: Tensor) -> Tensor:
-        """A part as wide as every other; only the last ones are not, so what is added stands behind the vocabulary."""
-        missing = self.part_size - part.shape[-1]
-        return nn.functional.pad(part, (0, missing)) if missing else part
+        parts = [
+            nn.functional.linear(h, self.weight[rows], None if self.bias is None else self.bias[rows])
+            for h, rows in zip(streams, self.rows, strict=True)
+        ]
+        # made equally wide; only the last parts are not, so what is added stands behind the vocabulary
+        width = max(self.width, *(part.shape[-1] for part in parts))
+        padded = [p if p.shape[-1] == width else nn.functional.pad(p, (0, width - p.shape[-1])) for p in parts]
+        return self.comm.all_gather(padded)[..., : self.vocab_size].contiguous()
 
 
 class TensorParallelLM:
@@ -91,8 +93,8 @@ class TensorParallelLM:
         dense = None if sharded else self._probe_dense(decoder, parts, probe)
         self.blocks = [Block(i, self.num_blocks, p, comm) for i, p in enumerate(parts)]
         decoder.owner.layers = nn.ModuleList(self.blocks)
-        self._norm = FinalNorm(getattr(decoder.owner, decoder.norm) or nn.Identity())
-        setattr(decoder.owner, decoder.norm, self._norm)
+        self.final_norm = FinalNorm(getattr(decoder.owner, decoder.norm) or nn.Identity())
+        setattr(decoder.owner, decoder.norm, self.final_norm)
         self.head = VocabParallelHead(head, comm)
         model.set_output_embeddings(self.head)
         if dense is not None:
@@ -143,7 +145,7 @@ class TensorParallelLM:
 
         final: list[Tensor] = []
         hooks = [block.register_forward_pre_hook(keep_input, with_kwargs=True) for block in self.blocks]
-        hooks.append(self._norm.register_forward_hook(lambda m, args, out: final.append(out)))
+        hooks.append(self.final_norm.register_forward_hook(lambda m, args, out: final.append(out)))
         try:
             self.model.base_model(input_ids=input_ids, use_cache=False)
         finally:
@@ -157,7 +159,7 @@ class TensorParallelLM:
         s = recording.streams[first]
         for block, kwargs in zip(self.blocks[first:], recording.kwargs[first:], strict=True):
             s = block(s, **kwargs)
-        return self._norm(s)
+        return self.final_norm(s)
 
     @torch.no_grad()
     def logits(self, final: Tensor) -> Tensor:
