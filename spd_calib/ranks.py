@@ -43,10 +43,11 @@ def ending_together(debug: bool = False) -> Iterator[None]:
         if e.code and not is_main_rank():
             time.sleep(5)
         raise
-    except Exception:
-        if world_size() == 1:
+    except Exception as e:  # nobody foresaw it
+        if debug and world_size() == 1:
             raise
-        _leave(traceback.format_exc(), 1)
+        what = f"spd-calib: unexpected {type(e).__name__}: {str(e).strip() or 'no message'}"
+        _leave(traceback.format_exc() if debug else f"{what}; --debug shows where, please report it.", 1)
 
 
 def _leave(message: str, code: int) -> NoReturn:

@@ -39,7 +39,6 @@ class Session:
             torch.manual_seed(seed)
             return TensorParallelLM.simulated(load_dense(self.source, self.config, device, dtype), self.tp)
         comm = distributed.start(self.tp)
-        check_small_copy(self.config)
         model = load_sharded(self.source, self.config, comm.rank, self.tp, distributed.local_device(device), dtype)
         torch.manual_seed(seed)  # the same on all ranks: they sample the same tokens
         return TensorParallelLM(model, comm, sharded=True)
@@ -56,6 +55,7 @@ def open_session(model: str, tp: int, expected: ModelRef | None = None) -> Sessi
     source = locate(model, expected.revision if expected else None)
     config = read_config(source)
     check_config(config, tp)
+    check_small_copy(config)
     ref = _ref(source, config)
     if expected is not None:
         check_same_model(expected, ref)

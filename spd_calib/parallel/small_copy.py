@@ -1,4 +1,4 @@
-"""The form of a model that is too big to run whole, asked of a small one of the same configuration."""
+"""The form of a model, asked of a small one of the same configuration before the real weights are read."""
 
 import copy
 from typing import Any
