@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from .options import Recipe
+
 
 def register(app: typer.Typer) -> None:
     app.command("demo", epilog="Example: spd-calib demo -o my-first-run")(demo)
@@ -12,6 +14,7 @@ def register(app: typer.Typer) -> None:
 
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for what comes out.")] = Path("spd-demo"),
+    recipe: Recipe = None,
 ) -> None:
     """Run the whole pipeline on the embedded model and text: a few minutes on two cores, no network."""
     from spd_calib.errors import InputError

@@ -66,6 +66,8 @@ def _fetch(model: str, revision: str | None) -> str:
 
 def read_config(source: Source):
     """The model's configuration. Raises InputError where transformers cannot use it."""
+    transformers_logging.set_verbosity_error()  # what it warns of here is checked, or no concern of the user's
+    transformers_logging.disable_progress_bar()
     try:
         return AutoConfig.from_pretrained(source.folder)
     except Exception as e:
@@ -99,8 +101,6 @@ def check_config(config, tp: int) -> None:
 
 def load_dense(source: Source, config, device: str, dtype: str) -> PreTrainedModel:
     """The dense model in eval mode. Raises InputError where its weights cannot be read or the device is not there."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     check_device(device)
     try:
         model = AutoModelForCausalLM.from_pretrained(

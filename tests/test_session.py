@@ -1,0 +1,54 @@
+"""From a folder on disk to a model on its ranks: every family, both widths of number, and the two steps of opening."""
+
+import pytest
+import reference
+import tiny
+import torch
+
+from spd_calib.formats.common import Strategy
+from spd_calib.parallel.session import open_session
+
+
+@pytest.mark.parametrize("family", tiny.SUPPORTED)
+def test_a_saved_model_runs_its_plan(family, tmp_path):
+    model = tiny.build(family)
+    session = open_session(str(tiny.save(model, tmp_path / "m")), 4)
+    assert session.max_length == 128 and session.ref.architecture == type(model).__name__
+    lm = session.load()
+    strategies = [Strategy.BLOCK_DROP, Strategy.KEEP_SYNC, Strategy.PLAIN_DROP, Strategy.BLOCK_DROP]
+    lm.set_strategies(strategies)
+    ids = tiny.tokens(2, 12)
+    assert (lm(ids) - reference.logits(model, ids, 4, list(map(str, strategies)))).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_near_the_reference(dtype, tmp_path):
+    model = tiny.build("llama")
+    lm = open_session(str(tiny.save(model, tmp_path / "m")), 4).load(dtype=dtype)
+    lm.set_strategies([Strategy.BLOCK_DROP] * 4)
+    ids = tiny.tokens(2, 12)
+    found = lm(ids)
+    assert found.dtype == getattr(torch, dtype)
+    assert (found.float() - reference.logits(model, ids, 4, ["block_drop"] * 4)).abs().mean() < 0.02
+
+
+def test_the_weights_are_read_last(tmp_path, monkeypatch):
+    """All that can be refused without the weights is refused before them."""
+    from spd_calib.errors import InputError
+    from spd_calib.parallel import session
+
+    monkeypatch.setattr(session, "load_dense", lambda *a: pytest.fail("the weights were read"))
+    folder = tiny.save(tiny.build_refused("granite"), tmp_path / "m")
+    with pytest.raises(InputError, match="scaled"):
+        open_session(str(folder), 2)
+    open_session(str(tiny.save(tiny.build("opt"), tmp_path / "n")), 2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+def test_cuda_equals_the_cpu(tmp_path):
+    session = open_session(str(tiny.save(tiny.build("llama"), tmp_path / "m")), 4)
+    cpu, gpu = session.load("cpu"), session.load("cuda")
+    ids = tiny.tokens(2, 12)
+    for lm in (cpu, gpu):
+        lm.set_strategies([Strategy.BLOCK_DROP, Strategy.PLAIN_DROP] * 2)
+    assert (cpu(ids) - gpu(ids.cuda()).cpu()).abs().max() < 1e-4
