@@ -1,0 +1,134 @@
+"""lm-eval's own command line with a model more: `spd_calib`, a planned model that all of lm-eval's tasks can be run on.
+
+Importing this module registers the model: --model spd_calib --model_args plan=plan.json[,pretrained=MODEL].
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+
+from spd_calib.errors import InputError, SpdError
+from spd_calib.formats.files import read
+from spd_calib.formats.plan import Plan
+from spd_calib.models.load import DTYPES
+from spd_calib.parallel.compensation import load_compensation
+from spd_calib.parallel.session import open_session
+
+from .harness import apply_plan
+from .tasks import first_line
+
+FROM_HFLM = (
+    "add_bos_token",
+    "chat_template_args",
+    "enable_thinking",
+    "logits_cache",
+    "max_length",
+    "mixed_precision_dtype",
+    "prefix_token_id",
+    "softmax_dtype",
+    "think_end_token",
+    "truncation",
+)
+"""Model arguments of lm-eval's `hf` that mean something for a model already loaded; it ignores others silently."""
+
+
+@register_model("spd_calib")
+class PlannedLM(HFLM):
+    """lm-eval's `hf` on the model of a plan, its sync points dropped as the plan says, on simulated ranks."""
+
+    resolve_model: Callable[[str], str] = staticmethod(str)  # from a model as the plan names it to a folder or hub id
+
+    def __init__(
+        self,
+        plan: str,
+        pretrained: str | None = None,
+        dtype: str | None = None,
+        device: str | None = None,
+        batch_size: int | str | None = 1,
+        max_batch_size: int | None = 64,
+        trust_remote_code: bool = False,  # lm-eval's flag for data sets; a model's own code is never run
+        **kwargs: Any,
+    ):
+        """`pretrained` and `dtype` are the plan's unless given; a CUDA device not there becomes the CPU, as in `hf`.
+
+        Raises InputError where the plan cannot be read or is not for this model, and for an argument not known.
+        """
+        if unknown := sorted(set(kwargs) - set(FROM_HFLM)):
+            known = ", ".join(("plan", "pretrained", "dtype", "device", *FROM_HFLM))
+            raise InputError(f"The lm-eval model spd_calib takes no argument {unknown[0]!r}; it takes {known}.")
+        self.plan = read(Plan, Path(plan))
+        dtype = self.plan.provenance.dtype if dtype in (None, "auto") else dtype
+        if dtype not in DTYPES:
+            raise InputError(f"The model argument dtype={dtype} is none of {', '.join(DTYPES)}.")
+        name = type(self).resolve_model(pretrained or self.plan.model.id)
+        session = open_session(name, self.plan.tensor_parallel.size, self.plan.model)
+        lm = session.load(_device(device), dtype, self.plan.provenance.seed)
+        lm.set_compensation(load_compensation(self.plan, Path(plan)))
+        apply_plan(lm, self.plan)
+        super().__init__(
+            pretrained=lm.model,
+            tokenizer=session.tokenizer,
+            batch_size=batch_size,
+            max_batch_size=max_batch_size,
+            **kwargs,
+        )
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> "PlannedLM":
+        """As lm-eval's, but for an argument given in both: --model_args has the last word, --device has a default."""
+        if "plan" not in arg_dict:
+            raise InputError("The lm-eval model spd_calib needs a plan: --model_args plan=plan.json.")
+        given = {key: value for key, value in (additional_config or {}).items() if value is not None}
+        return cls(**{**given, **arg_dict})
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict | None = None) -> "PlannedLM":
+        from lm_eval.utils import simple_parse_args_string
+
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    def get_model_info(self) -> dict:
+        """What stands in lm-eval's results of the model; nothing is asked of the hub."""
+        return {
+            "model_num_parameters": self.model.num_parameters(),
+            "model_dtype": str(self.model.dtype),
+            "model_revision": self.plan.model.revision or "",
+            "model_sha": self.plan.model.revision or "",
+            "spd_calib": self.plan.model_dump(mode="json", include={"model", "tensor_parallel", "requires", "blocks"}),
+        }
+
+
+def run_command_line(argv: Sequence[str], resolve_model: Callable[[str], str] = str) -> int:
+    """Run lm-eval's command line on `argv`, as typed after `lm-eval`; its exit code.
+
+    `resolve_model` is told the model of a plan, or of --model_args pretrained=, and says where it lies. Raises
+    InputError with the reason where lm-eval fails.
+    """
+    from lm_eval._cli import HarnessCLI
+    from lm_eval.utils import setup_logging
+
+    PlannedLM.resolve_model = staticmethod(resolve_model)
+    before, sys.argv = sys.argv, ["lm-eval", *argv]
+    try:
+        setup_logging()
+        command_line = HarnessCLI()
+        command_line.execute(command_line.parse_args())
+    except SystemExit as e:
+        return e.code if isinstance(e.code, int) else int(e.code is not None)
+    except SpdError:
+        raise
+    except Exception as e:
+        raise InputError(f"lm-eval stops: {first_line(e)} (--debug shows where).") from e
+    finally:
+        sys.argv = before
+    return 0
+
+
+def _device(device: str | None) -> str:
+    wanted = device or "cuda"
+    return wanted if torch.cuda.is_available() or not wanted.startswith("cuda") else "cpu"
