@@ -20,6 +20,7 @@ class Seen:
     tokens: list[list[int]]  # greedy continuation
     chosen: list[list[float]]  # log p of its tokens
     all_reduces: list[list[int]]  # one list a rank: how many in each forward
+    vocabulary: list[list[int]]  # one pair a rank: the first token of its part of the head, and the one behind the last
 
 
 class Engine:
@@ -32,9 +33,7 @@ class Engine:
     def set(self, attention: Sequence[str], mlp: Sequence[str] | None = None) -> None:
         """Swap the plan in place. Raises SpdError where a worker could not."""
         mlp = mlp or ["keep_sync"] * len(attention)
-        errors = [e for e in self._call("spd_set", list(map(str, attention)), list(map(str, mlp))) if e]
-        if errors:
-            raise SpdError(f"vLLM's workers could not take the plan: {errors[0]}")
+        self._call("spd_set", list(map(str, attention)), list(map(str, mlp)))
 
     def see(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Seen:
         """Run prompts of token ids, and continue each by `new_tokens` greedy ones."""
@@ -46,19 +45,20 @@ class Engine:
         )
         outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], greedy, use_tqdm=False)
         tokens = [list(o.outputs[0].token_ids) for o in outputs]
-        counts = self._call("spd_all_reduces")
-        if wrong := [c for c in counts if isinstance(c, str)]:
-            raise SpdError(f"vLLM's workers could not count their all-reduces: {wrong[0]}")
         return Seen(
             prompt=[_of(o.prompt_logprobs[1:], p[1:]) for o, p in zip(outputs, prompts, strict=True)],
             tokens=tokens,
             chosen=[_of(o.outputs[0].logprobs, t) for o, t in zip(outputs, tokens, strict=True)],
-            all_reduces=counts,
+            all_reduces=self._call("spd_all_reduces"),
+            vocabulary=self._call("spd_vocabulary"),
         )
 
     def _call(self, method: str, *args: Any) -> list[Any]:
-        """What each rank's CheckExtension returns."""
-        return self.llm.collective_rpc(method, args=args)
+        """What each rank's CheckExtension returns. Raises SpdError where that is an error."""
+        results = self.llm.collective_rpc(method, args=args)
+        if errors := [r for r in results if isinstance(r, str)]:
+            raise SpdError(f"vLLM's workers report: {errors[0]}")
+        return results
 
 
 def _of(positions: Sequence[dict[int, Any]], tokens: Sequence[int]) -> list[float]:

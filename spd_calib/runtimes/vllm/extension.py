@@ -31,6 +31,14 @@ class CheckExtension:
             return f"{type(e).__name__}: {e}"
         return made
 
+    def spd_vocabulary(self: Any) -> list[int] | str:
+        """First token id and the one behind the last that this rank's part of the output head computes."""
+        try:
+            part = self.model_runner.get_model().lm_head.shard_indices
+        except Exception as e:
+            return f"{type(e).__name__}: {e}"
+        return [part.org_vocab_start_index, part.org_vocab_end_index]
+
     def spd_shared_memory(self: Any) -> str:
         """What the names of this engine's files in /dev/shm contain, or nothing."""
         return os.environ.get("VLLM_DIST_IDENT", "")

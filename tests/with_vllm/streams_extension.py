@@ -1,0 +1,34 @@
+"""What a test has every worker do: remember, bit by bit, the residual streams that leave each of its layers."""
+
+import hashlib
+from typing import Any
+
+import torch
+
+from spd_calib.runtimes.vllm.extension import CheckExtension
+
+
+class StreamsExtension(CheckExtension):
+    def spd_watch(self: Any, mlp: list[str]) -> None:
+        """Begin anew; what a layer whose MLP sync point is deferred hands on beside `x` is the rank's own, left out."""
+        for handle in vars(self).get("spd_handles", []):
+            handle.remove()
+        layers = self.model_runner.get_model().model.layers
+        self.spd_digests = [hashlib.sha256() for _ in layers]
+        self.spd_handles = [
+            layer.register_forward_hook(_remember(digest, deferred=strategy != "keep_sync"))
+            for layer, digest, strategy in zip(layers, self.spd_digests, mlp, strict=True)
+        ]
+
+    def spd_streams(self: Any) -> dict[str, list[str]]:
+        """One digest a layer, over everything since spd_watch."""
+        return {"layers": [digest.hexdigest() for digest in self.spd_digests]}
+
+
+def _remember(digest: Any, deferred: bool) -> Any:
+    def hook(layer: Any, args: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        hidden, residual = output
+        for stream in [residual] if deferred else [residual, hidden]:
+            digest.update(stream.contiguous().view(torch.uint8).numpy().tobytes())
+
+    return hook

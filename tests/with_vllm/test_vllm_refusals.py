@@ -1,0 +1,195 @@
+"""Where an engine is configured: no plan, no effect; a plan that cannot be run is refused with the reason."""
+
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from conftest import write_plan
+
+from spd_calib.errors import InputError
+from spd_calib.runtimes.vllm.configure import check
+from spd_calib.runtimes.vllm.layers import apply
+
+K, D = "keep_sync", "block_drop"
+CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
+
+
+@pytest.fixture
+def folder(folder_of):
+    return folder_of("llama")
+
+
+@pytest.fixture
+def plan(folder, tmp_path):
+    return write_plan(tmp_path / "plan.json", folder, 2, [D, K, K, D])
+
+
+def configured(folder, plan=None, tp=2, **options):
+    """The configuration that an engine would start with."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    if plan is not None:
+        options["additional_config"] = {"spd_plan": str(plan)}
+    options = {"max_model_len": 64, "dtype": "float32", "enforce_eager": True, **options}
+    return EngineArgs(model=str(folder), tensor_parallel_size=tp, **options).create_engine_config()
+
+
+def edited(path, **changes):
+    """The file at `path` with fields replaced, whether or not it is valid then."""
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return path
+
+
+def refused(folder, plan, words, **options):
+    """The engine's configuration is refused in one sentence that holds `words`."""
+    with pytest.raises(InputError) as e:
+        configured(folder, plan, **options)
+    sentence = str(e.value)
+    assert words in sentence and "\n" not in sentence and sentence.endswith("."), sentence
+
+
+def test_no_plan_no_effect(folder):
+    config = configured(folder)
+    assert config.additional_config == {} and config.parallel_config.worker_cls == CPU_WORKER
+
+
+def test_a_plan_reaches_the_workers(folder, plan):
+    config = configured(folder, plan)
+    assert config.parallel_config.worker_cls == "spd_calib.runtimes.vllm.cpu_worker.PlannedWorker"
+    assert config.additional_config["spd_plan"] == str(plan)
+    assert config.additional_config["spd_calib"]["attention"] == [D, K, K, D]
+    assert config.additional_config["spd_calib"]["mlp"] == [K] * 4
+
+
+def test_the_environment_is_the_fallback(folder, plan, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SPD_PLAN", "plan.json")
+    assert configured(folder).additional_config["spd_plan"] == str(plan)
+    other = write_plan(tmp_path / "other.json", folder, 2, [K] * 4)
+    assert configured(folder, other).additional_config["spd_plan"] == str(other)
+
+
+def test_serving_takes_the_same_way(folder, plan):
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    line = ["--model", str(folder), "--tensor-parallel-size", "2", "--additional-config"]
+    args = parser.parse_args([*line, json.dumps({"spd_plan": str(plan)})])
+    config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+    assert config.additional_config["spd_calib"]["attention"] == [D, K, K, D]
+
+
+def test_two_plans_are_two_keys_of_the_compile_cache(folder, plan):
+    """Also where the second lies in the same place as the first did."""
+    hashes = {configured(folder).compute_hash(), configured(folder, plan).compute_hash()}
+    write_plan(plan, folder, 2, [K, D, K, D])
+    assert len(hashes | {configured(folder, plan).compute_hash()}) == 3
+
+
+def test_another_tp_size(folder, plan):
+    refused(folder, plan, "is for TP 2, but vLLM was started with TP 4", tp=4)
+
+
+def test_an_unknown_requirement(folder, plan):
+    refused(folder, edited(plan, requires=["telepathy"]), "requires")
+
+
+def test_stale_weights(folder, plan):
+    model = {**json.loads(plan.read_text())["model"], "weight_fingerprint": "0" * 64}
+    refused(folder, edited(plan, model=model), "other weights")
+
+
+def test_another_model(folder_of, plan):
+    refused(folder_of("qwen2"), plan, "is for LlamaForCausalLM with 4 blocks")
+
+
+def test_an_architecture_that_is_not_on_the_list(plan, tmp_path):
+    folder = tiny.save(tiny.build_refused("gemma2"), tmp_path / "gemma2")
+    refused(folder, plan, "Gemma2ForCausalLM, whose decoder layer spd-calib does not know")
+
+
+def test_an_architecture_that_the_simulation_has_and_vllm_has_not(folder_of, plan):
+    refused(folder_of("starcoder2"), plan, "Starcoder2ForCausalLM, whose decoder layer")
+
+
+def test_the_generic_implementation_of_a_known_architecture(folder, plan):
+    refused(folder, plan, "whose decoder layer spd-calib does not know", model_impl="transformers")
+
+
+def test_pipeline_parallelism(folder, plan):
+    refused(folder, plan, "pipeline parallelism", pipeline_parallel_size=2)
+
+
+def test_lora(folder, plan):
+    refused(folder, plan, "LoRA", enable_lora=True)
+
+
+def test_another_worker(folder, plan):
+    refused(folder, plan, "worker", worker_cls="vllm.v1.worker.xpu_worker.XPUWorker")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "There is no file"),
+        ('{"format": "spd-calib/plan"', "not valid JSON"),
+        ('{"format": "spd-calib/profile", "version": 1}', "not a plan file"),
+        ('{"format": "spd-calib/plan", "version": 2}', "version 2"),
+        ('{"format": "spd-calib/plan", "version": 1}', "not a valid plan"),
+    ],
+)
+def test_a_file_that_is_no_plan(folder, tmp_path, content, words):
+    path = tmp_path / "broken.json"
+    if content is not None:
+        path.write_text(content)
+    refused(folder, path, words)
+
+
+def test_a_plan_that_is_not_named(folder):
+    with pytest.raises(InputError, match="name the plan's file"):
+        configured(folder, additional_config={"spd_plan": 3})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("quant_config", object(), "quantised"),
+        ("speculative_config", object(), "speculative"),
+    ],
+)
+def test_what_needs_more_than_a_cpu_to_configure(folder, plan, field, value, words):
+    from spd_calib.formats.files import read
+    from spd_calib.formats.plan import Plan
+
+    config = configured(folder)
+    fields = ("parallel_config", "model_config", "quant_config", "lora_config", "speculative_config")
+    likeness = SimpleNamespace(**{**{name: getattr(config, name) for name in fields}, field: value})
+    with pytest.raises(InputError, match=words):
+        check(read(Plan, plan), plan, likeness)
+
+
+def test_a_class_of_the_same_name_is_not_enough():
+    class LlamaForCausalLM(torch.nn.Module):
+        pass
+
+    with pytest.raises(InputError, match="its layers are not known"):
+        apply(LlamaForCausalLM(), [K], [K])
+
+
+def test_registering_twice_is_registering_once():
+    from vllm.engine.arg_utils import EngineArgs
+
+    from spd_calib.runtimes.vllm.plugin import register
+
+    register()
+    once = EngineArgs.create_engine_config
+    register()
+    assert EngineArgs.create_engine_config is once
+
+
+def test_nothing_in_the_environment_names_a_plan():
+    assert "SPD_PLAN" not in os.environ
