@@ -12,7 +12,9 @@ from spd_calib.errors import InputError
 
 def safetensors_files(folder: Path) -> list[Path]:
     """The weight files of a checkpoint. Raises InputError where there are none, only pickles, or some are missing."""
-    index = folder / "model.safetensors.index.json"
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():  # transformers looks for it first, too
+        return [single]
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -22,9 +24,6 @@ def safetensors_files(folder: Path) -> list[Path]:
         if missing:
             raise InputError(f"{folder} lacks the weight file {missing[0]} its index names; fetch the model again.")
         return [folder / n for n in names]
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return [single]
     if pickles := sorted(folder.glob("*.bin")):
         raise InputError(
             f"{folder} holds its weights as a pickle ({pickles[0].name}), which may run code when read; "

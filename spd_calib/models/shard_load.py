@@ -38,13 +38,13 @@ def load_sharded(source: Source, config: Any, rank: int, tp: int, device: str, d
     stored = _Checkpoint(source, model.base_model_prefix)
     loaded: dict[Tensor, nn.Parameter] = {}  # tied parameters are one
     try:
+        _fill_buffers(model, stored, device)
         for name, parameter in list(model.named_parameters(remove_duplicate=False)):
             if parameter not in loaded:
                 aliases = [n for n, p in model.named_parameters(remove_duplicate=False) if p is parameter]
                 piece = stored.read(aliases, parameter.shape, *own.get(name, (ALL, ALL)))
                 loaded[parameter] = nn.Parameter(piece.to(device, DTYPES[dtype]))
             _set(model, name, loaded[parameter])
-        _fill_buffers(model, stored, device)
     except torch.OutOfMemoryError:
         raise InputError(
             f"A rank's share of {source.id} does not fit on {device} in {dtype}; use more ranks or --dtype bfloat16."
@@ -107,15 +107,16 @@ class _Checkpoint:
 
 
 def _fill_buffers(model: PreTrainedModel, stored: _Checkpoint, device: str) -> None:
-    """Buffers that no checkpoint holds (rotary frequencies) are computed as transformers does; the others are read."""
+    """Buffers that no checkpoint holds (rotary frequencies) are computed as transformers does; the others are read.
+
+    Comes before the parameters: those that transformers would draw along with a buffer are not there yet.
+    """
     computed = dict(model.named_non_persistent_buffers())
     for name, buffer in list(model.named_buffers()):
         unknown = torch.full(buffer.shape, torch.nan)
         _set(model, name, (unknown if name in computed else stored.read([name], buffer.shape)).to(device, buffer.dtype))
     for name in computed:
-        module = model.get_submodule(name.rpartition(".")[0])
-        if next(module.parameters(), None) is None:
-            model._init_weights(module)
+        model._init_weights(model.get_submodule(name.rpartition(".")[0]))
         if not model.get_buffer(name).is_floating_point() or model.get_buffer(name).isnan().any():
             raise InputError(f"{type(model).__name__} has a buffer {name} that this tool cannot compute on its ranks.")
 
