@@ -259,6 +259,7 @@ def test_a_suite_is_run_again_and_again_on_the_same_requests(lm, tokenizer, task
     assert {key: s.value for key, s in planned.items()} == {key: results[key].planned for key in planned}
     lm.keep_all()
     assert suite.accuracy(lm, tokenizer, 4) == dense
+    assert not suite.truncated
     assert told[-1] == f"{suite.requests} of {suite.requests} requests"
     assert capsys.readouterr() == ("", "")
 
@@ -292,6 +293,17 @@ def test_data_out_of_reach_is_one_sentence(tasks, monkeypatch):
     with pytest.raises(InputError, match=r"t_choice cannot be reached .*network") as e:
         TaskSuite(["t_choice"], tasks, None, 0)
     assert "\n" not in str(e.value)
+
+
+def test_requests_too_long_for_the_model_are_noticed(lm, tokenizer, tasks, documents, tmp_path):
+    from spd_calib.evaluation.harness import TaskSuite
+
+    long = yaml.safe_load((tasks / "t_continue.yaml").read_text())
+    long |= {"task": "t_context", "doc_to_text": "{{text}} " * 50}
+    (tmp_path / "t_context.yaml").write_text(yaml.safe_dump(long))
+    suite = TaskSuite(["t_context"], tmp_path, 2, 0)
+    suite.run(lm, tokenizer, 2)
+    assert suite.truncated
 
 
 def test_a_task_without_accuracy_and_one_that_asks_too_much(lm, tokenizer, tasks, tmp_path):

@@ -17,7 +17,7 @@ from spd_calib.formats.plan import Plan
 from spd_calib.formats.results import TaskResult
 from spd_calib.parallel.model import TensorParallelLM
 
-from .tasks import load_tasks, quiet, running, seeded
+from .tasks import load_tasks, quiet, running, seeded, watching_truncation
 
 Note = Callable[[str], None]  # told, in words, how far a run is
 Key = tuple[str, str]  # task or group, metric
@@ -37,11 +37,12 @@ class Score:
 class TaskSuite:
     """lm-eval tasks, loaded once, to be run on many models or many settings of one.
 
-    Raises InputError for tasks that cannot be found, reached or run: see `load_tasks`.
+    `truncated` tells, after a run, whether requests were too long for the model and lost their beginning. Raises
+    InputError for tasks that cannot be found, reached or run: see `load_tasks`.
     """
 
     def __init__(self, tasks: Sequence[str], include_path: Path | None, limit: int | None, seed: int):
-        self.limit, self.seed = limit, seed
+        self.limit, self.seed, self.truncated = limit, seed, False
         self.loaded = load_tasks(tasks, include_path, limit, seed)
         self.requests = sum(i.repeats for task in self.loaded["tasks"].values() for i in task.instances)
 
@@ -66,16 +67,43 @@ class TaskSuite:
         for task in self.loaded["tasks"].values():
             for instance in task.instances:
                 instance.resps, instance.filtered_resps = [], {}
-        with running(list(self.loaded["tasks"])), quiet(step), seeded(self.seed):
+        tasks = list(self.loaded["tasks"])
+        with running(tasks), quiet(step), seeded(self.seed), watching_truncation() as warnings:
             # log-probabilities in float32 whatever the model's dtype: rounded to bfloat16, answers would tie by chance
             model = HFLM(pretrained=lm.model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
             found: Any = lm_eval(model, self.loaded, limit=self.limit, bootstrap_iters=0, log_samples=True)
+        self.truncated = bool(warnings)
         scores: dict[Key, Score] = {}
         for name, task in self.loaded["tasks"].items():
             scores.update(_task_scores(name, task, found))
         for name, group in self.loaded["groups"].items():
             scores.update(_group_scores(name, group, found))
         return scores
+
+    def evaluate(
+        self,
+        lm: TensorParallelLM,
+        tokenizer: PreTrainedTokenizerBase,
+        plan: Plan,
+        batch_size: int,
+        note: Note = lambda words: None,
+    ) -> list[TaskResult]:
+        """Run `lm` with every sync point kept and as `plan` says; every score of every task, then of groups.
+
+        A plan with a compensation needs `lm` to have it loaded already. `note` is told how far it is. Leaves every
+        sync point kept. Raises InputError where lm-eval fails, or nothing of the tasks can be compared.
+        """
+        try:
+            lm.keep_all()
+            dense = self.run(lm, tokenizer, batch_size, lambda words: note(f"dense, {words}"))
+            apply_plan(lm, plan)
+            planned = self.run(lm, tokenizer, batch_size, lambda words: note(f"planned, {words}"))
+        finally:
+            lm.keep_all()
+        if results := compare(dense, planned):
+            return results
+        names = ", ".join(self.loaded["tasks"])
+        raise InputError(f"No metric of {names} says whether more of it is better; name other tasks.")
 
     def accuracy(self, lm: TensorParallelLM, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> dict[str, float]:
         """Accuracy by task of `lm` as it is set at the moment: acc, or else the first metric of which more is better.
@@ -103,23 +131,8 @@ def evaluate(
     seed: int,
     note: Note = lambda words: None,
 ) -> list[TaskResult]:
-    """Run `tasks` on `lm` with every sync point kept and as `plan` says; every score of every task, then of groups.
-
-    A plan with a compensation needs `lm` to have it loaded already. `note` is told how far it is. Leaves every sync
-    point kept. Raises InputError for tasks that cannot be found, reached or run.
-    """
-    suite = TaskSuite(tasks, include_path, limit, seed)
-    try:
-        lm.keep_all()
-        dense = suite.run(lm, tokenizer, batch_size, lambda words: note(f"dense, {words}"))
-        apply_plan(lm, plan)
-        planned = suite.run(lm, tokenizer, batch_size, lambda words: note(f"planned, {words}"))
-    finally:
-        lm.keep_all()
-    results = compare(dense, planned)
-    if not results:
-        raise InputError(f"No metric of {', '.join(tasks)} says whether more of it is better; name other tasks.")
-    return results
+    """`TaskSuite.evaluate` of a suite made of `tasks`."""
+    return TaskSuite(tasks, include_path, limit, seed).evaluate(lm, tokenizer, plan, batch_size, note)
 
 
 def apply_plan(lm: TensorParallelLM, plan: Plan) -> None:

@@ -20,7 +20,7 @@ from spd_calib.parallel.compensation import load_compensation
 from spd_calib.parallel.session import open_session
 
 from .harness import apply_plan
-from .tasks import first_line
+from .tasks import first_line, quiet
 
 FROM_HFLM = (
     "add_bos_token",
@@ -70,13 +70,14 @@ class PlannedLM(HFLM):
         lm = session.load(_device(device), dtype, self.plan.provenance.seed)
         lm.set_compensation(load_compensation(self.plan, Path(plan)))
         apply_plan(lm, self.plan)
-        super().__init__(
-            pretrained=lm.model,
-            tokenizer=session.tokenizer,
-            batch_size=batch_size,
-            max_batch_size=max_batch_size,
-            **kwargs,
-        )
+        with quiet():  # it warns of arguments ignored; those are refused above
+            super().__init__(
+                pretrained=lm.model,
+                tokenizer=session.tokenizer,
+                batch_size=batch_size,
+                max_batch_size=max_batch_size,
+                **kwargs,
+            )
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> "PlannedLM":

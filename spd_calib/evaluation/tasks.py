@@ -141,6 +141,29 @@ def quiet(step: Step = lambda: None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def watching_truncation() -> Iterator[list[str]]:
+    """While it lasts, what lm-eval says of requests too long for the model goes into the list that is yielded."""
+    said: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "truncat" in (message := record.getMessage()).lower():
+                said.append(message)
+
+    logger, listener = logging.getLogger("lm_eval.models.huggingface"), Listener()
+    level, propagate = logger.level, logger.propagate
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    logger.addHandler(listener)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(listener)
+        logger.propagate = propagate
+        logger.setLevel(level)
+
+
+@contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Everything random in lm-eval and its tasks starts from `seed`; the CPU's generators are then put back."""
     import numpy as np
