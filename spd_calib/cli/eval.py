@@ -25,11 +25,12 @@ def evaluate(
     recipe: Recipe = None,
 ) -> None:
     """Run lm-eval on the dense and the planned model: both scores, the paired difference and its error."""
-    from spd_calib.evaluation.harness import evaluate as run
+    from spd_calib.evaluation.harness import TaskSuite
     from spd_calib.formats.common import TensorParallel
     from spd_calib.formats.files import check_writable, dumps, read, sha256_of, write_text
     from spd_calib.formats.plan import Plan
     from spd_calib.formats.results import Results
+    from spd_calib.parallel.compensation import load_compensation
     from spd_calib.parallel.session import open_session
 
     from .options import check_dtype, provenance, resolve_device, resolve_model
@@ -41,10 +42,14 @@ def evaluate(
     made = planned.provenance
     device, dtype = resolve_device(device), check_dtype(dtype or made.dtype)
     session = open_session(resolve_model(planned.model.id), planned.tensor_parallel.size, planned.model)
+    suite = TaskSuite(*resolve_tasks(tasks, include_path), limit, made.seed)
+    compensation = load_compensation(planned, plan)
     lm = session.load(device, dtype, made.seed)
-    names, include_path = resolve_tasks(tasks, include_path)
-    with working("lm-eval", None):
-        results = run(lm, session.tokenizer, planned, names, include_path, limit, batch_size, made.seed)
+    lm.set_compensation(compensation)
+    with working("lm-eval", 2 * suite.requests) as work:
+        results = suite.evaluate(lm, session.tokenizer, planned, batch_size, work.step)
+    if suite.truncated:
+        say("some requests were longer than the model reads: their beginnings were cut off")
     document = Results(
         model=planned.model,
         tensor_parallel=TensorParallel(size=planned.tensor_parallel.size),

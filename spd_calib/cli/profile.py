@@ -54,7 +54,7 @@ def profile(
     from spd_calib.sensitivity import profile as profiling
 
     from .options import check_dtype, provenance, resolve_device, resolve_model
-    from .shared import load_text_for, note_of
+    from .shared import load_text_for, note_of, resolve_tasks
     from .terminal import print_json, say, working
 
     strategies = _strategies(strategy)
@@ -68,16 +68,16 @@ def profile(
     text = load_text_for(session, data, seq_len, min_len, max_samples, verify_samples, pack)
     if text.note:
         say(text.note)
+    suite = None
+    if tasks:
+        from spd_calib.evaluation.harness import TaskSuite
+
+        suite = TaskSuite(*resolve_tasks(tasks, include_path), limit, seed)
     lm = session.load(device, dtype, seed)
     say(
         f"{session.ref.architecture}, {lm.num_blocks} blocks, TP {tp}: {len(text.calibration)} sequences to measure "
         f"on, {len(text.verification)} kept for verifying"
     )
-    suite = None
-    if tasks:
-        from spd_calib.evaluation.harness import TaskSuite
-
-        suite = TaskSuite(tasks.split(","), include_path, limit, seed)
     plan = list(profiling.drops(method, strategies, lm.num_blocks))  # type: ignore[arg-type]
     batches = -(-len(text.calibration) // batch_size) + bool(suite)
     said: list[bool] = []
