@@ -140,9 +140,9 @@ def plan(folder) -> Plan:
 @pytest.fixture(scope="module")
 def results(lm, tokenizer, plan, tasks) -> dict[tuple[str, str], TaskResult]:
     """Every kind of task and the group, with attention and MLP sync points dropped and one written off."""
-    from spd_calib.evaluation.harness import evaluate
+    from spd_calib.evaluation.harness import TaskSuite
 
-    found = evaluate(lm, tokenizer, plan, [*KINDS, "t_group"], tasks, None, 4, 0)
+    found = TaskSuite([*KINDS, "t_group"], tasks, None, 0).evaluate(lm, tokenizer, plan, 4)
     return {(r.task, r.metric): r for r in found}
 
 
@@ -234,13 +234,13 @@ def test_generation_is_the_naive_references(results):
 @pytest.mark.parametrize("family", ["gemma", "opt", "qwen3"])
 def test_a_plan_that_keeps_everything_changes_nothing(family, tokenizer, tasks):
     """Families whose output head is tied to the embedding, which lm-eval ties anew."""
-    from spd_calib.evaluation.harness import evaluate
+    from spd_calib.evaluation.harness import TaskSuite
 
     lm = TensorParallelLM.simulated(tiny.build(family, layers=BLOCKS), TP)
     ref = ModelRef(id="x", architecture="x", num_blocks=BLOCKS, config_hash="0" * 64, weight_fingerprint="0" * 64)
     ids = tiny.tokens(2, 8)
     before = lm(ids)
-    for r in evaluate(lm, tokenizer, make_plan(ref, *KEPT), KINDS, tasks, 4, 4, 0):
+    for r in TaskSuite(KINDS, tasks, 4, 0).evaluate(lm, tokenizer, make_plan(ref, *KEPT), 4):
         assert abs(r.difference) <= 1e-6 and not r.difference_stderr and r.documents == 4
     assert torch.equal(lm(ids), before)
 

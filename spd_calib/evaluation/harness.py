@@ -120,21 +120,6 @@ class TaskSuite:
         return accuracy
 
 
-def evaluate(
-    lm: TensorParallelLM,
-    tokenizer: PreTrainedTokenizerBase,
-    plan: Plan,
-    tasks: Sequence[str],
-    include_path: Path | None,
-    limit: int | None,
-    batch_size: int,
-    seed: int,
-    note: Note = lambda words: None,
-) -> list[TaskResult]:
-    """`TaskSuite.evaluate` of a suite made of `tasks`."""
-    return TaskSuite(tasks, include_path, limit, seed).evaluate(lm, tokenizer, plan, batch_size, note)
-
-
 def apply_plan(lm: TensorParallelLM, plan: Plan) -> None:
     """Set the plan's strategies; what `load_compensation` reads beside the plan must have been given to `lm` before."""
     for block in plan.blocks:
