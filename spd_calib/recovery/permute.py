@@ -1,0 +1,40 @@
+"""Reordering the heads and neurons of a block: the same dense function, other neighbours on a rank."""
+
+import torch
+from torch import Tensor
+
+from spd_calib.models.architecture import HeadCounts, LayerParts
+
+
+@torch.no_grad()
+def permute_neurons(parts: LayerParts, order: Tensor) -> None:
+    """Neuron `order[i]` becomes the i-th: rows of gate, up or fc1 with their biases, columns of down or fc2."""
+    for linear in parts.mlp_in:
+        linear.weight.copy_(linear.weight[order])
+        if linear.bias is not None:
+            linear.bias.copy_(linear.bias[order])
+    parts.down.weight.copy_(parts.down.weight[:, order])
+
+
+@torch.no_grad()
+def permute_heads(parts: LayerParts, counts: HeadCounts, heads: Tensor) -> None:
+    """Query head `heads[i]` becomes the i-th, and the KV heads follow; what normalises q and k is shared by all heads.
+
+    `heads` must keep the query heads of one KV head together.
+    """
+    group = counts.heads // counts.kv_heads
+    kv = heads.view(counts.kv_heads, group)[:, 0] // group
+    if not torch.equal(heads.view(counts.kv_heads, group) // group, kv[:, None].expand(-1, group)):
+        raise ValueError("query heads of one KV head are torn apart")
+    rows = {parts.q: entries(heads, counts.head_dim)}
+    rows |= {linear: entries(kv, counts.head_dim) for linear in (parts.k, parts.v)}
+    for linear, order in rows.items():
+        linear.weight.copy_(linear.weight[order])
+        if linear.bias is not None:
+            linear.bias.copy_(linear.bias[order])
+    parts.o.weight.copy_(parts.o.weight[:, rows[parts.q]])
+
+
+def entries(heads: Tensor, head_dim: int) -> Tensor:
+    """Indices of the entries of these heads, in their order."""
+    return (heads[:, None] * head_dim + torch.arange(head_dim, device=heads.device)).flatten()

@@ -1,0 +1,344 @@
+"""Treating the blocks of a plan: what is tried, in which order, and what is kept.
+
+Never worse: a treatment stays only where the KL of the whole plan, on text that nothing was fitted on, falls by more
+than the standard error of that fall. Everything tried stands in the report.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from spd_calib.errors import InputError
+from spd_calib.formats.common import Strategy
+
+from . import compensation, grouping
+from .distillation import Outcome, Schedule, distil_block, distil_whole, trainable
+from .moments import Moments, moments
+from .permute import entries
+from .planned import Batch, Feed, HeldOut, PlannedModel, Student, fall
+
+Method = Literal["grouping", "compensation", "distillation"]
+METHODS: tuple[Method, ...] = ("grouping", "compensation", "distillation")
+GROUPING_BATCHES = 8  # neurons are placed by as much of the text; predictors are fitted on all of it
+Tier = Literal["insensitive", "sensitive", "extremely sensitive"]
+
+
+@dataclass(frozen=True)
+class Options:
+    methods: tuple[Method, ...] = METHODS
+    max_rank: int | None = None  # of the predictor; 0: the mean shift only; None: up to the full one
+    exchange: float = 1.0  # compensation.choose
+    own_inputs: bool = True  # fit and train on the planned model's own streams, not on the dense model's
+    fisher: bool = True  # neurons' errors weighed by what they cost in KL (one backward pass over some text)
+    block_schedule: Schedule = field(default_factory=Schedule)
+    whole_schedule: Schedule = field(default_factory=Schedule)
+    batch_size: int = 16
+    seed: int = 0
+
+
+class Keeper(Protocol):
+    """Where a run leaves what it has so far, so that a killed one can go on."""
+
+    def save(self, name: str, tensors: dict[str, Tensor], note: dict) -> None: ...
+
+    def load(self, name: str) -> tuple[dict[str, Tensor], dict] | None: ...
+
+
+class Forgetful:
+    """Keeps nothing."""
+
+    def save(self, name: str, tensors: dict[str, Tensor], note: dict) -> None:
+        pass
+
+    def load(self, name: str) -> tuple[dict[str, Tensor], dict] | None:
+        return None
+
+
+@dataclass
+class Attempt:
+    """One treatment tried. `block` is None where all treated blocks were trained together."""
+
+    block: int | None
+    treatment: str
+    kl_before: float
+    kl_after: float
+    fell: float
+    fell_stderr: float
+    kept: bool
+    seconds: float
+    detail: dict = field(default_factory=dict)
+
+
+@dataclass
+class Report:
+    """What was tried and what came of it; `json()` for a file."""
+
+    tiers: dict[int, Tier]
+    kl_as_is: float
+    kl: float = 0.0
+    attempts: list[Attempt] = field(default_factory=list)
+
+    def kept(self, block: int) -> list[str]:
+        """Treatments of a block that stayed."""
+        return [a.treatment for a in self.attempts if a.kept and a.block in (block, None)]
+
+    def json(self) -> dict:
+        return {**asdict(self), "tiers": {str(b): t for b, t in self.tiers.items()}}
+
+
+def tiers(kl: Mapping[int, float], tau1: float | None = None, tau2: float | None = None) -> dict[int, Tier]:
+    """Each block's tier by its single KL; by default the thresholds are a quarter of the blocks' mean, and the mean."""
+    low, high = thresholds(kl, tau1, tau2)
+    return {
+        b: "insensitive" if value <= low else "sensitive" if value <= high else "extremely sensitive"
+        for b, value in kl.items()
+    }
+
+
+def thresholds(kl: Mapping[int, float], tau1: float | None, tau2: float | None) -> tuple[float, float]:
+    mean = sum(kl.values()) / max(len(kl), 1)
+    low = mean / 4 if tau1 is None else tau1
+    high = max(mean, low) if tau2 is None else tau2
+    if not 0 <= low <= high:
+        raise InputError(f"The thresholds {low} and {high} are not in order; the first is at most the second, from 0.")
+    return low, high
+
+
+def recover(
+    model: PlannedModel,
+    fitting: Sequence[Sequence[int]],
+    held_out: Sequence[Sequence[int]],
+    block_tiers: Mapping[int, Tier],
+    options: Options,
+    keeper: Keeper | None = None,
+    tick: Callable[[str], None] = lambda note: None,
+) -> Report:
+    """Treat the dropped blocks of `model` by tier; its students are what was kept.
+
+    Fitted on `fitting` (the last eighth chooses ridges, heads and when training stops), judged on `held_out`.
+    """
+    if not model.students:
+        raise InputError("The plan drops nothing, so there is nothing to recover; plan with a larger budget.")
+    if len(fitting) < 8 or len(held_out) < 2:
+        raise InputError(
+            f"{len(fitting)} sequences to fit on and {len(held_out)} to judge by are too few to recover with (8 and 2 "
+            "at least); give more text, or lower --seq-len or --min-len."
+        )
+    return _Recovery(model, fitting, held_out, block_tiers, options, keeper or Forgetful(), tick).run()
+
+
+class _Recovery:
+    def __init__(self, model, fitting, held_out, block_tiers, options: Options, keeper: Keeper, tick):
+        self.model: PlannedModel = model
+        self.fitting, self.options, self.keeper, self.tick = fitting, options, keeper, tick
+        self.held = HeldOut(model, held_out, options.batch_size)
+        self.tally = self.held.measure()
+        self.report = Report(dict(block_tiers), self.tally.kl())
+        self.metrics: list[Tensor] | None = None
+
+    def run(self) -> Report:
+        blocks = [
+            i
+            for i, s in sorted(self.model.students.items())
+            if s.block.attention_strategy == Strategy.BLOCK_DROP and self.report.tiers.get(i) != "insensitive"
+        ]
+        methods = self.options.methods
+        if "grouping" in methods or "compensation" in methods:
+            feed = self._feed()
+            if "grouping" in methods and self.options.fisher and not feed_too_large(feed):
+                self.metrics = grouping.fisher(feed, self._split(feed)[0][:GROUPING_BATCHES], self.options.seed)
+            for block in blocks:
+                feed.move_to(block)
+                self._closed_form(block, feed)
+        if "distillation" in methods:
+            feed = self._feed()
+            for block in blocks:
+                feed.move_to(block)
+                self._distil(block, feed)
+            if blocks:
+                self._distil_together(blocks)
+        self.report.kl = self.tally.kl()
+        return self.report
+
+    def _feed(self) -> Feed:
+        return Feed(self.model, self.fitting, min(self.options.batch_size, max(1, len(self.fitting) // 8)))
+
+    def _split(self, feed: Feed) -> tuple[list[Batch], list[Batch]]:
+        """Batches to fit on, and the last eighth to choose by."""
+        kept = max(1, len(feed.batches) // 8)
+        return feed.batches[:-kept], feed.batches[-kept:]
+
+    def _closed_form(self, block: int, feed: Feed) -> None:
+        """The predictor on the heads as they are; then heads and neurons under it, its predictor fitted anew."""
+        o, methods = self.options, self.options.methods
+        extreme = self.report.tiers.get(block) == "extremely sensitive"
+        group = "grouping" in methods and (extreme or "distillation" not in methods)
+        train, kept = self._split(feed)
+        name = f"closed-form-{block}"
+        if self._resume(name):
+            return
+        fitted = held = None
+        if "compensation" in methods:
+            fitted, held = (moments(self.model.students[block], feed, part, o.own_inputs) for part in (train, kept))
+            started = time.monotonic()
+            student = self.model.student_of(block)
+            fit = self._fit(student, fitted, held)
+            student.block.set_compensation(fit.predictors)
+            if not self._try(student, "compensation", started, _detail(fit)) and fit.form.kind != "mean":
+                student = self.model.student_of(block)
+                fit = compensation.fit(student, feed.model.lm.comm.size, fitted, held, [compensation.Form("mean")])[0]
+                student.block.set_compensation(fit.predictors)
+                self._try(student, "compensation", started, _detail(fit))
+        if group:
+            with_predictor = self.model.students[block].block.compensation is not None
+            if fitted is None or held is None:
+                fitted, held = (moments(self.model.students[block], feed, part, o.own_inputs) for part in (train, kept))
+            started = time.monotonic()
+            grouped, detail = self._group(block, feed, fitted, held, with_predictor)
+            accepted = self._try(grouped, "grouping", started, detail)
+            if "compensation" in methods and not (accepted and with_predictor):
+                # alone one of the two was no gain; together they may be
+                started = time.monotonic()
+                both, detail = self._group(block, feed, fitted, held, True)
+                self._try(both, "grouping+compensation", started, detail)
+        self._keep(name, block)
+
+    def _fit(self, student: Student, fitted: Moments, held: Moments) -> compensation.Fit:
+        block, tp = student.block, student.block.comm.size
+        forms = compensation.ladder(self.options.max_rank, block.d_rank)
+        fits = compensation.fit(student, tp, fitted, held, forms)
+        weights = sum(linear.weight.numel() for linear in student.parts.linears) // tp
+        return compensation.choose(fits, block.d_rank, block.width, weights, self.options.exchange)
+
+    def _group(self, block: int, feed: Feed, fitted: Moments, held: Moments, predict: bool) -> tuple[Student, dict]:
+        """The best measured order of heads, each with its own predictor and neurons: least distortion of the block."""
+        train, kept = self._split(feed)
+        own, found = self.options.own_inputs, []
+        # moments are of the dense order of heads, from which every candidate starts
+        for name, order in grouping.head_orders(self.model.students[block], fitted, self.options.seed).items():
+            student = self.model.student_of(block)
+            grouping.group_heads(student, order)
+            detail: dict = {"heads": name}
+            student.block.set_compensation(None)
+            if predict:
+                z = entries(order, student.counts.head_dim).to(fitted.mean.device)
+                fit = self._fit(student, fitted.permuted(z), held.permuted(z))
+                student.block.set_compensation(fit.predictors)
+                detail |= _detail(fit)
+            metric = self.metrics[block] if self.metrics else None
+            grouping.group_neurons(student, feed, train[:GROUPING_BATCHES], own, metric)
+            detail["distortion"] = grouping.distortion(student, feed, kept, own)
+            found.append((detail["distortion"], student, detail))
+        _, student, detail = min(found, key=lambda t: t[0])
+        return student, detail | {"tried": {d["heads"]: d["distortion"] for _, _, d in found}}
+
+    def _distil(self, block: int, feed: Feed) -> None:
+        name = f"distilled-{block}"
+        if self._resume(name):
+            return
+        started = time.monotonic()
+        student = self.model.student_of(block)
+        train, kept = self._split(feed)
+        saved = self.keeper.load("training-" + name)
+        outcome = distil_block(
+            student, feed, train, kept, self.options.own_inputs, self.options.block_schedule, saved and saved[0],
+            lambda tensors: self.keeper.save("training-" + name, tensors, {}),
+            lambda note: self.tick(f"distilling block {block}, {note}"),
+        )  # fmt: skip
+        self._try(student, "distillation", started, _outcome(outcome))
+        self._keep(name, block)
+
+    def _distil_together(self, blocks: Sequence[int]) -> None:
+        name = "distilled-together"
+        if self._resume(name, blocks):
+            return
+        started = time.monotonic()
+        feed = self._feed()
+        train, kept = self._split(feed)
+        before = {b: self.model.put(self.model.student_of(b)) for b in blocks}
+        students = [self.model.students[b] for b in blocks]
+        saved = self.keeper.load("training-" + name)
+        outcome = distil_whole(
+            self.model, students, train, kept, self.options.whole_schedule, saved and saved[0],
+            lambda tensors: self.keeper.save("training-" + name, tensors, {}),
+            lambda note: self.tick(f"distilling all treated blocks together, {note}"),
+        )  # fmt: skip
+        if not self._judge(None, "distillation end to end", started, _outcome(outcome)):
+            for student in before.values():
+                self.model.put(student)
+        self._keep(name, *blocks)
+
+    def _try(self, student: Student, treatment: str, started: float, detail: dict) -> bool:
+        """Keep `student` in the plan where the whole plan is better for it."""
+        before = self.model.put(student)
+        kept = self._judge(student.block.index, treatment, started, detail)
+        if not kept:
+            self.model.put(before)
+        return kept
+
+    def _judge(self, block: int | None, treatment: str, started: float, detail: dict) -> bool:
+        tally = self.held.measure()
+        fell, error = fall(self.tally, tally)
+        kept = fell > error
+        attempt = Attempt(
+            block, treatment, self.tally.kl(), tally.kl(), fell, error, kept, time.monotonic() - started, detail
+        )
+        self.report.attempts.append(attempt)
+        where = "all treated blocks" if block is None else f"block {block}"
+        verdict = "kept" if kept else "refused"
+        self.tick(f"{where}, {treatment}: KL {self.tally.kl():.4f} -> {tally.kl():.4f}, {verdict}")
+        if kept:
+            self.tally = tally
+        return kept
+
+    def _keep(self, name: str, *blocks: int) -> None:
+        tensors = {f"{b}/{n}": t for b in blocks for n, t in self.model.students[b].state().items()}
+        self.keeper.save(name, tensors, {"attempts": [asdict(a) for a in self.report.attempts]})
+
+    def _resume(self, name: str, blocks: Sequence[int] | None = None) -> bool:
+        """Take over what an interrupted run had finished."""
+        if (saved := self.keeper.load(name)) is None:
+            return False
+        tensors, note = saved
+        by_block: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            index, _, rest = key.partition("/")
+            by_block.setdefault(int(index), {})[rest] = tensor
+        for block, state in by_block.items():
+            student = self.model.student_of(block)
+            student.load(state)
+            self.model.put(student)
+        self.report.attempts = [Attempt(**a) for a in note["attempts"]]
+        self.tally = self.held.measure()
+        return True
+
+
+def feed_too_large(feed: Feed) -> bool:
+    """Is one [d, d] metric a block too much to hold? (half a gigabyte a block at d = 8192, float64)"""
+    d, n = feed.batches[0].dense.shape[-1], feed.model.lm.num_blocks
+    return d * d * 8 * n > 4 * 2**30
+
+
+def _detail(fit: compensation.Fit) -> dict:
+    return {"form": fit.form.kind, "rank": fit.form.rank, "left": fit.left}
+
+
+def _outcome(outcome: Outcome) -> dict:
+    return {"error_before": outcome.before, "error_after": outcome.after, "steps": outcome.steps}
+
+
+def added_parameters(model: PlannedModel) -> int:
+    """Weights a rank holds more than before, predictors of all blocks."""
+    predictors = (s.compensation[0] for s in model.students.values() if s.compensation)
+    return sum(p.numel() for c in predictors for p in c.parameters())
+
+
+def to_storage(model: PlannedModel, dtype: torch.dtype) -> None:
+    """Round the students to what the checkpoint is stored in, so that what is verified is what is written."""
+    for student in model.students.values():
+        for p in trainable(student):
+            p.data.copy_(p.data.to(dtype))
