@@ -125,8 +125,23 @@ def test_the_batch_size_changes_nothing():
 
 
 def test_cumulative_goes_from_the_last_block_backwards():
-    assert [(b, d) for b, _, d in drops("cumulative", [DROP], 3)] == [(2, [2]), (1, [1, 2]), (0, [0, 1, 2])]
-    assert [(b, d) for b, _, d in drops("single", [DROP], 3)] == [(0, [0]), (1, [1]), (2, [2])]
+    assert [(t.block, t.dropped) for t in drops("cumulative", [DROP], 3)] == [(2, [2]), (1, [1, 2]), (0, [0, 1, 2])]
+    assert [(t.block, t.dropped) for t in drops("single", [DROP], 3)] == [(0, [0]), (1, [1]), (2, [2])]
+
+
+def test_the_mlp_sync_point_is_deferred_in_every_block_but_the_last():
+    both = list(drops("single", [DROP, PLAIN], 3, ["attention", "mlp"]))
+    assert [(t.block, t.strategy) for t in both if t.sync_point == "mlp"] == [(0, DROP), (1, DROP)]
+    assert len(both) == 8 and {t.sync_point for t in drops("single", [DROP], 3, ["mlp"])} == {"mlp"}
+
+
+def test_an_mlp_measurement_is_of_the_mlp():
+    lm = TensorParallelLM.simulated(tiny.build("llama"), 2)
+    sequences = tiny.tokens(4, 16).tolist()
+    _, rows = profile(lm, sequences, "single", [DROP], 4, lambda i, tally: None, sync_points=["attention", "mlp"])
+    assert [(r.block, r.sync_point) for r in rows[4:]] == [(0, "mlp"), (1, "mlp"), (2, "mlp")]
+    deferred = Experiment((KEEP,) * 4, (KEEP, DROP, KEEP, KEEP))
+    assert rows[5].kl == measure(lm, sequences, [deferred])[1][0].kl
 
 
 def test_cumulative_measures_the_whole_set():

@@ -9,6 +9,7 @@ from spd_calib.formats.profile import Profile
 from spd_calib.parallel.session import Session
 from spd_calib.planning.budget import blocks, fraction
 from spd_calib.sensitivity.metrics import Tally
+from spd_calib.sensitivity.profile import Trial
 from spd_calib.sensitivity.text import Text, TextOptions, load_text
 
 
@@ -61,9 +62,8 @@ def resolve_data(data: str) -> str:
     return str(data_file("calibration"))
 
 
-def note_of(experiment: tuple, tally: Tally | None) -> str:
-    block, strategy, _ = experiment
-    what = f"block {block} {strategy}"
+def note_of(trial: Trial, tally: Tally | None) -> str:
+    what = f"block {trial.block} {'MLP ' if trial.sync_point == 'mlp' else ''}{trial.strategy}"
     return what if tally is None else f"{what}: KL {tally.kl():.4f}"
 
 

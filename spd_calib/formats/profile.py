@@ -5,9 +5,12 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from spd_calib.errors import InputError
+
 from .common import Count, Finite, ModelRef, Part, Provenance, Strategy, TensorParallel, TextRef
 
 Metric = Literal["kl", "ppl", "accuracy"]
+SyncPoint = Literal["attention", "mlp"]
 
 
 class Baseline(Part):
@@ -42,10 +45,45 @@ class Measurement(Comparison):
     """One drop experiment. `dropped` names all blocks dropped in it; `block` is the one it is about."""
 
     block: Count
-    sync_point: Literal["attention", "mlp"] = "attention"
+    sync_point: SyncPoint = "attention"
     strategy: Strategy
     dropped: list[Count] = Field(min_length=1)
     task_accuracy_drop: dict[str, Finite] = Field(default_factory=dict)
+
+
+class Point(Part):
+    """A sync point of the model."""
+
+    block: Count
+    sync_point: SyncPoint
+
+
+class Fisher(Part):
+    """KL of dropping (block_drop) any set of sync points, predicted to second order (sensitivity/fisher.py).
+
+    A term counts where all its sync points are dropped: one of them, or two consecutive ones for what they do beyond
+    their sum. KL, nats per token, is the sum of matrix entries over all ordered pairs of terms that count.
+    """
+
+    terms: list[list[Point]] = Field(min_length=1)
+    matrix: list[list[Finite]] = Field(description="Symmetric; of row i, columns i to the last")
+    stderr: list[list[Finite]] = Field(description="Standard error of each entry of `matrix`, over sequences")
+    samples: int = Field(gt=0, description="Random scores drawn for each sequence")
+    sampling_error: Finite = Field(ge=0, description="Relative standard error of a KL due to the scores alone")
+
+    @model_validator(mode="after")
+    def _triangular(self) -> Self:
+        n = len(self.terms)
+        if any([len(row) for row in rows] != list(range(n, 0, -1)) for rows in (self.matrix, self.stderr)):
+            raise ValueError(f"the upper triangle of {n} terms was expected")
+        if any(not 1 <= len(term) <= 2 for term in self.terms):
+            raise ValueError("a term is of one or two sync points")
+        return self
+
+    def of(self, point: Point) -> tuple[float, float]:
+        """KL of one sync point alone and its standard error."""
+        i = self.terms.index([point])
+        return self.matrix[i][0], self.stderr[i][0]
 
 
 class Profile(Part):
@@ -53,16 +91,25 @@ class Profile(Part):
     version: Literal[1] = 1
     model: ModelRef
     tensor_parallel: TensorParallel
-    method: Literal["single", "cumulative"]
+    method: Literal["single", "cumulative", "fisher"]
     rank_by: Metric
     text: TextRef
     verify_text: TextRef = Field(description="Sequences of the same source kept for verifying plans")
     baseline: Baseline
-    measurements: list[Measurement] = Field(min_length=1)
+    measurements: list[Measurement] = Field(description="Empty where the method is fisher")
+    fisher: Fisher | None = None
     provenance: Provenance
 
     @model_validator(mode="after")
     def _blocks_exist(self) -> Self:
+        if (self.method == "fisher") != (self.fisher is not None) or bool(self.fisher) == bool(self.measurements):
+            raise ValueError("a profile holds either measurements or, with the method fisher, what it predicts")
+        last = self.model.num_blocks - 1
+        points = [Point(block=m.block, sync_point=m.sync_point) for m in self.measurements]
+        points += [p for term in self.fisher.terms for p in term] if self.fisher else []
+        for p in points:
+            if p.block > last or (p.block == last and p.sync_point == "mlp"):
+                raise ValueError(f"the {p.sync_point} sync point of block {p.block} is none that can be dropped")
         for m in self.measurements:
             if max([m.block, *m.dropped]) >= self.model.num_blocks or m.block not in m.dropped:
                 raise ValueError(f"a measurement speaks of block {m.block}, dropped {m.dropped}")
@@ -73,20 +120,42 @@ class Profile(Part):
     @property
     def strategies(self) -> list[Strategy]:
         """The strategies measured, in the order they stand in the file."""
-        return list(dict.fromkeys(m.strategy for m in self.measurements))
+        return [Strategy.BLOCK_DROP] if self.fisher else list(dict.fromkeys(m.strategy for m in self.measurements))
 
-    def of(self, strategy: Strategy) -> dict[int, Measurement]:
-        """Measurements of the attention sync point under one strategy, by block."""
-        return {m.block: m for m in self.measurements if m.strategy == strategy and m.sync_point == "attention"}
+    @property
+    def sync_points(self) -> list[SyncPoint]:
+        """The kinds of sync points that were profiled."""
+        if self.fisher:
+            return list(dict.fromkeys(term[0].sync_point for term in self.fisher.terms if len(term) == 1))
+        return list(dict.fromkeys(m.sync_point for m in self.measurements))
 
-    def sensitivity(self, strategy: Strategy, metric: Metric | None = None) -> dict[int, float]:
-        """What dropping each block costs, by block, in `metric` (default: the one the profile ranks by).
+    def of(self, strategy: Strategy, sync_point: SyncPoint = "attention") -> dict[int, Measurement]:
+        """Measurements of one kind of sync point under one strategy, by block."""
+        return {m.block: m for m in self.measurements if m.strategy == strategy and m.sync_point == sync_point}
+
+    def kl(self, strategy: Strategy, sync_point: SyncPoint = "attention") -> dict[int, tuple[float, float]]:
+        """KL of dropping each block's sync point, and its standard error: what every profile knows."""
+        if self.fisher is None:
+            value = self.sensitivity(strategy, "kl", sync_point)
+            return {block: (value[block], m.kl_stderr) for block, m in self.of(strategy, sync_point).items()}
+        points = [term[0] for term in self.fisher.terms if len(term) == 1 and strategy == Strategy.BLOCK_DROP]
+        return {p.block: self.fisher.of(p) for p in points if p.sync_point == sync_point}
+
+    def sensitivity(
+        self, strategy: Strategy, metric: Metric | None = None, sync_point: SyncPoint = "attention"
+    ) -> dict[int, float]:
+        """What dropping each block's sync point costs, in `metric` (default: the one the profile ranks by).
 
         kl: nats per token; ppl: perplexity points, absolute; accuracy: fraction lost (mean over lm-eval tasks
         where the profile has them). `single` measures it directly; `cumulative` takes the difference of
-        consecutive measurements from the last block backwards (the paper, section 4.2).
+        consecutive measurements from the last block backwards (the paper, section 4.2); `fisher` predicts KL alone:
+        InputError is raised for any other metric.
         """
-        rows = self.of(strategy)
+        if self.fisher is not None:
+            if (metric or self.rank_by) != "kl":
+                raise InputError("A profile by --method fisher knows KL alone; profile with --method single for this.")
+            return {block: kl for block, (kl, _) in self.kl(strategy, sync_point).items()}
+        rows = self.of(strategy, sync_point)
         values = {block: self._value(m, metric or self.rank_by) for block, m in rows.items()}
         if self.method == "single":
             return values
@@ -106,8 +175,10 @@ class Profile(Part):
             return sum(m.task_accuracy_drop.values()) / len(m.task_accuracy_drop)
         return m.accuracy_drop
 
-    def ranking(self, strategy: Strategy, metric: Metric | None = None) -> list[int]:
+    def ranking(
+        self, strategy: Strategy, metric: Metric | None = None, sync_point: SyncPoint = "attention"
+    ) -> list[int]:
         """Blocks, least sensitive first; ties (frequent in accuracy) fall to the lower KL."""
-        value = self.sensitivity(strategy, metric)
-        kl = self.sensitivity(strategy, "kl")
+        value = self.sensitivity(strategy, metric, sync_point)
+        kl = self.sensitivity(strategy, "kl", sync_point)
         return sorted(value, key=lambda block: (value[block], kl[block], block))

@@ -64,8 +64,14 @@ class Block(nn.Module):
             inputs = self._inputs(self.norm2, defer(entered, predicted, self.o_bias))  # the debt stays the exact one
         else:
             inputs = self._inputs(self.norm2, s)
-        partials = [mlp(u) for mlp, u in zip(self.mlps, inputs, strict=True)]
-        return self._sync_point(self.mlp_strategy, s, partials, self.down_bias)
+        return self._sync_point(self.mlp_strategy, s, self._fed(inputs), self.down_bias)
+
+    def feed(self, s: Streams) -> list[Tensor]:
+        """Each rank's partial sum of the MLP [B, T, d] (bias left out), without compensation."""
+        return self._fed(self._inputs(self.norm2, s))
+
+    def _fed(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        return [mlp(u) for mlp, u in zip(self.mlps, inputs, strict=True)]
 
     def attend(self, s: Streams, **kwargs) -> tuple[list[Tensor], list[Tensor]]:
         """Each rank's partial sum of the attention [B, T, d] (bias left out), and its head outputs [B, T, d_rank]."""

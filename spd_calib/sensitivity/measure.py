@@ -4,14 +4,14 @@ Profiling one block, the paper's cumulative order and verifying a finished plan 
 lists of experiments.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from spd_calib.formats.common import Strategy
-from spd_calib.formats.profile import Baseline, Comparison
+from spd_calib.formats.profile import Baseline, Comparison, Point, SyncPoint
 from spd_calib.parallel.model import TensorParallelLM
 
 from .metrics import Tally, token_metrics
@@ -32,6 +32,16 @@ class Experiment:
         """Drop the attention's sync point in `blocks`, keep every other."""
         keep = Strategy.KEEP_SYNC
         return cls(tuple(strategy if i in blocks else keep for i in range(num_blocks)), (keep,) * num_blocks)
+
+    @classmethod
+    def of(cls, drops: Mapping[Point, Strategy], num_blocks: int) -> "Experiment":
+        """Drop the sync points named, each in its way, keep every other."""
+
+        def strategies(kind: SyncPoint) -> tuple[Strategy, ...]:
+            points = [Point(block=i, sync_point=kind) for i in range(num_blocks)]
+            return tuple(drops.get(point, Strategy.KEEP_SYNC) for point in points)
+
+        return cls(strategies("attention"), strategies("mlp"))
 
     @property
     def first(self) -> int:

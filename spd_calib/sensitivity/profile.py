@@ -1,10 +1,10 @@
 """The two ways of profiling: one sync point at a time, or the paper's, cumulatively from the last block backwards."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from spd_calib.formats.common import Strategy
-from spd_calib.formats.profile import Baseline, Measurement
+from spd_calib.formats.profile import Baseline, Measurement, Point, SyncPoint
 from spd_calib.parallel.model import TensorParallelLM
 
 from .measure import Experiment, Tick, measure
@@ -13,17 +13,31 @@ Method = Literal["single", "cumulative"]
 TaskAccuracy = Callable[[], dict[str, float]]  # of the model as it is set at the moment, by lm-eval task
 
 
-def drops(method: Method, strategies: Sequence[Strategy], num_blocks: int) -> Iterator[tuple[int, Strategy, list[int]]]:
-    """(block, strategy, all blocks dropped) of every experiment of a profile.
+class Trial(NamedTuple):
+    """One experiment of a profile: the block it is about, and all blocks dropped in it."""
 
-    single: each block alone. cumulative: block b with all behind it, from the last block backwards, so that
-    consecutive results differ by one block (paper, section 4.2; the differences are Profile.sensitivity's).
+    block: int
+    strategy: Strategy
+    dropped: list[int]
+    sync_point: SyncPoint = "attention"
+
+
+def drops(
+    method: Method, strategies: Sequence[Strategy], num_blocks: int, sync_points: Sequence[SyncPoint] = ("attention",)
+) -> Iterator[Trial]:
+    """The experiments of a profile.
+
+    single: each sync point alone; the MLP's can only be deferred (block_drop), and the last block's cannot.
+    cumulative: block b with all behind it, from the last block backwards, so that consecutive results differ by one
+    block (paper, section 4.2; the differences are Profile.sensitivity's); the attention's sync points alone.
     """
-    for strategy in strategies:
+    for strategy in strategies if "attention" in sync_points else ():
         if method == "single":
-            yield from ((block, strategy, [block]) for block in range(num_blocks))
+            yield from (Trial(block, strategy, [block]) for block in range(num_blocks))
         else:
-            yield from ((block, strategy, list(range(block, num_blocks))) for block in reversed(range(num_blocks)))
+            yield from (Trial(block, strategy, list(range(block, num_blocks))) for block in reversed(range(num_blocks)))
+    if "mlp" in sync_points:
+        yield from (Trial(block, Strategy.BLOCK_DROP, [block], "mlp") for block in range(num_blocks - 1))
 
 
 def profile(
@@ -34,21 +48,25 @@ def profile(
     batch_size: int,
     tick: Tick,
     task_accuracy: TaskAccuracy | None = None,
+    sync_points: Sequence[SyncPoint] = ("attention",),
 ) -> tuple[Baseline, list[Measurement]]:
     """Run every experiment of the profile; `task_accuracy` is called for the dense model and for each experiment."""
-    plan = list(drops(method, strategies, lm.num_blocks))
-    experiments = [Experiment.dropping(dropped, strategy, lm.num_blocks) for _, strategy, dropped in plan]
+    plan = list(drops(method, strategies, lm.num_blocks, sync_points))
+    experiments = [
+        Experiment.of({Point(block=b, sync_point=t.sync_point): t.strategy for b in t.dropped}, lm.num_blocks)
+        for t in plan
+    ]
     baseline, comparisons = measure(lm, sequences, experiments, batch_size, tick)
     dense, lost = {}, [{} for _ in plan]  # type: dict[str, float], list[dict[str, float]]
     if task_accuracy is not None:
         dense = task_accuracy()
         for i, experiment in enumerate(experiments):
-            lm.set_strategies(experiment.attention)
+            lm.set_strategies(experiment.attention, experiment.mlp)
             lost[i] = {task: dense[task] - accuracy for task, accuracy in task_accuracy().items()}
             tick(i, None)
         lm.keep_all()
     measurements = [
-        Measurement(**vars(c), block=block, strategy=strategy, dropped=dropped, task_accuracy_drop=task_drop)
-        for c, (block, strategy, dropped), task_drop in zip(comparisons, plan, lost, strict=True)
+        Measurement(**vars(c), **t._asdict(), task_accuracy_drop=task_drop)
+        for c, t, task_drop in zip(comparisons, plan, lost, strict=True)
     ]
     return baseline.model_copy(update={"task_accuracy": dense}), measurements

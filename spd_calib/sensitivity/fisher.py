@@ -1,0 +1,240 @@
+"""Every sync point's KL and all their interactions from one forward and one backward pass a batch.
+
+To second order, a change dz_t of the logits of token t costs KL = 1/2 dz_t' F_t dz_t, where F_t = diag(p) - p p' is
+the Fisher matrix of the softmax. With A = diag(sqrt p) - p sqrt(p)', A A' = F; so for random signs e the score
+s_t = A e has covariance F_t, and independent signs at different tokens make their cross terms vanish:
+
+    g = gradient of sum_t <s_t, z_t> with respect to the residual stream
+    d_i = <g, change of the stream that dropping sync point i makes>, summed over a sequence
+    KL of a sequence, every sync point of S dropped = 1/2 E[(sum_{i in S} d_i)^2]
+
+(labels sampled from the model in place of signs would do; signs have lighter tails.) The change is exact as far as
+the sync point that settles the debt, and linear from there on. A set is the sum of its members but for one thing:
+the debts of two consecutive sync points add up before they are settled. So each consecutive pair is run, too, and
+what it does beyond its two members is a term of its own.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spd_calib.formats.profile import Baseline, Fisher, Point, SyncPoint
+from spd_calib.parallel.block import Block
+from spd_calib.parallel.model import Recording, TensorParallelLM
+from spd_calib.parallel.streams import Streams, defer, keep
+
+from .measure import LOGITS_AT_A_TIME, batches, compare
+from .metrics import Tally
+
+Term = tuple[Point, ...]  # one sync point, or two consecutive ones: what they do beyond their sum
+
+
+def fisher_terms(num_blocks: int, sync_points: Sequence[SyncPoint]) -> list[Term]:
+    """The sync points in the order in which the model meets them, then the consecutive pairs of both kinds."""
+    points = [Point(block=block, sync_point=kind) for block in range(num_blocks) for kind in ("attention", "mlp")][:-1]
+    pairs = list(zip(points, points[1:], strict=False)) if len(set(sync_points)) == 2 else []
+    return [(p,) for p in points if p.sync_point in sync_points] + pairs
+
+
+def fisher(
+    lm: TensorParallelLM,
+    sequences: Sequence[Sequence[int]],
+    sync_points: Sequence[SyncPoint],
+    target_stderr: float,
+    batch_size: int = 8,
+    seed: int = 0,
+    tick: Callable[[], None] = lambda: None,
+) -> tuple[Baseline, Fisher]:
+    """The dense model's baseline and the interactions of all sync points, block_drop at each.
+
+    Samples are drawn until the signs' share of the relative standard error is at most `target_stderr` (mean over the
+    sync points). With Gaussian d that share is sqrt(2 / (sequences * samples)) where all sequences weigh the same;
+    the first pass draws as many samples, further passes what the error then found still asks for.
+    `tick` is called after each batch.
+    """
+    generator = torch.Generator(lm.device).manual_seed(seed)
+    terms = fisher_terms(lm.num_blocks, sync_points)
+    tokens = torch.tensor([len(s) - 1 for s in sequences], dtype=torch.float64)
+    samples = math.ceil(2 / (len(sequences) * target_stderr**2))
+    dense, passes = Tally(), list[Tensor]()
+    while samples > 0:
+        scores = []
+        for input_ids, lengths in batches(sequences, batch_size, lm.device):
+            lm.keep_all()
+            recording = lm.record(input_ids)
+            if not passes:
+                compare(lm, recording.final, recording.final, False, input_ids, lengths, dense)
+            by_term = score(lm, recording, lengths, sync_points, samples, generator)
+            scores.append(torch.stack([by_term[term] for term in terms], dim=-1).double().cpu())
+            tick()
+        passes.append(torch.cat(scores, dim=1))
+        d = torch.cat(passes)  # [samples, sequences, terms]
+        error = sampling_error(d[..., : sum(len(term) == 1 for term in terms)])
+        samples = math.ceil(len(d) * (error**2 / target_stderr**2 - 1) - 0.01)
+    matrix, stderr = interactions(d, tokens)
+    rows = range(len(terms))
+    return dense.baseline(), Fisher(
+        terms=[list(term) for term in terms],
+        matrix=[[_short(matrix[i, j]) for j in rows[i:]] for i in rows],
+        stderr=[[_short(stderr[i, j]) for j in rows[i:]] for i in rows],
+        samples=len(d),
+        sampling_error=_short(torch.tensor(error)),
+    )
+
+
+def interactions(d: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Matrix 1/2 E[d_i d_j] per token and its standard error over sequences (as metrics.Tally), both [terms, terms].
+
+    d [samples, sequences, terms], tokens [sequences].
+    """
+    q = torch.einsum("sni,snj->nij", d, d) / (2 * len(d))  # summed over each sequence's tokens
+    mean = q.sum(0) / tokens.sum()
+    squares = (q - mean * tokens[:, None, None]).pow(2).sum(0)
+    m = len(tokens)
+    return mean, (squares * m / max(m - 1, 1)).sqrt() / tokens.sum()
+
+
+def sampling_error(d: Tensor) -> float:
+    """The relative standard error of 1/2 E[d_i^2] that is due to the signs alone; mean over the terms of d.
+
+    For Gaussian d, Var(d^2) = 2 E[d^2]^2 = 2/3 E[d^4]; sums of signs have lighter tails than that.
+    """
+    variance = (2 / 3) * d.pow(4).sum((0, 1))
+    return (variance.sqrt() / d.pow(2).sum((0, 1)).clamp(min=1e-300)).mean().item()
+
+
+@dataclass(frozen=True)
+class _Passed:
+    """A block run with every sync point kept: what stood behind either of them, and the gradients there.
+
+    mid and out are [B, T, d], the gradients [samples, B, T, d].
+    """
+
+    block: Block
+    kwargs: dict
+    mid: Tensor
+    out: Tensor
+    grad_mid: Tensor
+    grad_out: Tensor
+
+
+def score(
+    lm: TensorParallelLM,
+    recording: Recording,
+    lengths: Sequence[int],
+    sync_points: Sequence[SyncPoint],
+    samples: int,
+    generator: torch.Generator,
+) -> dict[Term, Tensor]:
+    """d of every term, [samples, B]: the blocks are run once more from what entered them, from the last backwards.
+
+    Nothing but two blocks' activations is held beside the recording.
+    """
+    d: dict[Term, Tensor] = {}
+    gradient = final_gradient(lm, recording.final, lengths, samples, generator)
+    following: _Passed | None = None
+    for block, entered, kwargs in reversed(list(zip(lm.blocks, recording.streams, recording.kwargs, strict=True))):
+        x = entered.shared.detach().requires_grad_()
+        with torch.enable_grad():
+            attended = block.attend(Streams(x), **kwargs)[0]
+            mid = keep(Streams(x), attended, block.o_bias, lm.comm)
+            fed = block.feed(mid)
+            out = keep(mid, fed, block.down_bias, lm.comm).shared
+            if following is None:
+                left = out.detach().requires_grad_()
+                gradient = backward(lm.final_norm(Streams(left)), [left], gradient)[0]
+        grad_mid, grad_in = backward(out, [mid.shared, x], gradient)
+        passed = _Passed(block, kwargs, mid.shared.detach(), out.detach(), grad_mid, gradient)
+        with torch.no_grad():
+            attended, fed = [a.detach() for a in attended], [f.detach() for f in fed]
+            _drop(d, passed, following, x.detach(), attended, fed, "mlp" in sync_points)
+        following, gradient = passed, grad_in
+    return d
+
+
+def _drop(
+    d: dict[Term, Tensor],
+    here: _Passed,
+    following: _Passed | None,
+    x: Tensor,
+    attended: list[Tensor],
+    fed: list[Tensor],
+    with_mlp: bool,
+) -> None:
+    """Add to `d` what dropping either sync point of a block does, and with `with_mlp` the pairs of consecutive ones.
+
+    x entered the block; `attended` and `fed` are the ranks' partial sums with every sync point kept.
+    """
+    block, comm = here.block, here.block.comm
+    attention = Point(block=block.index, sync_point="attention")
+    owed_by_attention = defer(Streams(x), attended, block.o_bias)
+    fed_by_own = block.feed(owed_by_attention)
+    settled = keep(owed_by_attention, fed_by_own, block.down_bias, comm)
+    d[(attention,)] = _dot(here.grad_out, settled.shared - here.out)
+    if not with_mlp or following is None:
+        return
+    mlp = Point(block=block.index, sync_point="mlp")
+    next_attention = Point(block=block.index + 1, sync_point="attention")
+    after = following.block
+    owed_by_mlp = defer(Streams(here.mid), fed, block.down_bias)
+    attended = after.attend(owed_by_mlp, **following.kwargs)[0]
+    settled = keep(owed_by_mlp, attended, after.o_bias, comm)
+    d[(mlp,)] = _dot(following.grad_mid, settled.shared - following.mid)
+
+    owed = defer(owed_by_mlp, attended, after.o_bias)
+    settled = keep(owed, after.feed(owed), after.down_bias, comm)
+    together = _dot(following.grad_out, settled.shared - following.out)
+    d[(mlp, next_attention)] = together - d[(mlp,)] - d[(next_attention,)]
+
+    owed = defer(owed_by_attention, fed_by_own, block.down_bias)
+    settled = keep(owed, after.attend(owed, **following.kwargs)[0], after.o_bias, comm)
+    together = _dot(following.grad_mid, settled.shared - following.mid)
+    d[(attention, mlp)] = together - d[(attention,)] - d[(mlp,)]
+
+
+def _dot(gradients: Tensor, change: Tensor) -> Tensor:
+    """[samples, B, T, d] with [B, T, d], over positions and width: [samples, B]."""
+    return torch.einsum("sbtd,btd->sb", gradients.float(), change.float())
+
+
+def backward(output: Tensor, inputs: list[Tensor], gradients: Tensor) -> list[Tensor]:
+    """Gradients of <gradients[s], output> for each s with respect to `inputs`: one [samples, *shape] for each input."""
+    last = len(gradients) - 1
+    found = [torch.autograd.grad(output, inputs, g, retain_graph=s < last) for s, g in enumerate(gradients)]
+    return [torch.stack(of_input) for of_input in zip(*found, strict=True)]
+
+
+def final_gradient(
+    lm: TensorParallelLM, final: Tensor, lengths: Sequence[int], samples: int, generator: torch.Generator
+) -> Tensor:
+    """Gradient [samples, B, T, d] of sum_t <s_t, z_t> with respect to what left the final norm, `final` [B, T, d].
+
+    Every predicted token has a score: none stands at the last position of a sequence, nor at padding.
+    """
+    positions = torch.arange(final.shape[1]) < torch.tensor(lengths)[:, None] - 1
+    gradient = final.new_zeros(samples, *final.shape)
+    found = []
+    for hidden in final[positions.to(final.device)].split(max(1, LOGITS_AT_A_TIME // lm.head.vocab_size)):
+        hidden = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            logits = lm.head(hidden[None])[0]
+        p = logits.detach().float().softmax(-1)
+        scores = torch.stack([_signed_root(p, generator) for _ in range(samples)])
+        found.append(backward(logits, [hidden], scores.to(logits.dtype))[0])
+    gradient[:, positions.to(final.device)] = torch.cat(found, dim=1)
+    return gradient
+
+
+def _signed_root(p: Tensor, generator: torch.Generator) -> Tensor:
+    """A e for random signs e: sqrt(p) e - p <sqrt(p), e>, for p [N, V]."""
+    signs = torch.randint(0, 2, p.shape, generator=generator, device=p.device, dtype=torch.int8) * 2 - 1
+    root = p.sqrt() * signs
+    return root - p * root.sum(-1, keepdim=True)
+
+
+def _short(value: Tensor) -> float:
+    """Six digits: a file of many entries stays readable, and small."""
+    return float(f"{value.item():.6g}")
