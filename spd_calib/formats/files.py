@@ -12,17 +12,18 @@ from pydantic import BaseModel, ValidationError
 from spd_calib.errors import InputError
 from spd_calib.ranks import is_main_rank
 
+from .hardware import Hardware
 from .plan import Plan
 from .profile import Profile
 from .results import Results
 
-FORMATS: dict[str, type[BaseModel]] = {"profile": Profile, "plan": Plan, "results": Results}
+FORMATS: dict[str, type[BaseModel]] = {"profile": Profile, "plan": Plan, "results": Results, "hardware": Hardware}
 MAX_BYTES = 64 * 2**20  # no profile comes near this; it keeps a wrong file from filling the memory
 F = TypeVar("F", bound=BaseModel)
 
 
 def read(kind: type[F], path: Path) -> F:
-    """Read a profile, plan or results file. Raises InputError naming the file and what is wrong with it."""
+    """Read one of the travelling files. Raises InputError naming the file and what is wrong with it."""
     name = kind.__name__.lower()
     try:
         if path.stat().st_size > MAX_BYTES:
@@ -53,7 +54,7 @@ def read(kind: type[F], path: Path) -> F:
 
 
 def _writer(name: str) -> str:
-    return {"results": "eval"}.get(name, name)
+    return {"results": "eval", "hardware": "bench"}.get(name, name)
 
 
 def dumps(document: BaseModel) -> str:
@@ -107,5 +108,5 @@ def sha256_of(path: Path) -> str:
 
 
 def schema(name: str) -> str:
-    """The JSON Schema of 'profile', 'plan' or 'results', as kept in docs/schemas/."""
+    """The JSON Schema of a format, by its name, as kept in docs/schemas/."""
     return json.dumps(FORMATS[name].model_json_schema(), indent=1) + "\n"

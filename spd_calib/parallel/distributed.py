@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -35,17 +36,25 @@ def start(tp: int) -> Distributed:
             "torchrun to simulate the ranks."
         )
     if not dist.is_initialized():
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", tp))
-        if local == tp and sys.platform == "linux":
+        if local_size() == tp and sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all on one machine: nobody else need hear
         gpus = torch.cuda.device_count()
-        backend = "gloo" if not gpus else "cpu:gloo,cuda:nccl" if local <= gpus else "cpu:gloo,cuda:gloo"
         if gpus:
             torch.cuda.set_device(_local_rank() % gpus)
-        dist.init_process_group(backend, store=_rendezvous(), rank=rank(), world_size=tp)
-        atexit.register(dist.destroy_process_group)
-        threading.Thread(target=_end_with_the_others, daemon=True).start()
+        backends = f"cpu:gloo,cuda:{backend('cuda')}" if gpus else "gloo"
+        dist.init_process_group(backends, store=_rendezvous(), rank=rank(), world_size=tp)
+        _watch_the_others()
     return Distributed()
+
+
+def local_size() -> int:
+    """Ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
+def backend(device: str) -> Literal["gloo", "nccl"]:
+    """What carries the sums of tensors on this device."""
+    return "nccl" if device.startswith("cuda") and local_size() <= torch.cuda.device_count() else "gloo"
 
 
 def local_device(device: str) -> str:
@@ -79,15 +88,29 @@ def speak_once(message: str) -> None:
         _wait_until(lambda: store.check(["spoken"]), seconds=5)
 
 
-def _end_with_the_others() -> None:
-    """Runs beside the work: ends this process when another rank has failed."""
-    try:
-        store = dist.PrefixStore("spd_calib", _rendezvous())
-        while not store.check(["spoken"]):
-            time.sleep(1)
-    except Exception:  # torchrun itself is gone, and with it the store
-        pass
-    os._exit(1)
+def _watch_the_others() -> None:
+    """Start a thread that ends this process when another rank has failed; it stops when this one is done."""
+    done = threading.Event()
+    store = dist.PrefixStore("spd_calib", _rendezvous())
+
+    def watch() -> None:
+        while not done.wait(1):
+            try:
+                failed = store.check(["spoken"])
+            except Exception:  # torchrun itself is gone, and with it the store
+                failed = True
+            if failed and not done.is_set():
+                os._exit(1)
+
+    thread = threading.Thread(target=watch, daemon=True)
+
+    def stop() -> None:
+        done.set()
+        thread.join(5)  # a thread still in C++ when Python ends would abort it
+        dist.destroy_process_group()
+
+    atexit.register(stop)
+    thread.start()
 
 
 def _rendezvous(timeout: timedelta = timedelta(minutes=5)) -> dist.Store:

@@ -1,0 +1,63 @@
+"""hardware.json: what a sync costs on a machine, measured on real ranks; the latency model of `plan` reads it."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from .common import Count, Finite, ModelRef, Part, Provenance, Sha256, TensorParallel
+
+Seconds = Finite
+
+
+class Timing(Part):
+    """Seconds over `repeats` measurements; of each the slowest rank counts."""
+
+    median: Seconds = Field(gt=0)
+    p10: Seconds = Field(gt=0)
+    p90: Seconds = Field(gt=0)
+    repeats: int = Field(gt=0)
+
+
+class Collective(Part):
+    """A sum of one tensor over all ranks."""
+
+    method: Literal["all_reduce", "all_gather_and_sum"] = Field(
+        description="The latter: everything to every rank, which adds it up itself; two one-way delays"
+    )
+    ranks: int = Field(gt=1)
+    bytes: int = Field(gt=0)
+    seconds: Timing
+
+
+class Step(Part):
+    """One forward of the model: a whole prompt (prefill), or one token behind it with the KV cache (decode)."""
+
+    phase: Literal["prefill", "decode"]
+    blocks: Literal["dense", "plan", "every_block_dropped"] = Field(description="Which sync points are dropped")
+    dropped: Count = Field(description="Sync points dropped")
+    batch: int = Field(gt=0)
+    tokens: int = Field(gt=0, description="Of the prompt")
+    seconds: Timing
+
+
+class Hardware(Part):
+    format: Literal["spd-calib/hardware"] = "spd-calib/hardware"
+    version: Literal[1] = 1
+    model: ModelRef
+    plan_sha256: Sha256
+    tensor_parallel: TensorParallel
+    device: str = Field(min_length=1, description="Name of the processor or GPU")
+    backend: Literal["gloo", "nccl"]
+    nodes: int = Field(gt=0, description="Machines the ranks are spread over")
+    collectives: list[Collective] = Field(min_length=1)
+    steps: list[Step] = Field(min_length=1)
+    provenance: Provenance
+
+    def all_reduce_seconds(self) -> dict[int, float]:
+        """Median time of an all-reduce, by bytes, smallest first."""
+        rows = [c for c in self.collectives if c.method == "all_reduce"]
+        return {c.bytes: c.seconds.median for c in sorted(rows, key=lambda c: c.bytes)}
+
+    def step_seconds(self, phase: Literal["prefill", "decode"]) -> dict[str, float]:
+        """Median time of a step, by which sync points are dropped."""
+        return {s.blocks: s.seconds.median for s in self.steps if s.phase == phase}
