@@ -9,14 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Literal, Protocol
 
-import torch
 from torch import Tensor
 
 from spd_calib.errors import InputError
 from spd_calib.formats.common import Strategy
 
 from . import compensation, grouping
-from .distillation import Outcome, Schedule, distil_block, distil_whole, trainable
+from .distillation import Outcome, Schedule, distil_block, distil_whole
 from .moments import Moments, moments
 from .permute import entries
 from .planned import Batch, Feed, HeldOut, PlannedModel, Student, fall
@@ -182,6 +181,7 @@ class _Recovery:
         if self._resume(name):
             return
         fitted = held = None
+        untreated = self.model.student_of(block)  # the moments are of its order of heads
         if "compensation" in methods:
             fitted, held = (moments(self.model.students[block], feed, part, o.own_inputs) for part in (train, kept))
             started = time.monotonic()
@@ -198,12 +198,12 @@ class _Recovery:
             if fitted is None or held is None:
                 fitted, held = (moments(self.model.students[block], feed, part, o.own_inputs) for part in (train, kept))
             started = time.monotonic()
-            grouped, detail = self._group(block, feed, fitted, held, with_predictor)
+            grouped, detail = self._group(untreated, feed, fitted, held, with_predictor)
             accepted = self._try(grouped, "grouping", started, detail)
             if "compensation" in methods and not (accepted and with_predictor):
                 # alone one of the two was no gain; together they may be
                 started = time.monotonic()
-                both, detail = self._group(block, feed, fitted, held, True)
+                both, detail = self._group(untreated, feed, fitted, held, True)
                 self._try(both, "grouping+compensation", started, detail)
         self._keep(name, block)
 
@@ -218,18 +218,16 @@ class _Recovery:
         """The best measured order of heads, each with its own predictor and neurons: least distortion of the block."""
         train, kept = self._split(feed)
         own, found = self.options.own_inputs, []
-        # moments are of the dense order of heads, from which every candidate starts
-        for name, order in grouping.head_orders(self.model.students[block], fitted, self.options.seed).items():
-            student = self.model.student_of(block)
+        for name, order in grouping.head_orders(untreated, fitted, self.options.seed).items():
+            student = untreated.copy()
             grouping.group_heads(student, order)
             detail: dict = {"heads": name}
-            student.block.set_compensation(None)
             if predict:
                 z = entries(order, student.counts.head_dim).to(fitted.mean.device)
                 fit = self._fit(student, fitted.permuted(z), held.permuted(z))
                 student.block.set_compensation(fit.predictors)
                 detail |= _detail(fit)
-            metric = self.metrics[block] if self.metrics else None
+            metric = self.metrics[student.block.index] if self.metrics else None
             grouping.group_neurons(student, feed, train[:GROUPING_BATCHES], own, metric)
             detail["distortion"] = grouping.distortion(student, feed, kept, own)
             found.append((detail["distortion"], student, detail))
@@ -335,10 +333,3 @@ def added_parameters(model: PlannedModel) -> int:
     """Weights a rank holds more than before, predictors of all blocks."""
     predictors = (s.compensation[0] for s in model.students.values() if s.compensation)
     return sum(p.numel() for c in predictors for p in c.parameters())
-
-
-def to_storage(model: PlannedModel, dtype: torch.dtype) -> None:
-    """Round the students to what the checkpoint is stored in, so that what is verified is what is written."""
-    for student in model.students.values():
-        for p in trainable(student):
-            p.data.copy_(p.data.to(dtype))
