@@ -214,7 +214,9 @@ class _Recovery:
         weights = sum(linear.weight.numel() for linear in student.parts.linears) // tp
         return compensation.choose(fits, block.d_rank, block.width, weights, self.options.exchange)
 
-    def _group(self, block: int, feed: Feed, fitted: Moments, held: Moments, predict: bool) -> tuple[Student, dict]:
+    def _group(
+        self, untreated: Student, feed: Feed, fitted: Moments, held: Moments, predict: bool
+    ) -> tuple[Student, dict]:
         """The best measured order of heads, each with its own predictor and neurons: least distortion of the block."""
         train, kept = self._split(feed)
         own, found = self.options.own_inputs, []
