@@ -10,8 +10,12 @@ import yaml
 
 from spd_calib.formats.common import Strategy
 from spd_calib.formats.files import read
+from spd_calib.formats.front import Front
 from spd_calib.formats.plan import Plan
 from spd_calib.formats.profile import Profile
+from spd_calib.parallel.session import open_session
+from spd_calib.sensitivity.measure import Experiment, measure
+from spd_calib.sensitivity.text import TextOptions, load_text
 
 
 @pytest.fixture
@@ -54,9 +58,14 @@ def test_cumulative_ranked_by_ppl(spd, llama, text, tmp_path):
     assert total == pytest.approx(p.measurements[-1].ppl - p.baseline.ppl)
 
 
-def test_plan_drops_what_it_was_asked_to(plan_file, profile_file):
+def test_plan_drops_what_it_was_asked_to(plan_file, profile_file, llama, text):
     plan, p = read(Plan, plan_file), read(Profile, profile_file)
-    assert sorted(plan.dropped) == sorted(p.ranking(Strategy.BLOCK_DROP)[:2])
+    assert len(plan.dropped) == 2
+    session = open_session(str(llama), 4)
+    sequences = load_text(TextOptions(str(text), 32, 32, 12, 8), session.tokenizer).calibration
+    sets = [Experiment.dropping(s, Strategy.BLOCK_DROP, 4) for s in (plan.dropped, p.ranking(Strategy.BLOCK_DROP)[:2])]
+    chosen, ranked = measure(session.load("cpu"), sequences, sets)[1]
+    assert chosen.kl <= ranked.kl
     assert plan.verified.text == p.verify_text and plan.verified.kl > 0
     assert plan.blocks[1].module == "model.layers.1"
     assert plan.requires == []
@@ -129,6 +138,43 @@ def test_the_fingerprint_is_of_the_weights_not_of_their_files(tmp_path):
     )
 
 
+SHORT = ("--seq-len", 16, "--max-samples", 4, "--verify-samples", 2, "--device", "cpu")
+
+
+def test_both_sync_points_from_profile_to_check(spd, llama, text, tmp_path):
+    profile, plan = tmp_path / "p.json", tmp_path / "plan.json"
+    both = ("--sync-points", "attention,mlp", "--strategy", "block_drop", "--rank-by", "kl")
+    outcome = spd("profile", llama, "--tp", 2, "--data", text, *SHORT, *both, "-o", profile)
+    assert outcome.code == 0 and "MLP: block_drop, least sensitive" in outcome.err, outcome.err
+    p = read(Profile, profile)
+    assert len(p.measurements) == 7 and sorted(p.of(Strategy.BLOCK_DROP, "mlp")) == [0, 1, 2]
+    outcome = spd("plan", profile, "--drop", "100%", "--compare", "-o", plan)
+    assert outcome.code == 0 and "evenly spaced" in outcome.err, outcome.err
+    made = read(Plan, plan)
+    assert made.requires == ["mlp_drop"] and made.dropped == [0, 1, 2, 3] and made.mlp_dropped == [0, 1, 2]
+    assert "8 a forward and rank become 1" in " ".join(outcome.err.split())
+    assert spd("check", plan).code == 0
+    assert spd("report", profile, "--plan", plan, "--png", tmp_path / "f.png").code == 0
+
+
+def test_fisher_from_profile_to_plan(spd, llama, text, tmp_path):
+    profile, plan, front = tmp_path / "p.json", tmp_path / "plan.json", tmp_path / "front.json"
+    fisher = ("--method", "fisher", "--sync-points", "attention,mlp", "--target-stderr", 0.3)
+    outcome = spd("profile", llama, "--tp", 2, "--data", text, *SHORT, *fisher, "-o", profile)
+    assert outcome.code == 0 and "of error in a KL" in outcome.err, outcome.err
+    p = read(Profile, profile)
+    assert p.rank_by == "kl" and p.fisher is not None and p.fisher.sampling_error <= 0.3
+    outcome = spd("plan", profile, "--pareto", front)
+    assert outcome.code == 0 and not plan.exists(), outcome.err
+    assert [x.drops for x in read(Front, front).points] == list(range(8))
+    outcome = spd("plan", profile, "--max-ppl-increase", "20%", "--pareto", front, "-o", plan)
+    assert outcome.code == 0, outcome.err
+    made = read(Plan, plan)
+    assert made.verified.ppl_increase <= 0.2 and made.predicted.ppl_increase is None
+    assert any(x.measured_kl is not None for x in read(Front, front).points)
+    assert spd("report", profile, "--plan", plan, "--png", tmp_path / "f.png").code == 0
+
+
 def test_recipes_give_defaults_that_the_command_line_overrides(spd, llama, text, tmp_path):
     recipe = {
         "profile": {
@@ -182,6 +228,22 @@ BAD = [
     (["profile", "{llama}", "--tp", "2", "--data", "{text}", "--strategy", "keep_sync"], "cannot be measured"),
     (["profile", "{llama}", "--tp", "2", "--data", "{text}", "--method", "fast"], "--method"),
     (["profile", "{llama}", "--tp", "2", "--data", "{text}", "--rank-by", "luck"], "--rank-by"),
+    (["profile", "{llama}", "--tp", "2", "--data", "{text}", "--sync-points", "both"], "--sync-points"),
+    (
+        ["profile", "{llama}", "--tp", "2", "--data", "{text}", "--sync-points", "mlp", "--method", "cumulative"],
+        "paper",
+    ),
+    (["profile", "{llama}", "--tp", "2", "--data", "{text}", "--target-stderr", "0.1"], "--target-stderr belongs"),
+    (
+        ["profile", "{llama}", "--tp", "2", "--data", "{text}", "--method", "fisher", "--target-stderr", "0"],
+        "no relative",
+    ),
+    (["profile", "{llama}", "--tp", "2", "--data", "{text}", "--method", "fisher", "--rank-by", "ppl"], "KL alone"),
+    (["profile", "{llama}", "--tp", "2", "--data", "{text}", "--method", "fisher", "--tasks", "x"], "KL alone"),
+    (
+        ["profile", "{llama}", "--tp", "2", "--data", "{text}", "--method", "fisher", "--strategy", "plain_drop"],
+        "alone",
+    ),
     (["profile", "{llama}", "--tp", "2", "--data", "{text}", "--dtype", "int8"], "--dtype"),
     (["profile", "{llama}", "--tp", "2", "--data", "{text}", "--device", "cuda:77", "--seq-len", "16"], "--device"),
     (["profile", "{llama}", "--tp", "2", "--data", "{text}", "-o", "{tmp}/no/p.json"], "does not exist"),
@@ -195,6 +257,8 @@ BAD = [
     (["plan", "{profile}", "--tau1", "0.1"], "--tau2"),
     (["plan", "{profile}", "--tau1", "0.2", "--tau2", "0.1"], "below --tau1"),
     (["plan", "{profile}", "--max-kl", "lots"], "--max-kl"),
+    (["plan", "{profile}", "--max-kl", "1", "--max-logprob-diff", "1"], "--max-kl and --max-logprob-diff"),
+    (["plan", "{profile}", "--pareto", "{tmp}"], "is a folder"),
     (["plan", "{profile}", "--drop", "17"], "4 blocks"),
     (["plan", "{profile}", "--drop", "2", "--strategy", "keep_sync"], "nothing to plan"),
     (["plan", "{profile}", "--drop", "2", "--strategy", "hope"], "'hope'"),

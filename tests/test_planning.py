@@ -1,15 +1,21 @@
 """Budgets and the search, on profiles made by hand and measurements that are functions."""
 
+import itertools
 import json
 
+import numpy as np
 import pytest
 
 from spd_calib.errors import InputError, SpdError
 from spd_calib.formats.common import ModelRef, Provenance, Strategy, TensorParallel, TextRef
 from spd_calib.formats.plan import Budget
-from spd_calib.formats.profile import Baseline, Comparison, Measurement, Profile
+from spd_calib.formats.profile import Baseline, Comparison, Fisher, Measurement, Point, Profile
 from spd_calib.planning import budget as budgets
-from spd_calib.planning.search import candidates, choose, tier
+from spd_calib.planning.front import front_of, knee
+from spd_calib.planning.interactions import Interactions
+from spd_calib.planning.obvious import paper_order
+from spd_calib.planning.plan import Obvious
+from spd_calib.planning.search import candidates, choose, interactions_of, tier
 
 DROP, PLAIN = Strategy.BLOCK_DROP, Strategy.PLAIN_DROP
 
@@ -32,14 +38,24 @@ def comparison(kl: float, accuracy_drop: float | None = None, ppl: float | None 
     )
 
 
-def make_profile(block_drop, plain_drop=None, method="single", rank_by="kl", **changes) -> Profile:
-    """A profile whose KL per block and strategy is as given."""
+def a(block: int) -> Point:
+    return Point(block=block, sync_point="attention")
+
+
+def m(block: int) -> Point:
+    return Point(block=block, sync_point="mlp")
+
+
+def make_profile(block_drop, plain_drop=None, method="single", rank_by="kl", mlp=(), **changes) -> Profile:
+    """A profile whose KL per block and strategy is as given, and per MLP where there are any."""
     n = len(block_drop)
     rows = []
     for strategy, values in ((DROP, block_drop), (PLAIN, plain_drop or [])):
         for block, kl in enumerate(values):
             dropped = [block] if method == "single" else list(range(block, n))
             rows.append(Measurement(**vars(comparison(kl)), block=block, strategy=strategy, dropped=dropped))
+    for block, kl in enumerate(mlp):
+        rows.append(Measurement(**vars(comparison(kl)), block=block, sync_point="mlp", strategy=DROP, dropped=[block]))
     text = TextRef(source="t", seq_len=8, min_len=8, pack=False, first=0, sequences=4, tokens=32, sha256="0" * 64)
     return Profile(
         model=ModelRef(id="m", architecture="A", num_blocks=n, config_hash="0" * 64, weight_fingerprint="1" * 64),
@@ -61,7 +77,7 @@ def budget(kind="max_kl", value=0.1, strategies=(DROP, PLAIN), **more) -> Budget
 
 def total(costs, factor=1.0):
     """A model of the world in which sets cost `factor` times their sum."""
-    return lambda drops: comparison(factor * sum(costs[b] for b in drops))
+    return lambda sets: [comparison(factor * sum(costs[p.block] for p in drops)) for drops in sets]
 
 
 def test_sensitivity_of_cumulative_profiles_is_the_difference_of_consecutive_perplexities():
@@ -132,7 +148,7 @@ def test_no_longer_run_would_have_kept_the_budget(value, factor):
         n = len(choose(make_profile(costs), budget(value=value, strategies=[DROP]), world, world).dropped)
     except SpdError:
         n = 0
-    fits = [k for k in range(9) if world(order[:k]).kl <= value]
+    fits = [k for k in range(9) if world([map(a, order[:k])])[0].kl <= value]
     assert n == max(fits)
 
 
@@ -198,3 +214,132 @@ def test_formats_round_trip_and_refuse_what_they_do_not_know(tmp_path):
         path.write_text(json.dumps({**good, **change}))
         with pytest.raises(InputError, match=word):
             read(Profile, path)
+
+
+def test_consecutive_sync_points_are_not_taken_for_independent():
+    """Alone 0.02 each; the debts of two that follow each other add up, so their amplitudes do."""
+    p = make_profile([0.02, 0.02, 0.02], mlp=[0.02, 0.02])
+    model = interactions_of(p, candidates(p, budget(strategies=[DROP])))
+    assert model.points == (a(0), m(0), a(1), m(1), a(2))
+    assert model.kl(frozenset([0, 1])) == pytest.approx(0.08) and model.kl(frozenset([0, 2])) == pytest.approx(0.04)
+    assert model.points_of(model.front()[3]) == [a(0), a(1), a(2)]
+
+
+def random_fisher(n_blocks: int, seed: int) -> Fisher:
+    """The Gram matrix of random scores, with the terms of both kinds of sync points."""
+    rng = np.random.default_rng(seed)
+    points = [p for i in range(n_blocks) for p in (a(i), m(i))][:-1]
+    terms = [[p] for p in points] + [list(pair) for pair in itertools.pairwise(points)]
+    d = rng.normal(size=(40, len(terms))) * rng.uniform(0.1, 1, size=len(terms)) + rng.normal(size=(40, 1)) * 0.3
+    gram = d.T @ d / 80
+    rows = [[float(x) for x in row[i:]] for i, row in enumerate(gram)]
+    return Fisher(terms=terms, matrix=rows, stderr=[[0.0] * len(r) for r in rows], samples=1, sampling_error=0.1)
+
+
+def predicted(fisher: Fisher, chosen) -> float:
+    """The sum of the matrix over the ordered pairs of terms that count, written out."""
+    counts = [i for i, term in enumerate(fisher.terms) if all(p in chosen for p in term)]
+    return sum(fisher.matrix[min(i, j)][abs(i - j)] for i in counts for j in counts)
+
+
+def test_the_kl_of_a_set_is_the_sum_over_its_terms():
+    fisher = random_fisher(4, 0)
+    model = Interactions.of_fisher(fisher)
+    some = model.restricted([a(0), m(0), m(1), a(2), m(2)])
+    for k in range(8):
+        for chosen in itertools.combinations(range(7), k):
+            expected = predicted(fisher, model.points_of(frozenset(chosen)))
+            assert model.kl(frozenset(chosen)) == pytest.approx(expected)
+    for k in range(6):
+        for chosen in itertools.combinations(range(5), k):
+            assert some.kl(frozenset(chosen)) == pytest.approx(predicted(fisher, some.points_of(frozenset(chosen))))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_greedy_with_swaps_finds_what_looking_at_every_set_finds(seed):
+    model = Interactions.of_fisher(random_fisher(4, seed))
+    for n, (greedy, exact) in enumerate(zip(model.greedy_front(), model.exact_front(), strict=True)):
+        assert len(greedy) == len(exact) == n
+        assert model.kl(exact) <= model.kl(greedy) + 1e-12 <= 1.02 * model.kl(exact) + 1e-9
+
+
+def test_rivals_are_the_best_sets_of_the_same_size():
+    model = Interactions.of_fisher(random_fisher(4, 7))
+    best = model.front()[3]
+    rivals = model.rivals(best, 5)
+    assert rivals[0] == best and len(set(rivals)) == 5 and {len(s) for s in rivals} == {3}
+    everything = sorted(model.kl(frozenset(s)) for s in itertools.combinations(range(7), 3))
+    assert model.kl(rivals[1]) == pytest.approx(everything[1])
+
+
+def fisher_profile(fisher: Fisher) -> Profile:
+    p = make_profile([0.1] * (max(t[0].block for t in fisher.terms) + 1))
+    return Profile.model_validate({**p.model_dump(), "method": "fisher", "measurements": [], "fisher": fisher})
+
+
+@pytest.mark.parametrize("kind", ["max_kl", "max_ppl_increase", "max_accuracy_drop", "max_logprob_diff"])
+def test_a_profile_of_predictions_is_planned_from_in_any_unit(kind):
+    fisher = random_fisher(4, 3)
+
+    def world(factor):
+        return lambda sets: [comparison(factor * predicted(fisher, set(drops))) for drops in sets]
+
+    value = 1.0 if kind == "max_logprob_diff" else 0.2
+    choice = choose(fisher_profile(fisher), budget(kind, value, [DROP]), world(1.3), world(1.5))
+    assert budgets.kept(budget(kind, value), choice.verified) and choice.dropped
+    assert choice.predicted_kl == pytest.approx(predicted(fisher, {c.point for c in choice.dropped}))
+
+
+def test_predictions_know_kl_alone():
+    p = fisher_profile(random_fisher(3, 0))
+    assert p.strategies == [DROP] and p.sync_points == ["attention", "mlp"] and p.ranking(DROP) == p.ranking(DROP, "kl")
+    with pytest.raises(InputError, match="KL alone"):
+        p.sensitivity(DROP, "ppl")
+    with pytest.raises(InputError, match="KL alone"):
+        choose(p, budget("tau", 0.1, [DROP], tau2=1.0), total([0] * 3), total([0] * 3))
+
+
+def test_what_is_measured_decides_between_the_best_few():
+    """The profile knows no interactions; in the world, 0 and 1 together are dear."""
+    costs = [0.01, 0.011, 0.012, 0.5]
+
+    def world(sets):
+        dear = {a(0), a(1)}
+        return [comparison(sum(costs[p.block] for p in s) + (0.1 if dear <= set(s) else 0)) for s in sets]
+
+    choice = choose(make_profile(costs), budget("drop", 2, [DROP]), world, world)
+    assert {c.block for c in choice.dropped} == {0, 2}
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_a_plan_never_loses_against_what_anyone_would_try_first(n):
+    fisher = random_fisher(4, 11)
+    truth = random_fisher(4, 12)  # the profile is of no use at all
+
+    def world(sets):
+        return [comparison(predicted(truth, set(drops))) for drops in sets]
+
+    p = fisher_profile(fisher)
+    named = Obvious(candidates(p, budget(strategies=[DROP])), world)
+    choice = choose(p, budget("drop", n, [DROP]), world, world, lambda k: list(named(k).values()))
+    compared = named.compare(choice)
+    assert len(compared) == 9 and all(len(set(points)) == n for points in named(n).values())
+    assert compared["this plan"].kl == min(c.kl for c in compared.values())
+
+
+def test_the_papers_order_is_by_what_each_block_adds_to_those_behind_it():
+    points = [a(0), a(1), a(2)]
+    assert paper_order(points, [comparison(0.7), comparison(0.4), comparison(0.35)]) == [a(1), a(0), a(2)]
+
+
+def test_the_knee_is_where_it_starts_to_cost():
+    assert knee([0, 0.01, 0.02, 0.04, 0.5, 1.0]) == 3
+    assert knee([0, 1]) == 0 and knee([0]) == 0
+
+
+def test_the_front_needs_no_measurement_and_shows_those_there_are():
+    p = make_profile([0.05, 0.01, 0.02])
+    front = front_of(p, None, p.provenance, {frozenset([a(1)]): comparison(0.015)})
+    assert [x.predicted_kl for x in front.points] == pytest.approx([0, 0.01, 0.03, 0.08])
+    assert [x.measured_kl for x in front.points] == [None, 0.015, None, None]
+    assert front.points[2].dropped == [a(1), a(2)]

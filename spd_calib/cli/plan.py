@@ -20,7 +20,10 @@ def plan(
     max_accuracy_drop: Annotated[
         str | None, typer.Option(help="Budget: next-token top-1 accuracy lost, e.g. 1% for one point.")
     ] = None,
-    drop: Annotated[str | None, typer.Option(help="Drop that many blocks, or a share such as 60%.")] = None,
+    max_logprob_diff: Annotated[
+        str | None, typer.Option(help="Budget: largest |delta log p| of any token of the vocabulary, anywhere.")
+    ] = None,
+    drop: Annotated[str | None, typer.Option(help="Drop that many sync points, or a share such as 60%.")] = None,
     tau1: Annotated[
         float | None, typer.Option(min=0, help="The paper's rule: drop up to this sensitivity (ppl).")
     ] = None,
@@ -28,16 +31,24 @@ def plan(
     strategy: Annotated[
         list[str] | None, typer.Option(help="block_drop or plain_drop; repeatable [default: those profiled].")
     ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Measure what anyone would try first at the same number of drops.")
+    ] = False,
+    pareto: Annotated[
+        Path | None,
+        typer.Option(help="Write the cheapest set of every size to this file; without a budget nothing is measured."),
+    ] = None,
     batch_size: BatchSize = 8,
     device: Device = "auto",
     dtype: Annotated[str | None, typer.Option(help="[default: the profile's].")] = None,
     json: Json = False,
     recipe: Recipe = None,
 ) -> None:
-    """Choose the blocks to drop within exactly one budget, verified as a whole on held-out text."""
+    """Choose the sync points to drop within exactly one budget, verified as a whole on held-out text."""
     from spd_calib.formats.files import check_writable, dumps, read, write_text
     from spd_calib.formats.profile import Profile
     from spd_calib.parallel.session import open_session
+    from spd_calib.planning.front import front_of
     from spd_calib.planning.plan import make_plan
 
     from .options import check_dtype, provenance, resolve_device, resolve_model
@@ -45,14 +56,23 @@ def plan(
     from .terminal import print_json, say, working
 
     measured = read(Profile, profile)
-    budget = budget_from(measured, max_kl, max_ppl_increase, max_accuracy_drop, drop, tau1, tau2, strategy)
-    check_writable(output)
     made = measured.provenance
     device, dtype = resolve_device(device), check_dtype(dtype or made.dtype)
+    budgets = (max_kl, max_ppl_increase, max_accuracy_drop, max_logprob_diff, drop, tau1, tau2)
+    if pareto:
+        check_writable(pareto)
+        if not any(b is not None for b in budgets):
+            front = front_of(measured, strategy, provenance(made.seed, device, dtype), {})
+            write_text(pareto, dumps(front))
+            print_front(front)
+            say(f"written: {pareto}; next: spd-calib plan {profile} --drop {front.knee} -o plan.json")
+            return
+    budget = budget_from(measured, *budgets, strategy)
+    check_writable(output)
     session = open_session(resolve_model(measured.model.id), measured.tensor_parallel.size, measured.model)
     text = reload_text(session, measured.text, measured.verify_text)
     with working("measure whole plans", None) as work:
-        result, choice = make_plan(
+        result, choice, compared = make_plan(
             session.load(device, dtype, made.seed),
             measured,
             budget,
@@ -62,11 +82,19 @@ def plan(
             provenance(made.seed, device, dtype),
             batch_size,
             lambda experiment, tally: work.step(),
+            compare,
         )
     write_text(output, dumps(result))
     print_plan(result)
     if choice.repaired:
-        say(f"repaired: {choice.repaired} blocks given back, the held-out text showed the budget broken with them")
+        say(f"repaired: {choice.repaired} given back, the held-out text showed the budget broken with them")
+    if compared:
+        print_comparison(compared, len(choice.dropped))
+    if pareto:
+        front = front_of(measured, strategy, result.provenance, choice.measured)
+        write_text(pareto, dumps(front))
+        print_front(front)
+        say(f"written: {pareto}")
     say(f"written: {output}; next: spd-calib eval {output} --tasks ... -o results.json")
     if json:
         print_json(dumps(result))
@@ -78,18 +106,33 @@ def print_plan(result) -> None:
 
     from .terminal import say, table
 
+    mlps = any(b.mlp_kl is not None for b in result.blocks)
+    columns = ["block", "strategy", *(["MLP"] if mlps else []), "KL alone", *(["MLP alone"] if mlps else []), "why"]
+    rows = []
+    for b in result.blocks:
+        kls = ["" if kl is None else f"{kl:.4f}" for kl in (b.kl, b.mlp_kl)]
+        rows.append(
+            [str(b.index), b.strategy, b.mlp_strategy, *kls, b.reason]
+            if mlps
+            else [str(b.index), b.strategy, kls[0], b.reason]
+        )
     table(
         f"plan for {result.model.id} at TP {result.tensor_parallel.size}, asked for: {describe(result.budget)}",
-        ["block", "strategy", "KL alone", "why"],
-        [[str(b.index), b.strategy, "" if b.kl is None else f"{b.kl:.4f}", b.reason] for b in result.blocks],
-        left=2,
+        columns,
+        rows,
+        left=3 if mlps else 2,
     )
     p, v = result.predicted, result.verified
     table(
         "the whole plan",
         ["", "KL", "ppl", "top-1 lost, points"],
         [
-            ["sum of single drops", f"{p.kl:.4f}", f"{100 * p.ppl_increase:+.2f} %", f"{100 * p.accuracy_drop:+.2f}"],
+            [
+                "predicted from the profile",
+                f"{p.kl:.4f}",
+                "" if p.ppl_increase is None else f"{100 * p.ppl_increase:+.2f} %",
+                "" if p.accuracy_drop is None else f"{100 * p.accuracy_drop:+.2f}",
+            ],
             [
                 "verified, held-out text",
                 f"{v.kl:.4f} ± {v.kl_stderr:.4f}",
@@ -98,5 +141,47 @@ def print_plan(result) -> None:
             ],
         ],
     )
-    n, before = len(result.dropped), 2 * len(result.blocks)
-    say(f"{n} of {len(result.blocks)} attention all-reduces dropped: {before} a forward and rank become {before - n}")
+    n, m, before = len(result.dropped), len(result.mlp_dropped), 2 * len(result.blocks)
+    what = f"{n} of {len(result.blocks)} attention all-reduces"
+    if m:
+        what += f" and {m} of {len(result.blocks) - 1} of the MLPs"
+    say(f"{what} dropped: {before} a forward and rank become {before - n - m}")
+
+
+def print_comparison(compared, drops: int) -> None:
+    from .terminal import table
+
+    table(
+        f"{drops} sync points dropped, on the calibration text",
+        ["set", "KL", "ppl", "top-1 lost, points"],
+        [
+            [name, f"{m.kl:.4f} ± {m.kl_stderr:.4f}", f"{100 * m.ppl_increase:+.2f} %", f"{100 * m.accuracy_drop:+.2f}"]
+            for name, m in compared.items()
+        ],
+    )
+
+
+def print_front(front) -> None:
+    from .terminal import table
+
+    table(
+        f"the cheapest set of every size; the knee is at {front.knee}",
+        ["drops", "KL predicted", "measured", "dropped beyond those above"],
+        [
+            [
+                str(p.drops),
+                f"{p.predicted_kl:.4f}",
+                "" if p.measured_kl is None else f"{p.measured_kl:.4f}",
+                _beyond(p.dropped, front.points[i - 1].dropped if i else []),
+            ]
+            for i, p in enumerate(front.points)
+        ],
+    )
+
+
+def _beyond(dropped, before) -> str:
+    def names(points) -> list[str]:
+        return [f"{p.block}{' MLP' if p.sync_point == 'mlp' else ''}" for p in points]
+
+    back = names(p for p in before if p not in dropped)
+    return ", ".join(names(p for p in dropped if p not in before)) + (f"; not {', '.join(back)}" if back else "")

@@ -7,6 +7,9 @@ import typer
 
 from .options import BatchSize, Device, Json, Recipe
 
+NAMES = {"attention": "attention", "mlp": "MLP"}
+TARGET_STDERR = 0.08
+
 
 def register(app: typer.Typer) -> None:
     app.command(
@@ -33,8 +36,21 @@ def profile(
     strategy: Annotated[
         list[str] | None, typer.Option(help="block_drop or plain_drop; repeatable [default: both].")
     ] = None,
-    method: Annotated[str, typer.Option(help="single: one at a time; cumulative: the paper's.")] = "single",
-    rank_by: Annotated[str, typer.Option(help="accuracy, kl or ppl.")] = "accuracy",
+    sync_points: Annotated[
+        str, typer.Option(help="Which sync points: attention, mlp, or both with a comma between them.")
+    ] = "attention",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="single: one at a time; cumulative: the paper's; fisher: predicted, for models of many blocks."
+        ),
+    ] = "single",
+    target_stderr: Annotated[
+        float | None, typer.Option(help="fisher: relative error of a KL that sampling may leave [default: 0.08].")
+    ] = None,
+    rank_by: Annotated[
+        str | None, typer.Option(help="accuracy, kl or ppl [default: accuracy; fisher knows kl alone].")
+    ] = None,
     tasks: Annotated[str | None, typer.Option(help="Rank by accuracy on these lm-eval tasks, comma-separated.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with further lm-eval tasks.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents a task.")] = None,
@@ -45,21 +61,27 @@ def profile(
     json: Json = False,
     recipe: Recipe = None,
 ) -> None:
-    """Measure what dropping each attention block's sync point costs, and rank the blocks."""
+    """Measure what dropping each block's sync points costs, and rank the blocks."""
     from spd_calib.errors import InputError
-    from spd_calib.formats.common import Strategy, TensorParallel
+    from spd_calib.formats.common import TensorParallel
     from spd_calib.formats.files import check_writable, dumps, write_text
     from spd_calib.formats.profile import Profile
     from spd_calib.parallel.session import open_session
     from spd_calib.sensitivity import profile as profiling
+    from spd_calib.sensitivity.fisher import fisher as predict
 
     from .options import check_dtype, provenance, resolve_device, resolve_model
     from .shared import load_text_for, note_of, resolve_tasks
     from .terminal import print_json, say, working
 
-    strategies = _strategies(strategy)
-    if method not in ("single", "cumulative"):
-        raise InputError(f"--method {method!r} is neither single nor cumulative.")
+    if method not in ("single", "cumulative", "fisher"):
+        raise InputError(f"--method {method!r} is none of single, cumulative, fisher.")
+    strategies, kinds = _strategies(strategy, method), _sync_points(sync_points, method)
+    if method == "fisher":
+        _check_fisher(target_stderr, rank_by, tasks)
+    elif target_stderr is not None:
+        raise InputError(f"--target-stderr belongs to --method fisher, not to {method}; leave it out.")
+    rank_by = rank_by or ("kl" if method == "fisher" else "accuracy")
     if rank_by not in ("accuracy", "kl", "ppl"):
         raise InputError(f"--rank-by {rank_by!r} is none of accuracy, kl, ppl.")
     device, dtype = resolve_device(device), check_dtype(dtype)
@@ -78,27 +100,36 @@ def profile(
         f"{session.ref.architecture}, {lm.num_blocks} blocks, TP {tp}: {len(text.calibration)} sequences to measure "
         f"on, {len(text.verification)} kept for verifying"
     )
-    plan = list(profiling.drops(method, strategies, lm.num_blocks))  # type: ignore[arg-type]
-    batches = -(-len(text.calibration) // batch_size) + bool(suite)
-    said: list[bool] = []
-    with working("profile", len(plan) * batches) as work:
+    batches = -(-len(text.calibration) // batch_size)
+    measurements: list = []
+    fisher = None
+    if method == "fisher":
+        with working("profile", None) as work:
+            baseline, fisher = predict(
+                lm, text.calibration, kinds, target_stderr or TARGET_STDERR, batch_size, seed, work.step
+            )
+    else:
+        plan = list(profiling.drops(method, strategies, lm.num_blocks, kinds))  # type: ignore[arg-type]
+        said: list[bool] = []
+        with working("profile", len(plan) * (batches + bool(suite))) as work:
 
-        def tick(i: int, tally) -> None:
-            note = note_of(plan[i], tally)
-            if tally is not None and not said:
-                said.append(True)
-                say(f"first batch: {note}")
-            work.step(note)
+            def tick(i: int, tally) -> None:
+                note = note_of(plan[i], tally)
+                if tally is not None and not said:
+                    said.append(True)
+                    say(f"first batch: {note}")
+                work.step(note)
 
-        baseline, measurements = profiling.profile(
-            lm,
-            text.calibration,
-            method,  # type: ignore[arg-type]
-            strategies,
-            batch_size,
-            tick,
-            (lambda: suite.accuracy(lm, session.tokenizer, batch_size)) if suite else None,
-        )
+            baseline, measurements = profiling.profile(
+                lm,
+                text.calibration,
+                method,  # type: ignore[arg-type]
+                strategies,
+                batch_size,
+                tick,
+                (lambda: suite.accuracy(lm, session.tokenizer, batch_size)) if suite else None,
+                kinds,
+            )
     document = Profile(
         model=session.ref.model_copy(update={"id": model}),
         tensor_parallel=TensorParallel(size=tp),
@@ -108,31 +139,76 @@ def profile(
         verify_text=text.verification_ref(),
         baseline=baseline,
         measurements=measurements,
+        fisher=fisher,
         provenance=provenance(seed, device, dtype),
     )
     write_text(output, dumps(document))
-    for s in strategies:
-        _print_ranking(document, Strategy(s))
+    if fisher:
+        say(f"{fisher.samples} samples a sequence, which leave {100 * fisher.sampling_error:.1f} % of error in a KL")
+    for s in document.strategies:
+        for kind in document.sync_points:
+            if document.kl(s, kind):
+                (_print_predicted if fisher else _print_ranking)(document, s, kind)
     say(f"written: {output}; next: spd-calib plan {output} --max-ppl-increase 1% -o plan.json")
     if json:
         print_json(dumps(document))
 
 
-def _strategies(names: list[str] | None):
+def _strategies(names: list[str] | None, method: str):
     from spd_calib.errors import InputError
     from spd_calib.formats.common import Strategy
 
     allowed = [Strategy.BLOCK_DROP, Strategy.PLAIN_DROP]
     if wrong := [n for n in names or [] if n not in allowed]:
         raise InputError(f"--strategy {wrong[0]!r} cannot be measured; it is block_drop or plain_drop.")
+    if method == "fisher":
+        if Strategy.PLAIN_DROP in (names or []):
+            raise InputError("--method fisher predicts block_drop alone; measure plain_drop with --method single.")
+        return [Strategy.BLOCK_DROP]
     return list(dict.fromkeys(map(Strategy, names))) if names else allowed
 
 
-def _print_ranking(document, strategy) -> None:
+def _sync_points(text: str, method: str) -> list:
+    from spd_calib.errors import InputError
+
+    kinds = list(dict.fromkeys(kind.strip() for kind in text.split(",")))
+    if wrong := [kind for kind in kinds if kind not in ("attention", "mlp")]:
+        raise InputError(f"--sync-points {wrong[0]!r} is neither attention nor mlp.")
+    if method == "cumulative" and "mlp" in kinds:
+        raise InputError(
+            "--method cumulative is the paper's, of the attention's sync points; take single for the MLP's."
+        )
+    return sorted(kinds)
+
+
+def _check_fisher(target_stderr: float | None, rank_by: str | None, tasks: str | None) -> None:
+    from spd_calib.errors import InputError
+    from spd_calib.ranks import world_size
+
+    if target_stderr is not None and not 0.001 <= target_stderr <= 1:
+        raise InputError(f"--target-stderr {target_stderr} is no relative error from 0.001 to 1; 0.08 is a good one.")
+    if rank_by not in (None, "kl") or tasks:
+        raise InputError("--method fisher predicts KL alone; rank by accuracy or perplexity with --method single.")
+    if world_size() > 1:
+        raise InputError("--method fisher runs on simulated ranks alone; start it without torchrun.")
+
+
+def _print_predicted(document, strategy, kind) -> None:
     from .terminal import table
 
-    by_block = document.of(strategy)
-    value = document.sensitivity(strategy)
+    kl = document.kl(strategy, kind)
+    table(
+        f"{NAMES[kind]}: {strategy}, least sensitive block first, predicted",
+        ["block", "KL"],
+        [[str(block), f"{kl[block][0]:.4f} ± {kl[block][1]:.4f}"] for block in document.ranking(strategy, "kl", kind)],
+    )
+
+
+def _print_ranking(document, strategy, kind) -> None:
+    from .terminal import table
+
+    by_block = document.of(strategy, kind)
+    value = document.sensitivity(strategy, sync_point=kind)
     unit = {"accuracy": "accuracy lost", "kl": "KL", "ppl": "perplexity"}[document.rank_by]
     rows = [
         [
@@ -143,11 +219,11 @@ def _print_ranking(document, strategy) -> None:
             f"{100 * by_block[block].accuracy_drop:+.2f} ± {100 * by_block[block].accuracy_drop_stderr:.2f}",
             f"{100 * by_block[block].top1_agreement:.1f} %",
         ]
-        for block in document.ranking(strategy)
+        for block in document.ranking(strategy, sync_point=kind)
     ]
     cumulative = "" if document.method == "single" else " (blocks dropped from here to the last)"
     table(
-        f"{strategy}, least sensitive block first{cumulative}",
+        f"{NAMES[kind]}: {strategy}, least sensitive block first{cumulative}",
         ["block", unit, "KL", "ppl", "top-1 lost, points", "agreement"],
         rows,
     )

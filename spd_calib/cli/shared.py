@@ -72,6 +72,7 @@ def budget_from(
     max_kl: str | None,
     max_ppl_increase: str | None,
     max_accuracy_drop: str | None,
+    max_logprob_diff: str | None,
     drop: str | None,
     tau1: float | None,
     tau2: float | None,
@@ -82,6 +83,7 @@ def budget_from(
         "--max-kl": max_kl,
         "--max-ppl-increase": max_ppl_increase,
         "--max-accuracy-drop": max_accuracy_drop,
+        "--max-logprob-diff": max_logprob_diff,
         "--drop": drop,
         "--tau1": tau1,
     }
@@ -98,7 +100,11 @@ def budget_from(
     usable = list(dict.fromkeys(map(Strategy, strategies or profile.strategies)))
     option = chosen[0]
     if option == "--drop":
-        return Budget(kind="drop", value=blocks(str(drop), profile.model.num_blocks), strategies=usable)
+        points = {
+            (kind, block) for s in profile.strategies for kind in profile.sync_points for block in profile.kl(s, kind)
+        }
+        what = "blocks" if profile.sync_points == ["attention"] else "sync points"
+        return Budget(kind="drop", value=blocks(str(drop), len(points), what), strategies=usable)
     if option == "--tau1":
         return Budget(kind="tau", value=float(tau1 or 0), tau2=tau2, strategies=usable)
     kind = option[2:].replace("-", "_")

@@ -12,12 +12,19 @@ from pydantic import BaseModel, ValidationError
 from spd_calib.errors import InputError
 from spd_calib.ranks import is_main_rank
 
+from .front import Front
 from .hardware import Hardware
 from .plan import Plan
 from .profile import Profile
 from .results import Results
 
-FORMATS: dict[str, type[BaseModel]] = {"profile": Profile, "plan": Plan, "results": Results, "hardware": Hardware}
+FORMATS: dict[str, type[BaseModel]] = {
+    "profile": Profile,
+    "plan": Plan,
+    "results": Results,
+    "hardware": Hardware,
+    "front": Front,
+}
 MAX_BYTES = 64 * 2**20  # no profile comes near this; it keeps a wrong file from filling the memory
 F = TypeVar("F", bound=BaseModel)
 
@@ -54,7 +61,7 @@ def read(kind: type[F], path: Path) -> F:
 
 
 def _writer(name: str) -> str:
-    return {"results": "eval", "hardware": "bench"}.get(name, name)
+    return {"results": "eval", "hardware": "bench", "front": "plan --pareto"}.get(name, name)
 
 
 def dumps(document: BaseModel) -> str:

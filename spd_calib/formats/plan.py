@@ -13,8 +13,8 @@ Requirement = Literal["mlp_drop", "compensation"]
 class Budget(Part):
     """What was asked for. Fractions are fractions: 0.01 for 1 %."""
 
-    kind: Literal["max_kl", "max_ppl_increase", "max_accuracy_drop", "drop", "tau"]
-    value: Finite = Field(ge=0, description="For `drop` a number of blocks; for `tau` the paper's tau1")
+    kind: Literal["max_kl", "max_ppl_increase", "max_accuracy_drop", "max_logprob_diff", "drop", "tau"]
+    value: Finite = Field(ge=0, description="For `drop` a number of sync points; for `tau` the paper's tau1")
     tau2: Finite | None = Field(default=None, ge=0)
     strategies: list[Strategy] = Field(min_length=1, description="What the plan was allowed to use")
 
@@ -52,16 +52,17 @@ class PlannedBlock(Part):
         default=None, description="Treatment the paper's rule asks for before this block may be dropped"
     )
     compensation: Compensation | None = None
-    kl: Finite | None = Field(default=None, description="Measured cost of the strategy on this block alone")
+    kl: Finite | None = Field(default=None, description="Cost of dropping the attention's sync point alone")
+    mlp_kl: Finite | None = Field(default=None, description="Cost of dropping the MLP's sync point alone")
     reason: str
 
 
 class Predicted(Part):
-    """Sum of the single measurements: an estimate, usually too low for large sets."""
+    """What the profile says of the whole set: an estimate, usually too low for large sets of single measurements."""
 
-    kl: Finite
-    ppl_increase: Finite
-    accuracy_drop: Finite
+    kl: Finite = Field(description="By the interactions, where the profile has them; else from single costs")
+    ppl_increase: Finite | None = Field(default=None, description="Sum of the single costs")
+    accuracy_drop: Finite | None = Field(default=None, description="Sum of the single costs")
 
 
 class Verified(Comparison):
@@ -114,3 +115,8 @@ class Plan(Part):
     def dropped(self) -> list[int]:
         """Blocks whose attention sync point is gone."""
         return [b.index for b in self.blocks if b.strategy != Strategy.KEEP_SYNC]
+
+    @property
+    def mlp_dropped(self) -> list[int]:
+        """Blocks whose MLP sync point is gone."""
+        return [b.index for b in self.blocks if b.mlp_strategy != Strategy.KEEP_SYNC]

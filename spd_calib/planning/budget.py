@@ -8,10 +8,17 @@ OPTIONS = {
     "max_kl": "--max-kl",
     "max_ppl_increase": "--max-ppl-increase",
     "max_accuracy_drop": "--max-accuracy-drop",
+    "max_logprob_diff": "--max-logprob-diff",
     "drop": "--drop",
     "tau": "--tau1",
 }
-METRICS: dict[str, Metric] = {"max_kl": "kl", "max_ppl_increase": "ppl", "max_accuracy_drop": "accuracy", "tau": "ppl"}
+METRICS: dict[str, Metric] = {  # in which a budget ranks single drops; a number of drops: as the profile does
+    "max_kl": "kl",
+    "max_ppl_increase": "ppl",
+    "max_accuracy_drop": "accuracy",
+    "max_logprob_diff": "kl",
+    "tau": "ppl",
+}
 
 
 def fraction(text: str, option: str) -> float:
@@ -25,27 +32,27 @@ def fraction(text: str, option: str) -> float:
     return value
 
 
-def blocks(text: str, num_blocks: int) -> int:
-    """'5' or '60%' (of the blocks, rounded to the nearest) to a number of blocks. Raises InputError beyond 0 to all."""
+def blocks(text: str, available: int, what: str = "blocks") -> int:
+    """'5' or '60%' (rounded to the nearest) to a number of `what`, of those available. Raises InputError beyond all."""
     if text.endswith("%"):
         share = fraction(text, "--drop")
-        wanted = round(share * num_blocks) if share <= 1 else num_blocks + 1
+        wanted = round(share * available) if share <= 1 else available + 1
     elif text.isdigit():
         wanted = int(text)
     else:
-        raise InputError(f"--drop {text!r} is no number of blocks; write one such as 5, or a share such as 60%.")
-    if wanted > num_blocks:
-        raise InputError(f"--drop {text} asks for more than the model's {num_blocks} blocks; ask for fewer.")
+        raise InputError(f"--drop {text!r} is no number of {what}; write one such as 5, or a share such as 60%.")
+    if wanted > available:
+        raise InputError(f"--drop {text} asks for more than the {available} {what} there are; ask for fewer.")
     return wanted
 
 
 def cost(budget: Budget, measured: Comparison) -> float:
-    """What `measured` spends of the budget, in the budget's own unit."""
+    """What `measured` spends of the budget, in the budget's own unit; KL for the budgets that have none."""
     return {
-        "max_kl": measured.kl,
         "max_ppl_increase": measured.ppl_increase,
         "max_accuracy_drop": measured.accuracy_drop,
-    }[budget.kind]
+        "max_logprob_diff": measured.max_abs_logprob_diff,
+    }.get(budget.kind, measured.kl)
 
 
 def kept(budget: Budget, measured: Comparison) -> bool:
@@ -60,6 +67,7 @@ def describe(budget: Budget, value: float | None = None) -> str:
         "max_kl": f"KL {v:.4g}",
         "max_ppl_increase": f"perplexity {100 * v:+.3g} %",
         "max_accuracy_drop": f"accuracy {-100 * v:+.3g} points",
-        "drop": f"{v:.0f} blocks dropped",
+        "max_logprob_diff": f"max |delta log p| {v:.4g}",
+        "drop": f"{v:.0f} sync points dropped",
         "tau": f"tau1 {v:.4g}, tau2 {budget.tau2 or 0:.4g}",
     }[budget.kind]

@@ -5,11 +5,12 @@ from typing import Literal
 
 from spd_calib.formats.common import Provenance, Strategy, TextRef
 from spd_calib.formats.plan import Budget, Plan, PlannedBlock, Predicted, Verified
-from spd_calib.formats.profile import Comparison, Profile
+from spd_calib.formats.profile import Comparison, Point, Profile
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.sensitivity.measure import Experiment, Tick, measure
 
-from .search import Choice, Drops, candidates, choose, tier
+from .obvious import back_to_front_sets, obvious_sets, paper_order
+from .search import Candidate, Choice, Drops, candidates, choose, tier
 
 RECOVERY: dict[str, Literal["distillation", "grouping+distillation"]] = {
     "sensitive": "distillation",
@@ -27,61 +28,109 @@ def make_plan(
     provenance: Provenance,
     batch_size: int = 8,
     tick: Tick = lambda experiment, tally: None,
-) -> tuple[Plan, Choice]:
-    """Choose, verify and, where needed, repair. Raises SpdError where the budget cannot be met."""
+    compare: bool = False,
+) -> tuple[Plan, Choice, dict[str, Comparison]]:
+    """Choose, verify and, where needed, repair. Raises SpdError where the budget cannot be met.
+
+    With `compare` the obvious sets of the same size are measured, too, and may be chosen; the third value holds what
+    they and the plan cost on the calibration text, by name.
+    """
 
     def measured_on(sequences: Sequence[Sequence[int]]):
-        return lambda drops: measure_plan(lm, drops, sequences, batch_size, tick)
+        return lambda sets: measure_sets(lm, sets, sequences, batch_size, tick)
 
-    choice = choose(profile, budget, measured_on(calibration), measured_on(verification))
+    calibrate = measured_on(calibration)
+    named = Obvious(candidates(profile, budget), calibrate) if compare else None
+    obvious = (lambda n: list(named(n).values())) if named else (lambda n: [])
+    choice = choose(profile, budget, calibrate, measured_on(verification), obvious)
     plan = Plan(
         model=profile.model,
         tensor_parallel=profile.tensor_parallel,
+        requires=["mlp_drop"] if any(c.point.sync_point == "mlp" for c in choice.dropped) else [],
         blocks=_blocks(lm.module_paths, profile, budget, choice),
         budget=budget,
         predicted=_predicted(profile, choice),
         verified=Verified(**vars(choice.verified), text=verification_ref),
         provenance=provenance,
     )
-    return plan, choice
+    return plan, choice, named.compare(choice) if named else {}
 
 
-def measure_plan(
-    lm: TensorParallelLM, drops: Drops, sequences: Sequence[Sequence[int]], batch_size: int, tick: Tick
-) -> Comparison:
-    """One whole plan against the dense model."""
-    keep = Strategy.KEEP_SYNC
-    attention = tuple(drops.get(i, keep) for i in range(lm.num_blocks))
-    return measure(lm, sequences, [Experiment(attention, (keep,) * lm.num_blocks)], batch_size, tick)[1][0]
+def measure_sets(
+    lm: TensorParallelLM, sets: Sequence[Drops], sequences: Sequence[Sequence[int]], batch_size: int, tick: Tick
+) -> list[Comparison]:
+    """Whole sets of drops against the dense model."""
+    return measure(lm, sequences, [Experiment.of(drops, lm.num_blocks) for drops in sets], batch_size, tick)[1]
+
+
+class Obvious:
+    """The obvious sets of n of the candidates, by name; the paper's order is measured once it is asked for."""
+
+    def __init__(self, found: Sequence[Candidate], calibrate):
+        self.strategies = {c.point: c.strategy for c in found}
+        self.calibrate = calibrate
+        self.order: list[Point] | None = None
+
+    def __call__(self, n: int) -> dict[str, list[Point]]:
+        if self.order is None:
+            attention = sorted((p for p in self.strategies if p.sync_point == "attention"), key=lambda p: p.block)
+            cumulative = self.calibrate(back_to_front_sets(attention, self.strategies))
+            self.order = paper_order(attention, cumulative)
+        return obvious_sets(list(self.strategies), n, self.order)
+
+    def compare(self, choice: Choice) -> dict[str, Comparison]:
+        """The plan and the obvious sets of its size on the calibration text; what was measured before is not again."""
+        chosen = [c.point for c in choice.dropped]
+        sets = {"this plan": chosen, **self(len(chosen))} if chosen else {}
+        unknown = [points for points in sets.values() if frozenset(points) not in choice.measured]
+        new = self.calibrate([{p: self.strategies[p] for p in points} for points in unknown]) if unknown else []
+        known = {**choice.measured, **dict(zip(map(frozenset, unknown), new, strict=True))}
+        return {name: known[frozenset(points)] for name, points in sets.items()}
 
 
 def _blocks(modules: Sequence[str], profile: Profile, budget: Budget, choice: Choice) -> list[PlannedBlock]:
-    chosen = {c.block for c in choice.dropped}
+    by_point = {c.point: c for c in candidates(profile, budget)}
+    chosen = {c.point for c in choice.dropped}
     blocks = []
-    for c in sorted(candidates(profile, budget), key=lambda c: c.block):
+    for index, module in enumerate(modules):
+        attention = by_point.get(Point(block=index, sync_point="attention"))
+        mlp = by_point.get(Point(block=index, sync_point="mlp"))
         recovery = None
-        if c.block in chosen:
-            strategy, reason = c.strategy, c.reason
-        else:
-            strategy, reason = Strategy.KEEP_SYNC, f"{c.strategy} costs KL {c.measurement.kl:.3g}, beyond the budget"
-            if budget.kind == "tau":
+        reasons = []
+        for c in (attention, mlp):
+            if c is None:
+                continue
+            prefix = "" if c is attention else "MLP: "
+            if c.point in chosen:
+                reasons.append(f"{prefix}{c.reason}")
+            elif budget.kind == "tau":
                 recovery = RECOVERY[tier(profile, budget, c)]
-                reason = f"{tier(profile, budget, c)}: kept until `spd-calib recover` treats it ({recovery})"
+                reasons.append(f"{tier(profile, budget, c)}: kept until `spd-calib recover` treats it ({recovery})")
+            else:
+                reasons.append(f"{prefix}{c.strategy} costs KL {c.kl:.3g}, beyond the budget")
         blocks.append(
             PlannedBlock(
-                index=c.block,
-                module=modules[c.block],
-                strategy=strategy,
+                index=index,
+                module=module,
+                strategy=attention.strategy if attention and attention.point in chosen else Strategy.KEEP_SYNC,
+                mlp_strategy=Strategy.BLOCK_DROP if mlp and mlp.point in chosen else Strategy.KEEP_SYNC,
                 recovery=recovery,
-                kl=profile.sensitivity(c.strategy, "kl")[c.block],
-                reason=reason,
+                kl=attention.kl if attention else None,
+                mlp_kl=mlp.kl if mlp else None,
+                reason="; ".join(reasons) or "not profiled",
             )
         )
     return blocks
 
 
 def _predicted(profile: Profile, choice: Choice) -> Predicted:
-    def total(metric) -> float:
-        return sum(profile.sensitivity(c.strategy, metric)[c.block] for c in choice.dropped)
+    if profile.fisher is not None:
+        return Predicted(kl=choice.predicted_kl)
 
-    return Predicted(kl=total("kl"), ppl_increase=total("ppl") / profile.baseline.ppl, accuracy_drop=total("accuracy"))
+    def total(metric) -> float:
+        values = [(profile.sensitivity(c.strategy, metric, c.point.sync_point), c.block) for c in choice.dropped]
+        return sum(value[block] for value, block in values)
+
+    return Predicted(
+        kl=choice.predicted_kl, ppl_increase=total("ppl") / profile.baseline.ppl, accuracy_drop=total("accuracy")
+    )

@@ -1,6 +1,7 @@
-"""From a profile to a plan: which blocks to drop, in which way, so that the whole keeps its budget.
+"""From a profile to a plan: which sync points to drop, in which way, so that the whole keeps its budget.
 
-Sets are not sums: the order comes from single measurements, but how far to go down it is measured on whole plans.
+KL drives the search, whatever the budget: it is the least noisy measure, and the one with a model for sets
+(interactions.py). How far to go, and which of the best few sets it is, is measured on whole plans.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,92 +10,209 @@ from dataclasses import dataclass
 from spd_calib.errors import InputError, SpdError
 from spd_calib.formats.common import Strategy
 from spd_calib.formats.plan import Budget
-from spd_calib.formats.profile import Comparison, Measurement, Profile
+from spd_calib.formats.profile import Comparison, Point, Profile
 
 from .budget import METRICS, OPTIONS, cost, describe, kept
+from .interactions import Interactions, Set
 
-Drops = dict[int, Strategy]  # block -> how its attention sync point is dropped
-Measure = Callable[[Drops], Comparison]  # one whole plan
+Drops = dict[Point, Strategy]  # how each dropped sync point is dropped
+Measure = Callable[[Sequence[Drops]], list[Comparison]]  # whole plans
+RIVALS = 5  # sets of one size that are measured as wholes
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """The one way in which a block would be dropped, and why that one."""
+    """The one way in which a sync point would be dropped, and why that one."""
 
-    block: int
+    point: Point
     strategy: Strategy
-    measurement: Measurement
+    kl: float
     reason: str
+
+    @property
+    def block(self) -> int:
+        return self.point.block
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The blocks dropped, and what they cost on text that was not used to choose them."""
+    """The sync points dropped, and what they cost on text that was not used to choose them."""
 
     dropped: list[Candidate]
     verified: Comparison
-    repaired: int  # blocks given back because the held-out text said so
+    repaired: int  # sync points given back because the held-out text said so
+    predicted_kl: float  # by the profile's interactions
+    measured: dict[frozenset[Point], Comparison]  # every set measured on the way there, on the calibration text
 
 
 def candidates(profile: Profile, budget: Budget) -> list[Candidate]:
-    """Every block with the cheapest strategy it tolerates, least sensitive first in the budget's own metric."""
+    """Every sync point with the cheapest strategy it tolerates, least sensitive first by the budget's own ranking.
+
+    The MLP's sync points come with block_drop, where the profile has them and the budget allows it.
+    """
     allowed: list[Strategy] = [s for s in (Strategy.PLAIN_DROP, Strategy.BLOCK_DROP) if s in budget.strategies]
-    measured = {s: profile.of(s) for s in allowed}
-    if missing := [s for s in allowed if not measured[s]]:
+    measured = {s: profile.kl(s) for s in allowed}
+    if missing := [s for s in allowed if not measured[s] and not (s == Strategy.BLOCK_DROP and profile.kl(s, "mlp"))]:
         raise InputError(
             f"The profile holds no measurement of {missing[0]}; profile again with --strategy {missing[0]}."
         )
     if not allowed:
         raise InputError("--strategy keep_sync alone leaves nothing to plan; allow block_drop or plain_drop.")
-    metric = METRICS.get(budget.kind, profile.rank_by)
-    costs = {s: profile.sensitivity(s, metric) for s in allowed}
-    kl = {s: profile.sensitivity(s, "kl") for s in allowed}
-    found = [_cheapest(block, measured) for block in range(profile.model.num_blocks)]
-    return sorted(found, key=lambda c: (costs[c.strategy][c.block], kl[c.strategy][c.block], c.block))
+    found = [_cheapest(block, measured) for block in range(profile.model.num_blocks) if any(measured.values())]
+    if Strategy.BLOCK_DROP in allowed and budget.kind != "tau":
+        found += [
+            Candidate(Point(block=block, sync_point="mlp"), Strategy.BLOCK_DROP, kl, "its sync joins the next one kept")
+            for block, (kl, _) in profile.kl(Strategy.BLOCK_DROP, "mlp").items()
+        ]
+    metric = "kl" if profile.fisher else METRICS.get(budget.kind, profile.rank_by)
+    value = {
+        (kind, s): profile.sensitivity(s, metric, kind)
+        for s in allowed
+        for kind in profile.sync_points
+        if kind == "attention" or s == Strategy.BLOCK_DROP
+    }
+    return sorted(found, key=lambda c: (value[c.point.sync_point, c.strategy][c.block], c.kl, c.block))
 
 
-def _cheapest(block: int, measured: Mapping[Strategy, dict[int, Measurement]]) -> Candidate:
+def _cheapest(block: int, measured: Mapping[Strategy, dict[int, tuple[float, float]]]) -> Candidate:
     """plain_drop needs no change to the block, but only where it measures as harmless: no worse than block_drop."""
+    point = Point(block=block, sync_point="attention")
     if len(measured) == 1:
         strategy = next(iter(measured))
-        return Candidate(block, strategy, measured[strategy][block], "the only strategy allowed")
-    plain, drop = measured[Strategy.PLAIN_DROP][block], measured[Strategy.BLOCK_DROP][block]
-    if plain.kl <= drop.kl + 2 * drop.kl_stderr:
-        return Candidate(block, Strategy.PLAIN_DROP, plain, "plain drop measures no worse than block drop")
-    return Candidate(block, Strategy.BLOCK_DROP, drop, f"plain drop would cost KL {plain.kl:.3g}")
+        return Candidate(point, strategy, measured[strategy][block][0], "the only strategy allowed")
+    plain, (drop, stderr) = measured[Strategy.PLAIN_DROP][block][0], measured[Strategy.BLOCK_DROP][block]
+    if plain <= drop + 2 * stderr:
+        return Candidate(point, Strategy.PLAIN_DROP, plain, "plain drop measures no worse than block drop")
+    return Candidate(point, Strategy.BLOCK_DROP, drop, f"plain drop would cost KL {plain:.3g}")
 
 
-def choose(profile: Profile, budget: Budget, calibrate: Measure, verify: Measure) -> Choice:
-    """Pick blocks for `budget`: `calibrate` measures a whole plan on the text of the profile, `verify` on other text.
+def interactions_of(profile: Profile, found: Sequence[Candidate]) -> Interactions:
+    """The model of what sets of these candidates cost."""
+    if profile.fisher is not None:
+        return Interactions.of_fisher(profile.fisher).restricted([c.point for c in found])
+    return Interactions.of_singles({c.point: c.kl for c in found})
 
-    The longest run of candidates that keeps the budget is found by bisection on the calibration text, then verified,
-    and given back block by block while the held-out text says it breaks the budget. Raises SpdError, naming the best
-    plan found, where not even one sync point can go.
+
+class Search:
+    """Sets of candidates, what the model says they cost, and what was measured of them on the calibration text."""
+
+    def __init__(self, profile: Profile, budget: Budget, calibrate: Measure):
+        self.ranked = candidates(profile, budget)
+        self.by_point = {c.point: c for c in self.ranked}
+        self.model = interactions_of(profile, self.ranked)
+        self.front = self.model.front()
+        self.calibrate = calibrate
+        self.measured: dict[Set, Comparison] = {}
+        self.rankings = [self.indices([c.point for c in self.ranked[:n]]) for n in range(len(self.ranked) + 1)]
+        attention = [c.point for c in self.ranked if c.point.sync_point == "attention"]
+        self.attention_front: list[Set] = []
+        if 0 < len(attention) < len(self.ranked):
+            alone = self.model.restricted(attention)
+            self.attention_front = [self.indices(alone.points_of(s)) for s in alone.front()]
+
+    def few(self, n: int) -> list[Set]:
+        """The sets of n worth measuring: the best few of the model, the profile's ranking, the best without MLPs."""
+        sets = [*self.model.rivals(self.front[n], RIVALS), self.rankings[n], *self.attention_front[n : n + 1]]
+        return list(dict.fromkeys(sets))
+
+    def measure(self, sets: Sequence[Set]) -> list[Comparison]:
+        """On the calibration text, each set once."""
+        if new := [s for s in dict.fromkeys(sets) if s not in self.measured]:
+            self.measured.update(zip(new, self.calibrate([self.drops(s) for s in new]), strict=True))
+        return [self.measured[s] for s in sets]
+
+    def drops(self, chosen: Set) -> Drops:
+        return {p: self.by_point[p].strategy for p in self.model.points_of(chosen)}
+
+    def indices(self, points: Sequence[Point]) -> Set:
+        return frozenset(self.model.points.index(p) for p in points)
+
+    def choice(self, chosen: Set, verified: Comparison, repaired: int = 0) -> Choice:
+        points = self.model.points_of(chosen)
+        return Choice(
+            dropped=[c for c in self.ranked if c.point in points],
+            verified=verified,
+            repaired=repaired,
+            predicted_kl=self.model.kl(chosen),
+            measured={frozenset(self.model.points_of(s)): m for s, m in self.measured.items()},
+        )
+
+
+def choose(
+    profile: Profile,
+    budget: Budget,
+    calibrate: Measure,
+    verify: Measure,
+    obvious: Callable[[int], Sequence[Sequence[Point]]] = lambda n: (),
+) -> Choice:
+    """Pick sync points for `budget`: `calibrate` measures whole plans on the text of the profile, `verify` on other.
+
+    The largest set of the front that keeps the budget is found by bisection on the calibration text; of that size the
+    best few are measured, and of the next. What is best is verified, and smaller sets are taken while the held-out text
+    says it breaks the budget. `obvious` gives, for a number of drops, sets that are measured with the best few. Raises
+    SpdError, naming the best plan found, where not even one sync point can go.
     """
-    order = candidates(profile, budget)
-    if budget.kind == "drop":
-        order = order[: int(budget.value)]
-        return Choice(order, verify(drops_of(order)), 0)
+    search = Search(profile, budget, calibrate)
     if budget.kind == "tau":
-        order = [c for c in order if tier(profile, budget, c) == "insensitive"]
-        return Choice(order, verify(drops_of(order)), 0)
-    low, high = 0, len(order)  # `low` candidates are known to keep the budget
-    middle = min(max(_predicted_length(profile, budget, order), 1), high)
+        chosen = search.indices([c.point for c in search.ranked if tier(profile, budget, c) == "insensitive"])
+        return search.choice(chosen, verify([search.drops(chosen)])[0])
+
+    def best(n: int) -> Set:
+        """Of n sync points, in the budget's own unit; where a number is asked for and tasks ranked, that ranking's."""
+        if n == 0 or (budget.kind == "drop" and _ranked_by_tasks(profile)):
+            return search.rankings[n]
+        sets = [*search.few(n), *map(search.indices, obvious(n))]
+        costs = [(cost(budget, m), m.kl) for m in search.measure(sets)]
+        return sets[costs.index(min(costs))]
+
+    if budget.kind == "drop":
+        chosen = best(int(budget.value))
+        return search.choice(chosen, verify([search.drops(chosen)])[0])
+
+    largest = _bisect(search, budget)
+    chosen = best(largest)
+    while largest < len(search.ranked) and kept(budget, search.measure([larger := best(largest + 1)])[0]):
+        largest, chosen = largest + 1, larger
+    n = largest
+    while n > 0:
+        verified = verify([search.drops(chosen)])[0]
+        if kept(budget, verified):
+            return search.choice(chosen, verified, largest - n)
+        n = _smaller(search, budget, chosen, verified)
+        chosen = best(n)
+    least = search.front[1]
+    raise _impossible(budget, search.by_point[search.model.points_of(least)[0]], verify([search.drops(least)])[0])
+
+
+def _bisect(search: Search, budget: Budget) -> int:
+    """The size of the largest set of the front that keeps the budget on the calibration text."""
+    low, high = 0, len(search.ranked)  # `low` sync points are known to keep the budget
+    middle = low
+    if budget.kind == "max_kl":
+        middle = sum(search.model.kl(s) <= budget.value for s in search.front[1:])
+    middle = min(max(middle, 1), high)
     while low < high:
-        if kept(budget, calibrate(drops_of(order[:middle]))):
+        if kept(budget, search.measure([search.front[middle]])[0]):
             low = middle
         else:
             high = middle - 1
         middle = (low + high + 1) // 2
-    for n in range(low, 0, -1):
-        verified = verify(drops_of(order[:n]))
-        if kept(budget, verified):
-            return Choice(order[:n], verified, low - n)
-    raise _impossible(budget, order[0], verify(drops_of(order[:1])))
+    return low
 
 
-def drops_of(chosen: Sequence[Candidate]) -> Drops:
-    return {c.block: c.strategy for c in chosen}
+def _smaller(search: Search, budget: Budget, broken: Set, verified: Comparison) -> int:
+    """How many sync points to try next: the held-out text costs more by a ratio now seen: taken to hold for all."""
+    calibrated, seen = cost(budget, search.measure([broken])[0]), cost(budget, verified)
+    for n in range(len(broken) - 1, 0, -1):
+        smaller = search.front[n]
+        known = search.measured.get(smaller)
+        if known is not None and calibrated > 0:
+            expected = cost(budget, known) * seen / calibrated
+        else:
+            expected = seen * search.model.kl(smaller) / (search.model.kl(broken) or 1)
+        if expected <= budget.value:
+            return n
+    return min(len(broken) - 1, 1)
 
 
 def tier(profile: Profile, budget: Budget, candidate: Candidate) -> str:
@@ -105,25 +223,14 @@ def tier(profile: Profile, budget: Budget, candidate: Candidate) -> str:
     return "sensitive" if sensitivity <= (budget.tau2 or budget.value) else "extremely sensitive"
 
 
-def _predicted_length(profile: Profile, budget: Budget, order: Sequence[Candidate]) -> int:
-    """How many candidates the sum of single costs says will fit: where the bisection starts."""
-    spent, n = 0.0, 0
-    for c in order:
-        m = c.measurement if profile.method == "single" else None
-        spent += {
-            "max_kl": m.kl if m else profile.sensitivity(c.strategy, "kl")[c.block],
-            "max_ppl_increase": profile.sensitivity(c.strategy, "ppl")[c.block] / profile.baseline.ppl,
-            "max_accuracy_drop": profile.sensitivity(c.strategy, "accuracy")[c.block],
-        }[budget.kind]
-        if spent > budget.value:
-            break
-        n += 1
-    return n
+def _ranked_by_tasks(profile: Profile) -> bool:
+    return profile.rank_by == "accuracy" and any(m.task_accuracy_drop for m in profile.measurements)
 
 
 def _impossible(budget: Budget, first: Candidate, verified: Comparison) -> SpdError:
     least = cost(budget, verified)
+    what = "" if first.point.sync_point == "attention" else "'s MLP"
     return SpdError(
-        f"No sync point can be dropped within {describe(budget)}: the best plan found, block {first.block} alone with "
-        f"{first.strategy}, costs {describe(budget, least)} on held-out text; raise {OPTIONS[budget.kind]}."
+        f"No sync point can be dropped within {describe(budget)}: the best plan found, block {first.block}{what} alone "
+        f"with {first.strategy}, costs {describe(budget, least)} on held-out text; raise {OPTIONS[budget.kind]}."
     )

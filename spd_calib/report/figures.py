@@ -13,7 +13,7 @@ COLOURS = {Strategy.KEEP_SYNC: "#0072B2", Strategy.BLOCK_DROP: "#009E73", Strate
 
 
 def sensitivity_figure(profile: Profile, plan: Plan | None, path: Path) -> None:
-    """Write a PNG: KL of dropping each block, one bar a strategy measured; the blocks a plan drops are marked below."""
+    """Write a PNG: KL of dropping each block, one bar a strategy and kind of sync point; below, what a plan drops."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -21,18 +21,21 @@ def sensitivity_figure(profile: Profile, plan: Plan | None, path: Path) -> None:
 
     blocks = range(profile.model.num_blocks)
     fig, ax = plt.subplots(figsize=(max(6.0, 0.35 * len(blocks) + 2), 4), layout="constrained")
-    width = 0.8 / len(profile.strategies)
-    for i, strategy in enumerate(profile.strategies):
-        kl, rows = profile.sensitivity(strategy, "kl"), profile.of(strategy)
-        x = [b + (i - (len(profile.strategies) - 1) / 2) * width for b in blocks]
+    series = [(s, kind) for kind in profile.sync_points for s in profile.strategies if profile.kl(s, kind)]
+    width = 0.8 / len(series)
+    what = {"single": "dropped alone", "cumulative": "added cost", "fisher": "predicted"}[profile.method]
+    for i, (strategy, kind) in enumerate(series):
+        kl = profile.kl(strategy, kind)
         ax.bar(
-            x,
-            [kl[b] for b in blocks],
+            [b + (i - (len(series) - 1) / 2) * width for b in kl],
+            [value for value, _ in kl.values()],
             width * 0.92,
-            yerr=[2 * rows[b].kl_stderr for b in blocks],
+            yerr=[2 * stderr for _, stderr in kl.values()],
             color=COLOURS[strategy],
+            alpha=0.5 if kind == "mlp" else 1,
+            hatch="//" if kind == "mlp" else None,
             error_kw={"linewidth": 1, "capsize": 2},
-            label=f"dropped alone: {strategy}" if profile.method == "single" else f"added cost: {strategy}",
+            label=f"{what}: {strategy}{' of the MLP' if kind == 'mlp' else ''}",
         )
     if plan is not None:
         for b in plan.blocks:
@@ -40,10 +43,12 @@ def sensitivity_figure(profile: Profile, plan: Plan | None, path: Path) -> None:
         used = [s for s in Strategy if s in plan.strategies]
         for strategy in used:
             ax.plot([], [], "s", color=COLOURS[strategy], label=f"plan: {strategy} ({plan.strategies.count(strategy)})")
+        if plan.mlp_dropped:
+            ax.plot(plan.mlp_dropped, [0] * len(plan.mlp_dropped), "k^", ms=4, label="plan: MLP dropped", clip_on=False)
     ax.set(
         xlabel="block",
         ylabel="KL(dense || dropped), nats a token",
-        title=f"{profile.model.id}, TP {profile.tensor_parallel.size}: cost of dropping the attention's sync point",
+        title=f"{profile.model.id}, TP {profile.tensor_parallel.size}: cost of dropping a sync point",
     )
     ax.set_xticks(range(0, len(blocks), max(1, len(blocks) // 20)))
     ax.legend(frameon=False, fontsize="small")

@@ -14,6 +14,7 @@ the debts of two consecutive sync points add up before they are settled. So each
 what it does beyond its two members is a term of its own.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,14 +30,15 @@ from spd_calib.parallel.streams import Streams, defer, keep
 from .measure import LOGITS_AT_A_TIME, batches, compare
 from .metrics import Tally
 
+KINDS: tuple[SyncPoint, SyncPoint] = ("attention", "mlp")
 Term = tuple[Point, ...]  # one sync point, or two consecutive ones: what they do beyond their sum
 
 
 def fisher_terms(num_blocks: int, sync_points: Sequence[SyncPoint]) -> list[Term]:
     """The sync points in the order in which the model meets them, then the consecutive pairs of both kinds."""
-    points = [Point(block=block, sync_point=kind) for block in range(num_blocks) for kind in ("attention", "mlp")][:-1]
-    pairs = list(zip(points, points[1:], strict=False)) if len(set(sync_points)) == 2 else []
-    return [(p,) for p in points if p.sync_point in sync_points] + pairs
+    points = [Point(block=block, sync_point=kind) for block in range(num_blocks) for kind in KINDS][:-1]
+    terms: list[Term] = [(p,) for p in points if p.sync_point in sync_points]
+    return terms + (list(itertools.pairwise(points)) if len(set(sync_points)) == 2 else [])
 
 
 def fisher(
