@@ -36,5 +36,5 @@ def torchrun(ranks: int, module: str, arguments: Sequence[str], timeout: float =
             process.wait()
     if process.returncode:
         said = [line.removeprefix("spd-calib: ") for line in stderr.splitlines() if line.startswith("spd-calib: ")]
-        last = next((line for line in reversed(stderr.splitlines()) if "Error: " in line), "no message")
-        raise SpdError(said[0] if said else f"A rank under torchrun failed: {last}.")
+        signals = [line.partition("traceback : ")[2] for line in stderr.splitlines() if "traceback : Signal" in line]
+        raise SpdError(said[0] if said else f"A rank under torchrun failed: {(signals or ['it said nothing'])[0]}.")

@@ -1,0 +1,219 @@
+"""Real ranks over gloo: against the simulation, against the reference, and when they fail."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import plans
+import pytest
+import reference
+import tiny
+import torch
+from distributed_cases import ATTENTION, DROP, KEEP, LONG, MLP, NEW_TOKENS, PADS, SMALL_VOCABULARY
+
+from spd_calib.errors import InputError
+from spd_calib.formats.files import read
+from spd_calib.formats.profile import Profile
+from spd_calib.parallel.model import TensorParallelLM
+from spd_calib.runtimes.torchrun import check
+
+HERE = Path(__file__).parent
+BLOCKS = 4
+
+
+def torchrun(ranks: int, *arguments: object) -> subprocess.CompletedProcess:
+    """torchrun on this machine's loopback."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
+    command += ["--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "COLUMNS": "200"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A checkpoint a case; those of the Llamas in several files."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for family in tiny.SUPPORTED:
+        tiny.save(tiny.build(family), folder / family)
+    (folder / "llama" / "model.safetensors").unlink()
+    tiny.build("llama").save_pretrained(folder / "llama", max_shard_size="100KB")
+    assert len(list((folder / "llama").glob("*.safetensors"))) > 2
+    tiny.save(tiny.build("llama", positions=640), folder / LONG)
+    tiny.save(tiny.build("llama", vocab=9), folder / SMALL_VOCABULARY, words=["a", "b", "c", "d"])
+    return folder
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request, folder) -> tuple[int, dict]:
+    """TP size, and what as many real ranks made of every case."""
+    done = torchrun(request.param, HERE / "distributed_worker.py", request.param, folder)
+    assert done.returncode == 0, done.stderr[:2000]
+    return request.param, torch.load(folder / f"seen_{request.param}.pt")
+
+
+def words(strategies) -> list[str]:
+    return [str(s) for s in strategies]
+
+
+def gap(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return (found - expected).abs().max().item()
+
+
+def test_logits_of_real_ranks_are_those_of_the_simulation_and_of_the_reference(ranks):
+    tp, seen = ranks
+    ids = tiny.tokens(2, 12)
+    padded, mask = tiny.left_padded(ids, PADS)
+    cases = {
+        "keep": ((KEEP,) * BLOCKS, (KEEP,) * BLOCKS),
+        "drop": ((DROP,) * BLOCKS, (KEEP,) * BLOCKS),
+        "deferred": ((DROP,) * BLOCKS, MLP),
+        "mixed": (ATTENTION, MLP),
+    }
+    for family in tiny.SUPPORTED:
+        dense, lm = tiny.build(family), TensorParallelLM.simulated(tiny.build(family), tp)
+        for case, (attention, mlp) in cases.items():
+            lm.set_strategies(attention, mlp)
+            found = seen[family][case]
+            assert gap(found, lm(ids)) < 1e-5, (family, case)
+            assert gap(found, reference.logits(dense, ids, tp, words(attention), words(mlp))) < 1e-5, (family, case)
+        expected = reference.logits(dense, padded, tp, words(ATTENTION), words(MLP), attention_mask=mask)
+        assert gap(seen[family]["padded"] * mask[..., None], expected) < 1e-5, family
+
+
+def test_the_last_part_of_the_vocabulary_may_be_empty(ranks):
+    tp, seen = ranks
+    lm = TensorParallelLM.simulated(tiny.build("llama", vocab=9), tp)
+    lm.set_strategies(ATTENTION, MLP)
+    assert gap(seen[SMALL_VOCABULARY], lm(tiny.tokens(2, 12, vocab=9))) < 1e-5
+
+
+def test_generate_with_the_cache_is_the_same_on_all_ranks_and_in_the_simulation(ranks):
+    tp, seen = ranks
+    padded, mask = tiny.left_padded(tiny.tokens(2, 12), PADS)
+    for family in tiny.SUPPORTED:
+        lm = TensorParallelLM.simulated(tiny.build(family), tp)
+        lm.set_strategies(ATTENTION, MLP)
+        lm.model.generation_config.eos_token_id = None
+        arguments = {"attention_mask": mask, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
+        greedy = lm.model.generate(padded, do_sample=False, **arguments)
+        torch.manual_seed(7)
+        sampled = lm.model.generate(padded, do_sample=True, **arguments)
+        assert all(torch.equal(ids, greedy) for ids in seen[family]["greedy"]), family
+        assert all(torch.equal(ids, sampled) for ids in seen[family]["sampled"]), family
+    dense = tiny.build("llama")
+    expected = reference.generate(dense, padded, tp, words(ATTENTION), NEW_TOKENS, words(MLP), mask)
+    assert torch.equal(seen["llama"]["greedy"][0], expected)
+
+
+def test_two_all_reduces_a_block_and_one_where_the_attention_sync_is_dropped(ranks):
+    tp, seen = ranks
+    for family in tiny.SUPPORTED:
+        assert seen[family]["counts"] == [[2 * BLOCKS, BLOCKS]] * tp, family
+
+
+def test_streams_are_bit_equal_on_all_ranks_after_every_block(ranks):
+    tp, seen = ranks
+    for family in tiny.SUPPORTED:
+        assert len(seen[family]["streams"]) == tp
+        assert all(digests == seen[family]["streams"][0] for digests in seen[family]["streams"]), family
+
+
+def test_streams_stay_bit_equal_in_bfloat16_over_512_decoded_tokens(ranks):
+    _, seen = ranks
+    assert seen[LONG]["length"] == 520
+    assert seen[LONG]["forwards"] == 512
+    assert all(digests == seen[LONG]["streams"][0] for digests in seen[LONG]["streams"])
+
+
+def test_a_profile_made_under_torchrun_is_the_one_made_in_simulation(folder, text, tmp_path, spd):
+    arguments = ["profile", folder / "llama", "--tp", 2, "--data", text, "--seq-len", 32, "--max-samples", 4]
+    arguments += ["--verify-samples", 2, "--device", "cpu"]
+    done = torchrun(2, "-m", "spd_calib", *arguments, "-o", tmp_path / "real.json")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("written:") == 1
+    assert spd(*arguments, "-o", tmp_path / "simulated.json").code == 0
+    real, simulated = (read(Profile, tmp_path / f"{name}.json") for name in ("real", "simulated"))
+    assert (real.model, real.text) == (simulated.model, simulated.text)
+    for a, b in zip(real.measurements, simulated.measurements, strict=True):
+        assert (a.block, a.strategy) == (b.block, b.strategy)
+        assert a.kl == pytest.approx(b.kl, abs=1e-6)
+        assert a.nll_increase == pytest.approx(b.nll_increase, abs=1e-6)
+
+
+def test_torchrun_with_another_number_of_ranks_is_refused_once(folder, text):
+    done = torchrun(2, "-m", "spd_calib", "profile", folder / "llama", "--tp", 4, "--data", text)
+    assert done.returncode != 0
+    assert done.stderr.count("spd-calib: torchrun started 2 ranks, but TP is 4") == 1
+    assert done.stderr.count("spd-calib: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("raise", "spd-calib: Rank 1 cannot go on."),
+        ("killed", "spd-calib: Rank 0 has lost another rank"),
+        ("all", "spd-calib: Every rank found the same fault."),
+    ],
+)
+def test_one_rank_failing_ends_all_soon_with_one_message(how, message):
+    done = torchrun(2, HERE / "failing_worker.py", how)
+    ended = time.time()
+    assert done.returncode != 0
+    failed = max(float(t) for t in re.findall(r"rank \d at ([\d.]+)", done.stderr))
+    assert ended - failed < 30  # two seconds on an idle machine; without an end it would be half an hour
+    if how == "killed":  # torchrun may be quicker than the rank that is left, and says so itself
+        assert "SIGKILL" in done.stderr
+        assert done.stderr.count("spd-calib: ") == done.stderr.count(message) <= 1
+    else:
+        assert done.stderr.count(message) == done.stderr.count("spd-calib: ") == 1
+    assert not _running("failing_worker.py")
+
+
+def _running(script: str) -> list[str]:
+    """Processes of ours whose command line names `script`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if str(HERE / script) in command:
+            found.append(" ".join(command))
+    return found
+
+
+PLANNED = ["block_drop", "keep_sync", "block_drop", "block_drop"]
+
+
+def test_check_passes_a_runtime_that_runs_the_plan(folder, tmp_path):
+    plan = plans.write_plan(tmp_path / "plan.json", folder / "llama", 2, PLANNED, words(MLP))
+    rows = check.run(plan, tiny.stories(2, shortest=6, longest=9), new_tokens=8)
+    assert all(row.ok for row in rows), rows
+    found = {row.what: row.found for row in rows}
+    assert found["plan: all-reduces per forward and rank"] == "3"
+    assert found["dense: all-reduces per forward and rank"] == "8"
+
+
+@pytest.mark.parametrize(
+    ("worker", "caught_by"),
+    [
+        ("worker_without_plan", {"prompt tokens", "greedy continuation", "all-reduces per forward and rank"}),
+        ("worker_plain_drops", {"prompt tokens", "greedy continuation", "residual streams of the ranks"}),
+    ],
+)
+def test_check_catches_a_runtime_that_does_something_else(folder, tmp_path, monkeypatch, worker, caught_by):
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    plan = plans.write_plan(tmp_path / "plan.json", folder / "llama", 2, PLANNED)
+    rows = check.run(plan, tiny.stories(1, shortest=6, longest=9), new_tokens=4, worker=worker)
+    wrong = {row.what for row in rows if not row.ok}
+    assert {f"plan: {what}" for what in caught_by} <= wrong
+    assert all(what.startswith("plan: ") for what in wrong)
+
+
+def test_check_refuses_a_stale_plan(folder, tmp_path):
+    plan = plans.write_plan(tmp_path / "plan.json", folder / "llama", 2, PLANNED)
+    with pytest.raises(InputError, match="not the model"):
+        check.run(plan, ["a"], model=str(folder / "llama_bias"))
