@@ -21,12 +21,12 @@ def vllm_files() -> set[str]:
 
 def test_check_of_a_plan(folder_of, tmp_path):
     """From the file to the table: the plan goes through additional_config, and nothing is left behind."""
-    before, environment = vllm_files(), dict(os.environ)
+    before, host = vllm_files(), os.environ.get("VLLM_HOST_IP")
     plan = write_plan(tmp_path / "plan.json", folder_of("llama_bias"), 2, [D, K, D, D], [K, D, K, K])
     rows = run(plan, ["the cat saw a bird near the river .", "one two three"], new_tokens=8)
     assert [row for row in rows if not row.ok] == []
     assert [row.expected for row in rows if "all-reduces" in row.what] == ["5", "9"]
-    assert vllm_files() <= before and dict(os.environ) == environment
+    assert vllm_files() <= before and os.environ.get("VLLM_HOST_IP") == host
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])

@@ -112,10 +112,6 @@ def test_an_architecture_that_is_not_on_the_list(plan, tmp_path):
     refused(folder, plan, "Gemma2ForCausalLM, whose decoder layer spd-calib does not know")
 
 
-def test_an_architecture_that_the_simulation_has_and_vllm_has_not(folder_of, plan):
-    refused(folder_of("starcoder2"), plan, "Starcoder2ForCausalLM, whose decoder layer")
-
-
 def test_the_generic_implementation_of_a_known_architecture(folder, plan):
     refused(folder, plan, "whose decoder layer spd-calib does not know", model_impl="transformers")
 
