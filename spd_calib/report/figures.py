@@ -39,17 +39,22 @@ def sensitivity_figure(profile: Profile, plan: Plan | None, path: Path) -> None:
         )
     if plan is not None:
         for b in plan.blocks:
-            ax.axvspan(b.index - 0.45, b.index + 0.45, ymax=0.02, color=COLOURS[b.strategy])
+            ax.axvspan(b.index - 0.45, b.index + 0.45, ymin=-0.03, ymax=-0.01, color=COLOURS[b.strategy], clip_on=False)
         used = [s for s in Strategy if s in plan.strategies]
         for strategy in used:
             ax.plot([], [], "s", color=COLOURS[strategy], label=f"plan: {strategy} ({plan.strategies.count(strategy)})")
         if plan.mlp_dropped:
-            ax.plot(plan.mlp_dropped, [0] * len(plan.mlp_dropped), "k^", ms=4, label="plan: MLP dropped", clip_on=False)
+            ax.plot(plan.mlp_dropped, [0] * len(plan.mlp_dropped), "kv", ms=4, label="plan: MLP dropped", clip_on=False)
     ax.set(
         xlabel="block",
-        ylabel="KL(dense || dropped), nats a token",
-        title=f"{profile.model.id}, TP {profile.tensor_parallel.size}: cost of dropping a sync point",
+        ylabel="KL(dense || dropped), nats a token (± 2 s.e.)",
     )
+    ax.set_title(
+        f"{profile.model.id}, TP {profile.tensor_parallel.size}: cost of dropping a sync point",
+        fontsize="medium",
+    )
+    ax.set_ylim(bottom=0)
+    ax.tick_params(axis="x", length=0, pad=8)
     ax.set_xticks(range(0, len(blocks), max(1, len(blocks) // 20)))
     ax.legend(frameon=False, fontsize="small")
     ax.spines[["top", "right"]].set_visible(False)
