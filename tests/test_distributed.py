@@ -16,6 +16,7 @@ from distributed_cases import ATTENTION, DROP, KEEP, LONG, MLP, NEW_TOKENS, PADS
 
 from spd_calib.errors import InputError
 from spd_calib.formats.files import read
+from spd_calib.formats.hardware import Hardware
 from spd_calib.formats.profile import Profile
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.runtimes.torchrun import check
@@ -217,3 +218,33 @@ def test_check_refuses_a_stale_plan(folder, tmp_path):
     plan = plans.write_plan(tmp_path / "plan.json", folder / "llama", 2, PLANNED)
     with pytest.raises(InputError, match="not the model"):
         check.run(plan, ["a"], model=str(folder / "llama_bias"))
+
+
+def test_bench_measures_sums_and_steps_on_real_ranks(folder, tmp_path, spd):
+    plan = plans.write_plan(tmp_path / "plan.json", folder / "llama", 2, PLANNED, words(MLP))
+    done = spd("bench", plan, "-o", tmp_path / "hardware.json", "--rounds", 2, "--tokens", 8, "--new-tokens", 3,
+               "--device", "cpu")  # fmt: skip
+    assert done.code == 0, done.err
+    hardware = read(Hardware, tmp_path / "hardware.json")
+    assert (hardware.backend, hardware.nodes, hardware.tensor_parallel.size) == ("gloo", 1, 2)
+    sizes = list(hardware.all_reduce_seconds())
+    assert sizes == sorted(sizes) and sizes[0] == 1024
+    assert {(s.phase, s.blocks, s.dropped, s.seconds.repeats) for s in hardware.steps} == {
+        (phase, blocks, dropped, 2 * repeats)
+        for phase, repeats in (("prefill", 1), ("decode", 3))
+        for blocks, dropped in (("dense", 0), ("plan", 5), ("every_block_dropped", 4))
+    }
+    for c in hardware.collectives:
+        assert 0 < c.seconds.p10 <= c.seconds.median <= c.seconds.p90
+
+
+def test_generate_under_torchrun_writes_what_the_simulation_writes_once(folder, tmp_path, spd):
+    plan = plans.write_plan(tmp_path / "plan.json", folder / "llama", 2, PLANNED, words(MLP))
+    arguments = ["generate", plan, "--prompt", "the cat", "--new-tokens", 12, "--sample", "--seed", 3]
+    arguments += ["--dense", "--device", "cpu"]
+    simulated = spd(*arguments)
+    assert simulated.code == 0
+    assert len(simulated.out.splitlines()) == 2 and simulated.out.startswith("the cat ")
+    done = torchrun(2, "-m", "spd_calib", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == simulated.out
