@@ -5,13 +5,23 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint format pipeline results schemas clean FORCE
+.PHONY: demo test test-vllm lint format pipeline results schemas clean FORCE
 
 demo: $(READY)
 	$(BIN)/spd-calib demo -o runs/demo
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/with_vllm
+
+# The vLLM plugin on a real vLLM (CPU build, two to four ranks), in an environment of its own.
+test-vllm: $(VENV)-vllm/.ready
+	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/with_vllm -rs
+
+$(VENV)-vllm/.ready: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps -r constraints-vllm.txt
+	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
 
 lint: $(READY)
 	$(BIN)/ruff check .
