@@ -6,7 +6,7 @@ import typer
 
 from spd_calib.ranks import ending_together
 
-from . import bench, check, demo, eval, generate, lm_eval, plan, profile, report
+from . import bench, check, demo, eval, generate, lm_eval, plan, profile, recover, report
 
 app = typer.Typer(
     name="spd-calib",
@@ -17,7 +17,7 @@ app = typer.Typer(
     help="Find out which all-reduces of a tensor-parallel language model can go; plan, verify and evaluate it.",
     epilog="A first try: spd-calib demo. Any command takes --debug to show a traceback with an error.",
 )
-for module in (profile, plan, eval, check, bench, generate, report, demo, lm_eval):
+for module in (profile, plan, recover, eval, check, bench, generate, report, demo, lm_eval):
     module.register(app)
 
 
