@@ -349,3 +349,148 @@ def test_too_little_text_and_a_plan_that_drops_nothing() -> None:
 
 def full_disk(*args, **kw):
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+# --- the files
+
+
+def recovered(tmp_path: Path, llama: Path, text: Path, **kw):
+    """A tiny plan, recovered without training; returns the plan and the folder."""
+    from spd_calib.formats.common import TensorParallel
+    from spd_calib.formats.plan import Budget, Plan, PlannedBlock, Predicted, Verified
+    from spd_calib.models.load import load_dense
+    from spd_calib.parallel.session import open_session
+    from spd_calib.recovery import checkpoint, treatment
+    from spd_calib.sensitivity.text import TextOptions, load_text
+
+    session = open_session(str(llama), 4)
+    options = TextOptions(str(text), 24, 24, 24, 8)
+    found = load_text(options, session.tokenizer)
+    model = PlannedModel(load_dense(session.source, session.config, "cpu", "float32"), 4, [DROP] * 4, [KEEP] * 4)
+    as_is = HeldOut(model, found.verification).measure().comparison()
+    made = {"command": "test", "seed": 0, "device": "cpu", "dtype": "float32", "versions": {}}
+    from spd_calib.formats.common import Provenance
+
+    plan = Plan(
+        model=session.ref,
+        tensor_parallel=TensorParallel(size=4),
+        blocks=[
+            PlannedBlock(index=i, module=f"model.layers.{i}", strategy=DROP, kl=0.1, reason="test") for i in range(4)
+        ],
+        budget=Budget(kind="drop", value=4, strategies=[DROP]),
+        predicted=Predicted(kl=as_is.kl, ppl_increase=as_is.ppl_increase, accuracy_drop=as_is.accuracy_drop),
+        verified=Verified(**vars(as_is), text=found.verification_ref()),
+        provenance=Provenance(**made),
+    )
+    block_tiers, _ = treatment.tiers_of(plan, 0.0, 0.0)
+    report = recover(
+        model, found.calibration[:-8], found.calibration[-8:], block_tiers, Options(CLOSED, exchange=0.0, **kw)
+    )
+    tally = HeldOut(model, found.verification).measure()
+    new = checkpoint.write_checkpoint(
+        tmp_path / "out",
+        model,
+        session.source,
+        lambda ref, beside: treatment.new_plan(
+            plan, model, report, tally, tally, found.verification_ref(), ref, beside, Provenance(**made)
+        ),
+        report.json(),
+    )
+    return plan, new, found, tally
+
+
+CLOSED = ("grouping", "compensation")
+
+
+def test_the_checkpoint_is_the_same_dense_model_and_its_plan_runs(tmp_path, llama, text, monkeypatch) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from spd_calib.formats.files import read
+    from spd_calib.formats.plan import Plan
+    from spd_calib.parallel.compensation import load_compensation
+    from spd_calib.parallel.session import open_session
+    from spd_calib.recovery import treatment
+    from spd_calib.sensitivity.measure import Experiment, measure
+
+    _, new, found, tally = recovered(tmp_path, llama, text)
+    out, ids = tmp_path / "out", tiny.tokens(2, 16)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+    with torch.no_grad():
+        was, now = (AutoModelForCausalLM.from_pretrained(f)(ids).logits for f in (llama, out))
+    assert (was - now).abs().max() < 1e-5
+    assert (
+        AutoTokenizer.from_pretrained(out)("a cat").input_ids == AutoTokenizer.from_pretrained(llama)("a cat").input_ids
+    )
+    plan = read(Plan, out / "plan.json")
+    assert plan == new and plan.requires == ["compensation"] and plan.recovered_from is not None
+    lm = open_session(plan.model.id, 4, plan.model).load()
+    lm.set_compensation(load_compensation(plan, out / "plan.json"))
+    again = measure(lm, found.verification, [Experiment(plan.strategies, plan.mlp_strategies)])[1][0]
+    assert again.kl == pytest.approx(tally.kl(), rel=1e-4) == plan.verified.kl
+
+    with pytest.raises(InputError, match="recovered already"):
+        treatment.tiers_of(plan, None, None)
+    loose = tmp_path / "elsewhere.json"
+    loose.write_text((out / "plan.json").read_text())
+    with pytest.raises(InputError, match="copy both files together"):
+        load_compensation(plan, loose)
+    file = out / "compensation.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(InputError, match="not the file"):
+        load_compensation(plan, out / "plan.json")
+    for wrong in ("../x.safetensors", "/x.safetensors", "x.bin", ".x.safetensors"):
+        text_of = json.loads((out / "plan.json").read_text())
+        text_of["compensation"]["file"] = wrong
+        loose.write_text(json.dumps(text_of))
+        with pytest.raises(InputError, match="not a valid plan"):
+            read(Plan, loose)
+    for key in ("requires", "compensation"):
+        text_of = json.loads((out / "plan.json").read_text())
+        text_of[key] = [] if key == "requires" else None
+        loose.write_text(json.dumps(text_of))
+        with pytest.raises(InputError, match="not a valid plan"):
+            read(Plan, loose)
+
+
+def test_a_full_disk_leaves_no_half_written_checkpoint(tmp_path, llama, text, monkeypatch) -> None:
+    from spd_calib.recovery import checkpoint
+
+    monkeypatch.setattr(checkpoint, "save_file", full_disk)
+    with pytest.raises(InputError, match="No space left on device"):
+        recovered(tmp_path, llama, text, max_rank=0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_is_there_is_left_alone(tmp_path: Path) -> None:
+    from spd_calib.recovery.checkpoint import check_output
+
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "mine").write_text("x")
+    with pytest.raises(InputError, match="there already"):
+        check_output(tmp_path / "there")
+    with pytest.raises(InputError, match="does not exist"):
+        check_output(tmp_path / "no" / "such")
+
+
+# --- on a real model, where there is one
+
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.mark.skipif(not (SHARED / "models/stories260k").exists(), reason="../shared/models/stories260k is not here")
+@pytest.mark.parametrize(("methods", "bar"), [(("grouping",), 0.75), (CLOSED, 0.63)])
+def test_stories260k_without_training(methods, bar: float) -> None:
+    from spd_calib.models.load import load_dense, load_tokenizer, locate, read_config
+    from spd_calib.sensitivity.text import TextOptions, load_text
+
+    source = locate(str(SHARED / "models/stories260k"))
+    config, tokenizer = read_config(source), load_tokenizer(source)
+    model = PlannedModel(load_dense(source, config, "cpu", "float32"), 4, [DROP] * 5, [KEEP] * 5)
+    fit = load_text(TextOptions(str(SHARED / "data/tinystories-calibration.jsonl"), 256, 64, 160, 32), tokenizer)
+    other = load_text(TextOptions(str(SHARED / "data/tinystories-eval.jsonl"), 256, 128, 48, 1), tokenizer)
+    measured = HeldOut(model, other.calibration)
+    as_is = measured.measure().kl()
+    options = Options(methods, exchange=0.0, batch_size=8)
+    recover(model, fit.calibration, fit.verification, extreme(model), options)
+    assert measured.measure().kl() <= bar * as_is

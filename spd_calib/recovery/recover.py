@@ -329,9 +329,3 @@ def _detail(fit: compensation.Fit) -> dict:
 
 def _outcome(outcome: Outcome) -> dict:
     return {"error_before": outcome.before, "error_after": outcome.after, "steps": outcome.steps}
-
-
-def added_parameters(model: PlannedModel) -> int:
-    """Weights a rank holds more than before, predictors of all blocks."""
-    predictors = (s.compensation[0] for s in model.students.values() if s.compensation)
-    return sum(p.numel() for c in predictors for p in c.parameters())
