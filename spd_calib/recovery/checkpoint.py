@@ -47,7 +47,7 @@ def storage_dtype(config) -> torch.dtype:
 def round_to_storage(model: PlannedModel, dtype: torch.dtype) -> None:
     """Round trained weights to what they are stored in, so that what is verified is what is written.
 
-    Predictors are stored in float32; a student that still shares the dense weights is left alone.
+    Predictors are stored in float32. Weights that a student shares with the dense model are in that form already.
     """
     for student in model.students.values():
         predictors = set(map(id, student.block.compensation.parameters() if student.block.compensation else ()))
