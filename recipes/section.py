@@ -1,6 +1,6 @@
 """Write one section of a recipe to a file, touching it only where the section has changed: make's notion of up to date.
 
-    python recipes/section.py recipes/demo.yaml profile runs/sections/demo/profile.yaml
+python recipes/section.py recipes/demo.yaml profile runs/sections/demo/profile.yaml
 """
 
 import sys
