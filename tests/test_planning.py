@@ -5,17 +5,20 @@ import json
 
 import numpy as np
 import pytest
+import tiny
 
 from spd_calib.errors import InputError, SpdError
 from spd_calib.formats.common import ModelRef, Provenance, Strategy, TensorParallel, TextRef
 from spd_calib.formats.plan import Budget
 from spd_calib.formats.profile import Baseline, Comparison, Fisher, Measurement, Point, Profile
+from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.planning import budget as budgets
 from spd_calib.planning.front import front_of, knee
 from spd_calib.planning.interactions import Interactions
 from spd_calib.planning.obvious import paper_order
-from spd_calib.planning.plan import Obvious
+from spd_calib.planning.plan import Obvious, measure_sets
 from spd_calib.planning.search import candidates, choose, interactions_of, tier
+from spd_calib.sensitivity.fisher import fisher as fisher_scores
 
 DROP, PLAIN = Strategy.BLOCK_DROP, Strategy.PLAIN_DROP
 
@@ -343,3 +346,38 @@ def test_the_front_needs_no_measurement_and_shows_those_there_are():
     assert [x.predicted_kl for x in front.points] == pytest.approx([0, 0.01, 0.03, 0.08])
     assert [x.measured_kl for x in front.points] == [None, 0.015, None, None]
     assert front.points[2].dropped == [a(1), a(2)]
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_promises_hold_on_text_never_used_to_choose(family):
+    """Ten random budgets a model, in every unit, from predictions alone."""
+    lm = TensorParallelLM.simulated(tiny.build(family), 4)
+    sequences = [tiny.tokens(1, 16, seed=n)[0].tolist() for n in range(16)]
+    _, fisher = fisher_scores(lm, sequences[:8], ["attention", "mlp"], 0.3)
+    p = fisher_profile(fisher)
+    rng = np.random.default_rng(0)
+    known: dict = {}
+
+    def measured_on(text, name):
+        def run(sets):
+            new = [s for s in sets if (name, frozenset(s)) not in known]
+            found = measure_sets(lm, new, text, 8, lambda i, tally: None)
+            known.update(((name, frozenset(s)), m) for s, m in zip(new, found, strict=True))
+            return [known[name, frozenset(s)] for s in sets]
+
+        return run
+
+    calibrate, verify = measured_on(sequences[:8], "calibration"), measured_on(sequences[8:], "held out")
+    everything = calibrate([dict.fromkeys([p[0] for p in fisher.terms if len(p) == 1], DROP)])[0]
+    kept_promises = 0
+    for _ in range(10):
+        kind = str(rng.choice(["max_kl", "max_ppl_increase", "max_accuracy_drop", "max_logprob_diff"]))
+        b = budget(kind, float(rng.uniform(0.05, 0.9) * budgets.cost(budget(kind), everything)), [DROP])
+        try:
+            choice = choose(p, b, calibrate, verify)
+        except SpdError:  # nothing can be dropped within it: no promise was made
+            continue
+        assert budgets.kept(b, choice.verified)
+        assert choice.verified == verify([{c.point: c.strategy for c in choice.dropped}])[0]
+        kept_promises += 1
+    assert kept_promises >= 5

@@ -12,6 +12,11 @@ s_t = A e has covariance F_t, and independent signs at different tokens make the
 the sync point that settles the debt, and linear from there on. A set is the sum of its members but for one thing:
 the debts of two consecutive sync points add up before they are settled. So each consecutive pair is run, too, and
 what it does beyond its two members is a term of its own.
+
+F_t at the dense model alone is too small where the dense model is sure and the dropped one is not. Exactly, KL is the
+integral of (1 - s) dz' F(z + s dz) dz over s from 0 to 1; with F linear in s that is 2/3 of F at the start and 1/3 at
+the end. Every sync point has an end of its own; one, drawn anew for each batch, stands for all: tokens that one drop
+unsettles are the ones that others do.
 """
 
 import itertools
@@ -22,12 +27,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spd_calib.formats.common import Strategy
 from spd_calib.formats.profile import Baseline, Fisher, Point, SyncPoint
 from spd_calib.parallel.block import Block
 from spd_calib.parallel.model import Recording, TensorParallelLM
 from spd_calib.parallel.streams import Streams, defer, keep
 
-from .measure import LOGITS_AT_A_TIME, batches, compare
+from .measure import LOGITS_AT_A_TIME, Experiment, batches, compare
 from .metrics import Tally
 
 KINDS: tuple[SyncPoint, SyncPoint] = ("attention", "mlp")
@@ -59,6 +65,7 @@ def fisher(
     """
     generator = torch.Generator(lm.device).manual_seed(seed)
     terms = fisher_terms(lm.num_blocks, sync_points)
+    points = [term[0] for term in terms if len(term) == 1]
     tokens = torch.tensor([len(s) - 1 for s in sequences], dtype=torch.float64)
     samples = math.ceil(2 / (len(sequences) * target_stderr**2))
     dense, passes = Tally(), list[Tensor]()
@@ -69,12 +76,14 @@ def fisher(
             recording = lm.record(input_ids)
             if not passes:
                 compare(lm, recording.final, recording.final, False, input_ids, lengths, dense)
-            by_term = score(lm, recording, lengths, sync_points, samples, generator)
+            drawn = points[int(torch.randint(len(points), (1,), generator=generator, device=lm.device))]
+            dropped = run_dropped(lm, recording, drawn)
+            by_term = score(lm, recording, lengths, sync_points, samples, generator, dropped)
             scores.append(torch.stack([by_term[term] for term in terms], dim=-1).double().cpu())
             tick()
         passes.append(torch.cat(scores, dim=1))
         d = torch.cat(passes)  # [samples, sequences, terms]
-        error = sampling_error(d[..., : sum(len(term) == 1 for term in terms)])
+        error = sampling_error(d[..., : len(points)])
         samples = math.ceil(len(d) * (error**2 / target_stderr**2 - 1) - 0.01)
     matrix, stderr = interactions(d, tokens)
     rows = range(len(terms))
@@ -130,13 +139,15 @@ def score(
     sync_points: Sequence[SyncPoint],
     samples: int,
     generator: torch.Generator,
+    dropped: Tensor | None = None,
 ) -> dict[Term, Tensor]:
     """d of every term, [samples, B]: the blocks are run once more from what entered them, from the last backwards.
 
+    `dropped` [B, T, d]: what left the final norm with some sync point dropped; without it F is the dense model's alone.
     Nothing but two blocks' activations is held beside the recording.
     """
     d: dict[Term, Tensor] = {}
-    gradient = final_gradient(lm, recording.final, lengths, samples, generator)
+    gradient = final_gradient(lm, recording.final, lengths, samples, generator, dropped)
     following: _Passed | None = None
     for block, entered, kwargs in reversed(list(zip(lm.blocks, recording.streams, recording.kwargs, strict=True))):
         x = entered.shared.detach().requires_grad_()
@@ -209,24 +220,44 @@ def backward(output: Tensor, inputs: list[Tensor], gradients: Tensor) -> list[Te
     return [torch.stack(of_input) for of_input in zip(*found, strict=True)]
 
 
+def run_dropped(lm: TensorParallelLM, recording: Recording, point: Point) -> Tensor:
+    """What leaves the final norm with one sync point dropped, [B, T, d]. Leaves every sync point kept."""
+    experiment = Experiment.of({point: Strategy.BLOCK_DROP}, lm.num_blocks)
+    lm.set_strategies(experiment.attention, experiment.mlp)
+    final = lm.resume(recording, experiment.first)
+    lm.keep_all()
+    return final
+
+
 def final_gradient(
-    lm: TensorParallelLM, final: Tensor, lengths: Sequence[int], samples: int, generator: torch.Generator
+    lm: TensorParallelLM,
+    final: Tensor,
+    lengths: Sequence[int],
+    samples: int,
+    generator: torch.Generator,
+    dropped: Tensor | None,
 ) -> Tensor:
     """Gradient [samples, B, T, d] of sum_t <s_t, z_t> with respect to what left the final norm, `final` [B, T, d].
 
     Every predicted token has a score: none stands at the last position of a sequence, nor at padding.
     """
-    positions = torch.arange(final.shape[1]) < torch.tensor(lengths)[:, None] - 1
+    positions = (torch.arange(final.shape[1]) < torch.tensor(lengths)[:, None] - 1).to(final.device)
     gradient = final.new_zeros(samples, *final.shape)
+    step = max(1, LOGITS_AT_A_TIME // lm.head.vocab_size)
     found = []
-    for hidden in final[positions.to(final.device)].split(max(1, LOGITS_AT_A_TIME // lm.head.vocab_size)):
+    for hidden, end in zip(
+        final[positions].split(step), (final if dropped is None else dropped)[positions].split(step), strict=True
+    ):
         hidden = hidden.detach().requires_grad_()
         with torch.enable_grad():
             logits = lm.head(hidden[None])[0]
-        p = logits.detach().float().softmax(-1)
-        scores = torch.stack([_signed_root(p, generator) for _ in range(samples)])
-        found.append(backward(logits, [hidden], scores.to(logits.dtype))[0])
-    gradient[:, positions.to(final.device)] = torch.cat(found, dim=1)
+        p, q = (z.detach().float().softmax(-1) for z in (logits, lm.logits(end[None])[0]))
+        scores = []
+        for _ in range(samples):
+            at_end = torch.rand(len(p), 1, generator=generator, device=p.device) < 1 / 3
+            scores.append(_signed_root(torch.where(at_end, q, p), generator))
+        found.append(backward(logits, [hidden], torch.stack(scores).to(logits.dtype))[0])
+    gradient[:, positions] = torch.cat(found, dim=1)
     return gradient
 
 
