@@ -91,6 +91,8 @@ def write_checkpoint(
         plan = make_plan(model_ref(written, read_config(written)), beside)
         (folder / "plan.json").write_text(dumps(plan), encoding="utf-8")
         (folder / "recovery.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        for path in folder.iterdir():  # safetensors keeps what it writes to its owner
+            path.chmod((folder / "plan.json").stat().st_mode)
     return plan
 
 

@@ -18,13 +18,9 @@ class Journal:
 
     def __init__(self, folder: Path, run: dict):
         self.folder = folder
-        digest = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+        self.run = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            mark = folder / "run"
-            if not mark.exists():
-                mark.write_text(digest)
-            elif mark.read_text() != digest:
+            if folder.exists() and (folder / "run").read_text() != self.run:
                 raise InputError(
                     f"{folder} holds the state of another recovery (plan, text or options differ); remove it first."
                 )
@@ -35,6 +31,8 @@ class Journal:
         path = self.folder / f"{name}.safetensors"
         temporary = path.with_suffix(".part")
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "run").write_text(self.run)
             save_file(tensors, temporary, metadata={"note": json.dumps(note)})
             os.replace(temporary, path)
         except (OSError, SafetensorError) as e:

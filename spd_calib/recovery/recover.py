@@ -199,9 +199,8 @@ class _Recovery:
                 fitted, held = (moments(self.model.students[block], feed, part, o.own_inputs) for part in (train, kept))
             started = time.monotonic()
             grouped, detail = self._group(untreated, feed, fitted, held, with_predictor)
-            accepted = self._try(grouped, "grouping", started, detail)
-            if "compensation" in methods and not (accepted and with_predictor):
-                # alone one of the two was no gain; together they may be
+            self._try(grouped, "grouping", started, detail)
+            if "compensation" in methods and not with_predictor:  # no gain alone; under a grouping it may be one
                 started = time.monotonic()
                 both, detail = self._group(untreated, feed, fitted, held, True)
                 self._try(both, "grouping+compensation", started, detail)
