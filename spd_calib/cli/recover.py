@@ -61,6 +61,7 @@ def recover(
     from spd_calib.formats.plan import Plan
     from spd_calib.models.load import load_dense
     from spd_calib.parallel.session import open_session
+    from spd_calib.ranks import world_size
     from spd_calib.recovery import checkpoint, treatment
     from spd_calib.recovery.distillation import Schedule
     from spd_calib.recovery.journal import Journal
@@ -72,6 +73,8 @@ def recover(
     from .shared import load_text_for
     from .terminal import print_json, say, table, working
 
+    if world_size() > 1:
+        raise InputError("recover runs in one process, its ranks simulated; start it without torchrun.")
     chosen = tuple(dict.fromkeys(m.strip() for m in methods.split(",") if m.strip()))
     if not chosen or (wrong := [m for m in chosen if m not in METHODS]):
         raise InputError(f"--methods {wrong[0] if chosen else methods!r} is none of {', '.join(METHODS)}.")
