@@ -68,7 +68,7 @@ def source_of(name: str) -> tuple[Path, Path, Path]:
     return folder, fit, measured
 
 
-def train_opt(folder: Path, tokenizer_folder: Path, steps: int = 800, batch: int = 16, length: int = 128) -> None:
+def train_opt(folder: Path, tokenizer_folder: Path, steps: int = 300, batch: int = 16, length: int = 64) -> None:
     """A small OPT, a little trained on fresh stories of the demo's world (no story that is shipped)."""
     from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 

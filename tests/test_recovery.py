@@ -472,6 +472,40 @@ def test_an_output_that_is_there_is_left_alone(tmp_path: Path) -> None:
         check_output(tmp_path / "no" / "such")
 
 
+# --- the command
+
+
+def test_the_command(spd, tmp_path, profile_file, text) -> None:
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    assert spd("plan", profile_file, "--drop", 1, "--strategy", "block_drop", "-o", plan, "--device", "cpu").code == 0
+    given = ("--data", text, "--seq-len", 32, "--max-samples", 24, "--verify-samples", 6, "--device", "cpu")
+    run = spd(
+        "recover", plan, *given, "-o", out, "--methods", "compensation", "--max-rank", 0, "--tau1", 0, "--tau2", 0
+    )
+    assert run.code == 0 and "verified on other text" in run.err
+    assert (out / "plan.json").exists() and not list(tmp_path.glob("*.partial"))
+    report = json.loads((out / "recovery.json").read_text())
+    assert report["kl"] <= report["kl_as_is"] and report["attempts"][0]["detail"]["form"] == "mean"
+
+    bad = tmp_path / "bad"
+    assert "none of grouping" in spd("recover", plan, *given, "-o", bad, "--methods", "magic").err
+    assert "there already" in spd("recover", plan, *given, "-o", out).err
+    changed = json.loads(plan.read_text())
+    changed["model"]["weight_fingerprint"] = "0" * 64
+    (tmp_path / "changed.json").write_text(json.dumps(changed))
+    run = spd("recover", tmp_path / "changed.json", *given, "-o", bad)
+    assert run.code == 2 and "the weights differs" in run.err
+    for block in changed["blocks"]:
+        block["strategy"] = "keep_sync"
+    (tmp_path / "nothing.json").write_text(json.dumps(changed))
+    run = spd("recover", tmp_path / "nothing.json", *given, "-o", bad)
+    assert run.code == 2 and "nothing to recover" in run.err
+    few = ("--data", text, "--seq-len", 32, "--max-samples", 6, "--verify-samples", 6, "--device", "cpu")
+    run = spd("recover", plan, *few, "-o", bad)
+    assert run.code == 2 and "too few" in run.err
+    assert not bad.exists() and not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob(".bad*"))
+
+
 # --- on a real model, where there is one
 
 
