@@ -53,7 +53,14 @@ def sensitivity_figure(profile: Profile, plan: Plan | None, path: Path) -> None:
         f"{profile.model.id}, TP {profile.tensor_parallel.size}: cost of dropping a sync point",
         fontsize="medium",
     )
-    ax.set_ylim(bottom=0)
+    heights = sorted(
+        value for strategy, kind in series for value, _ in profile.kl(strategy, kind).values() if value > 0
+    )
+    if heights and heights[-1] > 100 * heights[len(heights) // 2]:  # one block would hide all others
+        ax.set_yscale("log")
+        ax.set_ylim(bottom=max(heights[0], 1e-5) / 2)
+    else:
+        ax.set_ylim(bottom=0)
     ax.tick_params(axis="x", length=0, pad=8)
     ax.set_xticks(range(0, len(blocks), max(1, len(blocks) // 20)))
     ax.legend(frameon=False, fontsize="small")
