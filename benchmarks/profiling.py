@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pandas
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from spd_calib.formats.common import Strategy
 from spd_calib.parallel.model import TensorParallelLM
@@ -29,30 +29,53 @@ from spd_calib.sensitivity.text import TextOptions, load_text
 VOCABULARY = 256
 
 
-def random_model(blocks: int, width: int, seed: int) -> LlamaForCausalLM:
-    """A Llama whose blocks add to the stream by factors from 0.15 to 1.2."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=blocks,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=256,
+def random_llama(blocks: int, width: int) -> PreTrainedModel:
+    return enliven(
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=width,
+                intermediate_size=3 * width,
+                num_hidden_layers=blocks,
+                num_attention_heads=8,
+                num_key_value_heads=4,
+                max_position_embeddings=256,
+            )
+        )
     )
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(config).eval()
+
+
+def random_opt(blocks: int, width: int) -> PreTrainedModel:
+    return enliven(
+        OPTForCausalLM(
+            OPTConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=width,
+                word_embed_proj_dim=width,
+                ffn_dim=3 * width,
+                num_hidden_layers=blocks,
+                num_attention_heads=16,
+                max_position_embeddings=256,
+                tie_word_embeddings=False,
+            )
+        )
+    )
+
+
+def enliven(model: PreTrainedModel) -> PreTrainedModel:
+    """Weights that matter, and blocks that add to the stream by factors from 0.15 to 1.2."""
+    torch.manual_seed(0)
     with torch.no_grad():
-        model.lm_head.weight.normal_(std=2.0 / width**0.5)
-        model.model.embed_tokens.weight.normal_()
-        for layer in model.model.layers:
+        for name, p in model.named_parameters():
+            if p.dim() == 2:
+                p.normal_(std=1 if "embed" in name else 1 / p.shape[1] ** 0.5)
+        for layer in model.get_decoder().layers:
             gain = 0.15 * 8 ** torch.rand(1).item()
             for name, p in layer.named_parameters():
-                if p.dim() == 2:
-                    p.normal_(
-                        std=(gain if name.endswith(("o_proj.weight", "down_proj.weight")) else 1) / p.shape[1] ** 0.5
-                    )
-    return model
+                if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")):
+                    p.mul_(gain)
+        model.get_output_embeddings().weight.normal_(std=2 / model.config.hidden_size**0.5)
+    return model.eval()
 
 
 def compare(lm: TensorParallelLM, sequences: list[list[int]], kinds: list, target: float, batch: int) -> dict:
@@ -95,10 +118,15 @@ def main() -> None:
         print(rows[-1], flush=True)
 
     if options.only != "given":
-        for blocks, width in ((24, 128), (80, 64)):
-            lm = TensorParallelLM.simulated(random_model(blocks, width, 0), 4)
-            tokens = torch.randint(0, VOCABULARY, (options.sequences, 32), generator=torch.Generator().manual_seed(1))
-            row(f"random Llama, width {width}", 4, lm, tokens.tolist(), ["attention"], 0.1)
+        tokens = torch.randint(
+            0, VOCABULARY, (options.sequences, 32), generator=torch.Generator().manual_seed(1)
+        ).tolist()
+        for name, model, kinds in (
+            ("random Llama, width 128", random_llama(24, 128), ["attention"]),
+            ("random Llama, width 64", random_llama(80, 64), ["attention"]),
+            ("random OPT, width 64", random_opt(8, 64), ["attention", "mlp"]),
+        ):
+            row(name, 4, TensorParallelLM.simulated(model, 4), tokens, kinds, 0.1)
     for folder, data in zip(options.model, options.data if options.only != "random" else [], strict=False):
         for tp in (2, 4):
             session = open_session(folder, tp)
