@@ -24,7 +24,8 @@ from spd_calib.recovery.journal import Journal
 from spd_calib.recovery.moments import moments
 from spd_calib.recovery.permute import permute_heads, permute_neurons
 from spd_calib.recovery.planned import Feed, HeldOut, PlannedModel, fall
-from spd_calib.recovery.recover import Options, recover, tiers
+from spd_calib.recovery.recover import Options, recover
+from spd_calib.recovery.report import tiers
 
 KEEP, DROP = Strategy.KEEP_SYNC, Strategy.BLOCK_DROP
 

@@ -8,7 +8,7 @@ from spd_calib.formats.plan import Compensation, CompensationFile, Plan, Planned
 from spd_calib.sensitivity.metrics import Tally
 
 from .planned import PlannedModel
-from .recover import Report, Tier, thresholds, tiers
+from .report import Report, Tier, thresholds, tiers
 
 PAPER: dict[str | None, Tier] = {
     None: "insensitive",
