@@ -205,7 +205,10 @@ def main() -> None:
     argv = sys.argv[1:]
     for method in [m.replace("/", ",") for m in args.methods.split(",")] if args.methods else ["as is", *METHODS]:
         if method not in [row["method"] for row in document["rows"]]:
-            document["rows"].append(spawn(argv, method))
+            row = spawn(argv, method)
+            if path.exists():  # another run may have added to it meanwhile
+                document |= json.loads(path.read_text())
+            document["rows"].append(row)
             path.write_text(json.dumps(document, indent=1) + "\n")
     if args.figure:
         blocks = read_config(locate(str(source_of(args.model)[0]))).num_hidden_layers
@@ -217,7 +220,7 @@ def main() -> None:
                 document["by_drops"].append(spawn(argv, name, sorted(order[:n])))
                 path.write_text(json.dumps(document, indent=1) + "\n")
         figure(document, path.with_suffix(".png"))
-    path.write_text(json.dumps(document, indent=1) + "\n")
+        path.write_text(json.dumps(document, indent=1) + "\n")
     print_table(document)
 
 
