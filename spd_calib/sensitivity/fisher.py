@@ -16,7 +16,7 @@ what it does beyond its two members is a term of its own.
 F_t at the dense model alone is too small where the dense model is sure and the dropped one is not. Exactly, KL is the
 integral of (1 - s) dz' F(z + s dz) dz over s from 0 to 1; with F linear in s that is 2/3 of F at the start and 1/3 at
 the end. Every sync point has an end of its own; one, drawn anew for each batch, stands for all: tokens that one drop
-unsettles are the ones that others do.
+unsettles are the ones that others do. A drop that costs more than BROKEN leaves no such end, and is not used.
 """
 
 import itertools
@@ -36,6 +36,7 @@ from spd_calib.parallel.streams import Streams, defer, keep
 from .measure import LOGITS_AT_A_TIME, Experiment, batches, compare
 from .metrics import Tally
 
+BROKEN = 0.2  # KL, nats per token
 KINDS: tuple[SyncPoint, SyncPoint] = ("attention", "mlp")
 Term = tuple[Point, ...]  # one sync point, or two consecutive ones: what they do beyond their sum
 
@@ -252,6 +253,8 @@ def final_gradient(
         with torch.enable_grad():
             logits = lm.head(hidden[None])[0]
         p, q = (z.detach().float().softmax(-1) for z in (logits, lm.logits(end[None])[0]))
+        if (p * (p / q.clamp(min=1e-30)).clamp(min=1e-30).log()).sum(-1).mean() > BROKEN:
+            q = p
         scores = []
         for _ in range(samples):
             at_end = torch.rand(len(p), 1, generator=generator, device=p.device) < 1 / 3
