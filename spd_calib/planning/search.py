@@ -180,7 +180,7 @@ def choose(
             return search.choice(chosen, verified, largest - n)
         n = _smaller(search, budget, chosen, verified)
         chosen = best(n)
-    least = search.front[1]
+    least = best(1)
     raise _impossible(budget, search.by_point[search.model.points_of(least)[0]], verify([search.drops(least)])[0])
 
 
