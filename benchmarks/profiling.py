@@ -131,7 +131,7 @@ def main() -> None:
         for tp in (2, 4):
             session = open_session(folder, tp)
             text = load_text(TextOptions(data, 64, 32, 2 * options.sequences, 8), session.tokenizer)
-            row(Path(folder).name, tp, session.load(), text.calibration, ["attention", "mlp"], 0.08)
+            row("/".join(Path(folder).parts[-2:]), tp, session.load(), text.calibration, ["attention", "mlp"], 0.08)
     options.o.parent.mkdir(parents=True, exist_ok=True)
     options.o.write_text(json.dumps({"versions": versions(), "rows": rows}, indent=1) + "\n")
 
