@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test test-vllm lint format pipeline results schemas clean FORCE
+.PHONY: demo test test-vllm lint format pipeline results schemas latency clean FORCE
 
 demo: $(READY)
 	$(BIN)/spd-calib demo -o runs/demo
@@ -68,6 +68,10 @@ results: $(READY)
 	$(MAKE) pipeline RECIPE=recipes/demo.yaml
 	$(MAKE) pipeline RECIPE=recipes/stories260k/tp2.yaml
 	$(MAKE) pipeline RECIPE=recipes/stories260k/tp4.yaml
+
+# What dropped sync points save over a link with a delay; needs root, ip and /dev/net/tun, else loopback only.
+latency: $(READY)
+	$(BIN)/python benchmarks/link.py
 
 # The JSON Schemas of the travelling files, for who reads them in another language; a test fails when they drift.
 schemas: $(READY)
