@@ -168,7 +168,7 @@ def test_on_a_real_model_sets_are_ranked_as_they_measure(tp):
     pairs with the first MLP up to 46 % too low: what is asserted here guards against regressions, it is not the bar.
     """
     session = open_session(str(STORIES / "models/stories260k"), tp)
-    options = TextOptions(str(STORIES / "data/tinystories-calibration.jsonl"), 64, 64, 48, 8)
+    options = TextOptions(str(STORIES / "data/tinystories-calibration.jsonl"), 128, 128, 64, 8)
     sequences, lm = load_text(options, session.tokenizer).calibration, session.load()
     _, found = fisher(lm, sequences, BOTH, 0.08, batch_size=16)
     model = Interactions.of_fisher(found)
