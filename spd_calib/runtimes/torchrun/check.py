@@ -4,14 +4,13 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from spd_calib.formats.common import Strategy
 from spd_calib.formats.files import read
 from spd_calib.formats.plan import Plan
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.session import open_session
 from spd_calib.runtimes.checks import Row, compare_counts, compare_logprobs
+from spd_calib.runtimes.simulation import simulate
 
 from .launch import torchrun
 from .worker import Job, Report, Seen, set_plan
@@ -64,14 +63,14 @@ def _rows(
     tolerance: float,
 ) -> list[Row]:
     """What the ranks did against the simulation `lm`, which runs the same strategies."""
-    prompt, chosen, best = simulate(lm, prompts, seen.tokens)
+    simulated = simulate(lm, prompts, seen.tokens)
     dropped = sum(s != Strategy.KEEP_SYNC for s in (*attention, *mlp))
     counts = [count for rank in seen.all_reduces for count in rank]
     return [
         compare_counts(f"{name}: ranks", lm.comm.size, [len(seen.all_reduces)]),
-        compare_logprobs(f"{name}: prompt tokens", prompt, seen.prompt, tolerance),
-        compare_logprobs(f"{name}: greedy continuation", chosen, seen.chosen, tolerance),
-        compare_logprobs(f"{name}: its tokens are the likeliest", best, chosen, 2 * tolerance),
+        compare_logprobs(f"{name}: prompt tokens", simulated.prompt, seen.prompt, tolerance),
+        compare_logprobs(f"{name}: greedy continuation", simulated.chosen, seen.chosen, tolerance),
+        compare_logprobs(f"{name}: its tokens are the likeliest", simulated.best, simulated.chosen, 2 * tolerance),
         compare_counts(f"{name}: all-reduces per forward and rank", 2 * lm.num_blocks - dropped, counts),
         compare_streams(f"{name}: residual streams of the ranks", attention, seen.streams),
     ]
@@ -86,19 +85,3 @@ def compare_streams(what: str, attention: Sequence[Strategy], found: Sequence[Se
     first = min(differ, default=blocks)
     shown = "bit-equal after every block" if not differ else f"differ from block {first} on"
     return Row(what, expected, shown, first >= until and all(len(rank) == blocks for rank in found))
-
-
-@torch.no_grad()
-def simulate(
-    lm: TensorParallelLM, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
-) -> tuple[list[list[float]], list[list[float]], list[list[float]]]:
-    """Log-probabilities of the prompts' tokens, of the continuations', and of the likeliest ones in their place."""
-    of_prompts, of_chosen, of_best = [], [], []
-    for prompt, tokens in zip(prompts, continuations, strict=True):
-        ids = torch.tensor([[*prompt, *tokens]], device=lm.device)
-        log_p = lm(ids[:, :-1])[0].float().log_softmax(-1)  # [T - 1, V], position t predicts token t + 1
-        of_next = log_p.gather(-1, ids[0, 1:, None])[:, 0].tolist()
-        of_prompts.append(of_next[: len(prompt) - 1])
-        of_chosen.append(of_next[len(prompt) - 1 :])
-        of_best.append(log_p[len(prompt) - 1 :].amax(-1).tolist())
-    return of_prompts, of_chosen, of_best

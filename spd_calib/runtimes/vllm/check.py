@@ -1,10 +1,7 @@
 """Does vLLM run the plan? The plan and the dense model on real ranks, against the simulation."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from spd_calib.formats.common import Strategy
 from spd_calib.formats.files import read
@@ -12,19 +9,11 @@ from spd_calib.formats.plan import Plan
 from spd_calib.models.load import load_dense, load_tokenizer, locate, read_config
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.runtimes.checks import Row, compare_counts, compare_logprobs, largest_difference
+from spd_calib.runtimes.simulation import Simulated, simulate
 
 from .engine import Seen, start
 
 TOLERANCE = 1e-4  # of a log-probability in float32
-
-
-@dataclass(frozen=True)
-class Simulated:
-    """The same prompts and continuations on simulated ranks; one list a prompt."""
-
-    prompt: list[list[float]]
-    chosen: list[list[float]]  # log p of the tokens that the engine chose
-    best: list[list[float]]  # log p of the tokens that the simulation would have chosen
 
 
 def run(plan_path: Path, prompts: Sequence[str], model: str | None = None, new_tokens: int = 16) -> list[Row]:
@@ -89,18 +78,3 @@ def _rows(name: str, simulated: Simulated, seen: Seen, all_reduces: int) -> list
 def _all_reduces(lm: TensorParallelLM, dropped: int) -> int:
     """Two a block, one for the vocabulary-parallel embedding, less the sync points dropped; none on one rank."""
     return 2 * lm.num_blocks + 1 - dropped if lm.comm.size > 1 else 0
-
-
-def simulate(
-    lm: TensorParallelLM, prompts: Sequence[Sequence[int]], continuations: Sequence[Sequence[int]]
-) -> Simulated:
-    """Log-probabilities of prompts and of the continuations an engine gave them, under lm's present strategies."""
-    out = Simulated([], [], [])
-    for prompt, tokens in zip(prompts, continuations, strict=True):
-        ids = torch.tensor([[*prompt, *tokens]], device=lm.device)
-        log_p = lm(ids[:, :-1])[0].float().log_softmax(-1)  # [T - 1, V], position t predicts token t + 1
-        of_next = log_p.gather(-1, ids[0, 1:, None])[:, 0].tolist()
-        out.prompt.append(of_next[: len(prompt) - 1])
-        out.chosen.append(of_next[len(prompt) - 1 :])
-        out.best.append(log_p[len(prompt) - 1 :].amax(-1).tolist())
-    return out
