@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def write_plan(path: Path, folder: Path, tp: int, attention: Sequence[str], mlp: Sequence[str] | None = None) -> Path:
-    """A plan for the model in `folder`, one strategy a block for each of its sync points."""
+def write_plan(
+    path: Path, folder: Path, tp: int, attention: Sequence[str], mlp: Sequence[str] | None = None, **changes
+) -> Path:
+    """A plan for the model in `folder` with these strategies; `changes` replace whole fields. Returns `path`."""
     from spd_calib.formats.common import Provenance, TensorParallel, TextRef
     from spd_calib.formats.files import dumps
     from spd_calib.formats.plan import Budget, Plan, PlannedBlock, Predicted, Verified
@@ -28,5 +30,5 @@ def write_plan(path: Path, folder: Path, tp: int, attention: Sequence[str], mlp:
         verified=Verified(**zeros, ppl=1.0, tokens=8, sequences=1, text=text),
         provenance=Provenance(command="a test", seed=0, device="cpu", dtype="float32", versions={}),
     )
-    path.write_text(dumps(plan))
+    path.write_text(dumps(plan.model_copy(update=changes)))
     return path

@@ -4,7 +4,8 @@ import os
 
 import pytest
 import tiny
-from conftest import build, write_plan
+from conftest import build
+from plans import write_plan
 
 from spd_calib.formats.common import Strategy
 from spd_calib.parallel.model import TensorParallelLM

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from conftest import write_plan
+from plans import write_plan
 
 from spd_calib.errors import InputError
 from spd_calib.runtimes.vllm.configure import check
