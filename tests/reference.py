@@ -34,6 +34,7 @@ LLAMA_NAMES = {
     "last_norm": "model.norm",
 }
 STARCODER2_NAMES = {**LLAMA_NAMES, "gate": None, "up": "mlp.c_fc", "down": "mlp.c_proj"}
+ARCEE_NAMES = {**LLAMA_NAMES, "gate": None}
 OPT_NAMES = {
     "embedding": "model.decoder.embed_tokens",
     "block": "model.decoder.layers.{}.",
@@ -56,6 +57,7 @@ NAMES: dict[str, dict] = {
     "gemma": LLAMA_NAMES,
     "opt": OPT_NAMES,
     "starcoder2": STARCODER2_NAMES,
+    "arcee": ARCEE_NAMES,
 }
 """Model type -> what the parts are called in its state dict; `gate` is None where the MLP has no gate."""
 
@@ -265,6 +267,8 @@ def _activation(config: PreTrainedConfig, x: Tensor) -> Tensor:
         return x / (1 + (-x).exp())
     if name == "relu":
         return torch.where(x > 0, x, torch.zeros_like(x))
+    if name == "relu2":
+        return torch.where(x > 0, x**2, torch.zeros_like(x))
     if name == "gelu":
         return x * (1 + torch.erf(x / math.sqrt(2))) / 2
     if name in ("gelu_pytorch_tanh", "gelu_new"):

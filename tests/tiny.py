@@ -59,6 +59,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "gemma": ("gemma", {"head_dim": 16}),
     "opt": ("opt", {"do_layer_norm_before": True}),
     "starcoder2": ("starcoder2", {}),
+    "arcee": ("arcee", {}),
 }
 """Family -> (model type of transformers, what its configuration has besides SHAPE)."""
 
