@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test test-vllm lint format pipeline results schemas latency clean FORCE
+.PHONY: demo test test-vllm lint format pipeline results latency docs generated schemas tutorial dist release-check clean FORCE
 
 demo: $(READY)
 	$(BIN)/spd-calib demo -o runs/demo
@@ -27,6 +27,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python docs/generate.py --check
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -35,7 +36,7 @@ format: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,docs]'
 	touch $@
 
 # make pipeline RECIPE=recipes/demo.yaml: profile, plan, eval and figure into results/demo, only what is out of date.
@@ -73,11 +74,33 @@ results: $(READY)
 latency: $(READY)
 	$(BIN)/python benchmarks/link.py
 
-# The JSON Schemas of the travelling files, for who reads them in another language; a test fails when they drift.
-schemas: $(READY)
-	mkdir -p docs/schemas
-	$(BIN)/python -c "from pathlib import Path; from spd_calib.formats.files import FORMATS, schema; \
-	[Path(f'docs/schemas/{name}.schema.json').write_text(schema(name)) for name in FORMATS]"
+# The pages that are generated: schemas and formats.md from the formats, cli.md from the commands. make lint fails on drift.
+generated: $(READY)
+	$(BIN)/python docs/generate.py
+
+schemas: generated
+
+# Runs every command of the tutorial and puts what it printed behind it (some minutes).
+tutorial: $(READY)
+	$(BIN)/python docs/rerun.py docs/tutorial.md
+
+# The documentation as HTML in build/docs; warnings and broken links between pages are errors. No network.
+docs: $(READY)
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+
+# Wheel and sdist in dist/.
+dist: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
+# Before a release: what is built is complete, and the wheel alone, in an empty environment, runs the demo offline.
+release-check: lint docs dist
+	$(BIN)/python -m twine check --strict dist/*
+	rm -rf build/release && $(PYTHON) -m venv build/release
+	build/release/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
+	cd build/release && HF_HUB_OFFLINE=1 bin/spd-calib demo -o demo
+	cd build/release && bin/spd-calib check demo/plan.json
 
 clean:
 	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
