@@ -52,9 +52,9 @@ def column(index: int, name: str, syncs: str, attention: bool | None, mlp: bool,
         place(x, 164, attention),
     ]
     if attention is False:  # the debt runs down the right-hand side to the next all-reduce
-        parts.append(line(f"{x + 62},179 {x + 82},179 {x + 82},347 {x + 64},347", "owed"))
+        parts.append(line(f"{x + 62},179 {x + 90},179 {x + 90},347 {x + 64},347", "owed"))
     else:
-        parts.append(line(f"{x - 62},179 {stream + 4},179"))
+        parts.append(line(f"{x - 62},179 {stream + 4},179", "line" if attention else "owed"))
     if attention is False:
         parts.append(line(f"{x},194 {x},240", "owed"))
     parts += [
@@ -81,7 +81,7 @@ def figure() -> str:
         '<path d="M0 0 L8 4 L0 8 z" fill="#55677d"/></marker></defs>\n'
         f'<rect class="paper" width="{WIDTH}" height="{HEIGHT}"/>\n{columns}\n'
         f'<text class="small" x="{WIDTH // 2}" y="458">solid: part of every rank\'s stream; '
-        "dashed: this rank's own share, owed to the others</text>\n</svg>\n"
+        "dashed: this rank's own share, which the others have not</text>\n</svg>\n"
     )
 
 
