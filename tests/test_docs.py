@@ -133,7 +133,7 @@ def vllm(words: list[str], spd) -> None:
 
 def pip(words: list[str], spd) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert words[-1] == project["name"]
+    assert words[-1] in (project["name"], ".")
 
 
 def script(words: list[str], spd) -> None:
@@ -207,6 +207,22 @@ def test_lines_are_found_where_they_stand():
     for wanted in ("spd-calib eval plan.json --tasks demo -o results.json", "make demo", "make test"):
         assert wanted in LINES
     assert sum(where == "tutorial.md" for where in LINES.values()) >= 5
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    """Every page in the table of contents, every link between pages and to headings whole; no network."""
+    pytest.importorskip("sphinx")
+    words = ["-W", "--keep-going", "-q", "-b", "html", "-d", str(tmp_path / "trees"), str(ROOT / "docs")]
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", *words, str(tmp_path / "html")], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "html/tutorial.html").exists()
+
+
+def test_the_generated_pages_are_those_of_the_code():
+    done = subprocess.run([sys.executable, ROOT / "docs/generate.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
