@@ -314,6 +314,16 @@ def test_bad_input_is_one_sentence_and_exit_2(spd, places, arguments, word, tmp_
         assert outcome.err.count("\n") == 1
 
 
+def test_a_quantised_checkpoint_is_refused_by_its_configuration(spd, text, tmp_path):
+    folder = tiny.save(tiny.build("llama"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    outcome = spd("profile", folder, "--tp", 2, "--data", text, "--seq-len", 16, "-o", tmp_path / "p.json")
+    assert outcome.code == 2 and "quantised (gptq)" in outcome.err and outcome.err.count("\n") == 1
+    assert not (tmp_path / "p.json").exists()
+
+
 def test_an_unreachable_hub_is_a_clear_error(spd, text, monkeypatch, tmp_path):
     """The real loading code, with the hub's address pointing to a closed port of this machine."""
     import huggingface_hub

@@ -88,6 +88,12 @@ def model_ref(source: Source, config) -> ModelRef:
 
 def check_config(config, tp: int) -> None:
     """Refuse, before any weight is read, a model whose form is not supported or that `tp` does not divide."""
+    if quantised := getattr(config, "quantization_config", None):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        raise InputError(
+            f"This checkpoint is quantised ({method or 'its configuration says so'}), which is not supported; "
+            "name the one it was made from, in float32, bfloat16 or float16."
+        )
     try:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config)
