@@ -145,7 +145,7 @@ def test_a_block_with_compensation_is_the_naive_one() -> None:
     x, kwargs = recording.streams[0].shared, recording.kwargs[0]
     for kind, predictors in forms.items():
         lm.set_strategies([DROP])
-        lm.set_compensation({0: predictors})
+        lm.set_compensation({0: dict(enumerate(predictors))})
         with torch.no_grad():
             got = lm.blocks[0](x, **kwargs).shared
             z = []
@@ -169,9 +169,9 @@ def test_a_block_with_compensation_is_the_naive_one() -> None:
     with torch.no_grad():
         assert torch.equal(lm(ids), lm.logits(recording.final))
     with pytest.raises(InputError, match="does not fit"):
-        lm.set_compensation({0: [Compensation(draw(32))] * 4})
-    with pytest.raises(InputError, match="3 predictors for 4 ranks"):
-        lm.set_compensation({0: forms["mean"][:3]})
+        lm.set_compensation({0: {rank: Compensation(draw(32)) for rank in range(4)}})
+    with pytest.raises(InputError, match="no predictor for rank 3 of 4"):
+        lm.set_compensation({0: dict(enumerate(forms["mean"][:3]))})
 
 
 def test_predictors_are_ridge_regressions_by_hand() -> None:

@@ -1,7 +1,7 @@
 """A decoder block on its ranks. The one definition behind the simulation and the real ranks."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -42,13 +42,13 @@ class Block(nn.Module):
         self.d_rank = slices[0].q.stop - slices[0].q.start
         self.width = parts.o.out_features
 
-    def set_compensation(self, predictors: Sequence[Compensation] | None) -> None:
-        """What each rank's MLP reads under block_drop: `predictors` of all ranks, or None for its own partial sum."""
+    def set_compensation(self, predictors: Mapping[int, Compensation] | None) -> None:
+        """What each rank's MLP reads under block_drop: `predictors` by rank, or None for its own partial sum."""
         self.compensation = None
         if predictors is not None:
-            if len(predictors) != self.comm.size:
-                raise InputError(f"Block {self.index} has {len(predictors)} predictors for {self.comm.size} ranks.")
-            check_shapes(self.index, dict(enumerate(predictors)), self.d_rank, self.width)
+            if missing := set(self.comm.ranks) - set(predictors):
+                raise InputError(f"Block {self.index} has no predictor for rank {min(missing)} of {self.comm.size}.")
+            check_shapes(self.index, predictors, self.d_rank, self.width)
             like = next(self.mlps.parameters())
             self.compensation = nn.ModuleList(predictors[rank].to(like) for rank in self.comm.ranks)
 

@@ -10,13 +10,12 @@ own partial sum (o_proj's bias left out of it, and of the prediction):
 The residual stream still gets the exact partial sums; only what the MLP reads is predicted.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from spd_calib.errors import InputError
@@ -70,8 +69,11 @@ def shapes(kind: Kind, k: int, d_rank: int, d: int) -> dict[str, tuple[int, ...]
     return forms[kind]
 
 
-def load_compensation(plan: Plan, plan_path: Path) -> dict[int, list[Compensation]]:
-    """The predictors a plan names, by block, one a rank (all ranks); empty where it names none.
+def load_compensation(
+    plan: Plan, plan_path: Path, ranks: Iterable[int] | None = None
+) -> dict[int, dict[int, Compensation]]:
+    """The predictors a plan names, by block and rank; empty where it names none. Of `ranks` alone, where given: the
+    tensors of the others are not read.
 
     Raises InputError where the file beside the plan is missing, is not the one the plan was written with, or holds
     other tensors than the plan says.
@@ -84,16 +86,28 @@ def load_compensation(plan: Plan, plan_path: Path) -> dict[int, list[Compensatio
     if sha256_of(path) != plan.compensation.sha256:
         raise InputError(f"{path} is not the file {plan_path} was written with; run `spd-calib recover` again.")
     try:
-        tensors = load_file(path)
+        with safe_open(path, framework="pt") as file:
+            wanted = set(ranks) if ranks is not None else set(range(plan.tensor_parallel.size))
+            return _read(plan, plan_path, path, file, wanted)
     except (SafetensorError, OSError):
         raise InputError(f"{path} is not a whole safetensors file; run `spd-calib recover` again.") from None
-    found: dict[int, list[Compensation]] = {}
+
+
+def _read(plan: Plan, plan_path: Path, path: Path, file: Any, ranks: set[int]) -> dict[int, dict[int, Compensation]]:
+    """What the open safetensors file holds for `ranks`; every name in it must be one of the plan's."""
+    names = set(file.keys())
+    found: dict[int, dict[int, Compensation]] = {}
     for block in plan.blocks:
         if (form := block.compensation) is None:
             continue
-        found[block.index] = []
+        found[block.index] = {}
         for rank in range(plan.tensor_parallel.size):
-            parts = {p: tensors.pop(tensor_name(block.index, rank, p), None) for p in shapes(form.kind, 1, 1, 1)}
+            named = {p: tensor_name(block.index, rank, p) for p in shapes(form.kind, 1, 1, 1)}
+            if rank not in ranks:
+                names -= set(named.values())
+                continue
+            parts = {p: file.get_tensor(n) if n in names else None for p, n in named.items()}
+            names -= set(named.values())
             d, d_rank = (len(b) if (b := parts["bias"]) is not None and b.dim() == 1 else 0), 0
             for inner in (parts.get("a"), parts.get("w")):
                 d_rank = inner.shape[0] if inner is not None else d_rank
@@ -103,9 +117,9 @@ def load_compensation(plan: Plan, plan_path: Path) -> dict[int, list[Compensatio
                     raise InputError(
                         f"{path}: {tensor_name(block.index, rank, part)} is missing or not what it should be."
                     )
-            found[block.index].append(Compensation(**parts))  # type: ignore[arg-type]
-    if tensors:
-        raise InputError(f"{path} holds {next(iter(tensors))}, which {plan_path} does not name.")
+            found[block.index][rank] = Compensation(**parts)  # type: ignore[arg-type]
+    if names:
+        raise InputError(f"{path} holds {min(names)}, which {plan_path} does not name.")
     return found
 
 

@@ -119,8 +119,8 @@ class TensorParallelLM:
             block.attention_strategy, block.mlp_strategy = a, m
         self.head.streams_differ = PLAIN in attention
 
-    def set_compensation(self, predictors: Mapping[int, Sequence[Compensation]]) -> None:
-        """Set the predictors of the blocks named (one for each of all ranks), and none in every other block."""
+    def set_compensation(self, predictors: Mapping[int, Mapping[int, Compensation]]) -> None:
+        """Set the predictors of the blocks named (by block and rank), and none in every other block."""
         for block in self.blocks:
             block.set_compensation(predictors.get(block.index))
 

@@ -41,7 +41,7 @@ class Student:
         block = self.block
         other = Student(copy.deepcopy(self.layer), block, block.attention_strategy, block.mlp_strategy)
         if block.compensation is not None:
-            other.block.set_compensation(copy.deepcopy(list(block.compensation)))  # type: ignore[arg-type]
+            other.block.set_compensation(dict(enumerate(copy.deepcopy(self.compensation or []))))
         return other
 
     @property
@@ -63,7 +63,7 @@ class Student:
             if name.startswith("compensation."):
                 _, rank, part = name.split(".")
                 ranks.setdefault(int(rank), {})[part] = tensor.clone()
-        self.block.set_compensation([Compensation(**ranks[r]) for r in sorted(ranks)] if ranks else None)
+        self.block.set_compensation({r: Compensation(**parts) for r, parts in ranks.items()} or None)
 
 
 @dataclass(frozen=True)

@@ -137,11 +137,11 @@ class _Recovery:
             started = time.monotonic()
             student = self.model.student_of(block)
             fit = self._fit(student, fitted, held)
-            student.block.set_compensation(fit.predictors)
+            student.block.set_compensation(dict(enumerate(fit.predictors)))
             if not self._try(student, "compensation", started, _detail(fit)) and fit.form.kind != "mean":
                 student = self.model.student_of(block)
                 fit = compensation.fit(student, feed.model.lm.comm.size, fitted, held, [compensation.Form("mean")])[0]
-                student.block.set_compensation(fit.predictors)
+                student.block.set_compensation(dict(enumerate(fit.predictors)))
                 self._try(student, "compensation", started, _detail(fit))
         if group:
             with_predictor = self.model.students[block].block.compensation is not None
@@ -176,7 +176,7 @@ class _Recovery:
             if predict:
                 z = entries(order, student.counts.head_dim).to(fitted.mean.device)
                 fit = self._fit(student, fitted.permuted(z), held.permuted(z))
-                student.block.set_compensation(fit.predictors)
+                student.block.set_compensation(dict(enumerate(fit.predictors)))
                 detail |= _detail(fit)
             metric = self.metrics[student.block.index] if self.metrics else None
             grouping.group_neurons(student, feed, train[:GROUPING_BATCHES], own, metric)

@@ -173,7 +173,7 @@ def test_a_class_of_the_same_name_is_not_enough():
         pass
 
     with pytest.raises(InputError, match="its layers are not known"):
-        apply(LlamaForCausalLM(), [K], [K])
+        apply(LlamaForCausalLM(), [K], [K], {})
 
 
 def test_registering_twice_is_registering_once():

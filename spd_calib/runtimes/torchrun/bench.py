@@ -72,7 +72,7 @@ def time_collectives(
 def time_steps(
     lm: TensorParallelLM,
     plan: Plan,
-    compensation: dict[int, list[Compensation]],
+    compensation: dict[int, dict[int, Compensation]],
     settings: Settings,
     tick: Tick = lambda _: None,
 ) -> list[Step]:

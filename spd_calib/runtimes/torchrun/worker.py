@@ -65,7 +65,7 @@ def run(job: Job) -> Report:
 def set_plan(lm: TensorParallelLM, plan: Plan, path: Path) -> None:
     """Make `lm` run the plan: its strategies, and the compensation in the file beside it."""
     lm.set_strategies(plan.strategies, plan.mlp_strategies)
-    lm.set_compensation(load_compensation(plan, path))
+    lm.set_compensation(load_compensation(plan, path, lm.comm.ranks))
 
 
 @torch.no_grad()

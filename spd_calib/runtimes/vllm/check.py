@@ -7,6 +7,7 @@ from spd_calib.formats.common import Strategy
 from spd_calib.formats.files import read
 from spd_calib.formats.plan import Plan
 from spd_calib.models.load import load_dense, load_tokenizer, locate, read_config
+from spd_calib.parallel.compensation import load_compensation
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.runtimes.checks import Row, compare_counts, compare_logprobs, largest_difference
 from spd_calib.runtimes.simulation import Simulated, simulate
@@ -31,6 +32,7 @@ def run(plan_path: Path, prompts: Sequence[str], model: str | None = None, new_t
     lm = TensorParallelLM.simulated(
         load_dense(source, read_config(source), "cpu", "float32"), plan.tensor_parallel.size
     )
+    lm.set_compensation(load_compensation(plan, plan_path))
     return compare(lm, plan.strategies, plan.mlp_strategies, ids, planned, dense)
 
 
@@ -42,7 +44,7 @@ def compare(
     planned: Seen,
     dense: Seen,
 ) -> list[Row]:
-    """Rows of expected and found for what an engine did under a plan, and as the dense model.
+    """Rows of expected and found for what an engine did under a plan (lm has its predictors), and as the dense model.
 
     vLLM pads the vocabulary before it cuts it, so its parts may differ from lm's: after a plain drop, where each rank
     has a stream of its own, that shows, and lm is made to cut where the engine does.

@@ -1,7 +1,8 @@
 """From an engine configuration with a plan to one whose workers run it, or one sentence why they cannot.
 
-Runs once, where the engine is configured: the workers get the strategies themselves and open no file. They stand in
-`additional_config`, which vLLM's compile cache has in its key, so that code compiled for one plan never serves another.
+Runs once, where the engine is configured: the workers get the strategies themselves, and read nothing but their rank's
+predictors, from the file whose hash they got. All of it stands in `additional_config`, which vLLM's compile cache has
+in its key, so that code compiled for one plan never serves another.
 """
 
 import os
@@ -11,6 +12,7 @@ from typing import Any
 from spd_calib.errors import InputError
 from spd_calib.formats.files import read, sha256_of
 from spd_calib.formats.plan import Plan
+from spd_calib.parallel.compensation import load_compensation
 
 from .layers import FORMS
 
@@ -21,7 +23,7 @@ WORKERS = {
 }
 """vLLM's worker classes -> those that apply a plan once the model is loaded."""
 
-SUPPORTED = {"mlp_drop"}
+SUPPORTED = {"mlp_drop", "compensation"}
 """What a plan may require of this runtime."""
 
 
@@ -32,6 +34,7 @@ def configure(config: Any) -> None:
         return
     plan = read(Plan, path)
     check(plan, path, config)
+    load_compensation(plan, path, ranks=())  # that the file is there, whole, and the plan's
     config.additional_config = {
         **config.additional_config,
         PLAN: str(path),
@@ -39,6 +42,7 @@ def configure(config: Any) -> None:
             "sha256": sha256_of(path),
             "attention": [str(s) for s in plan.strategies],
             "mlp": [str(s) for s in plan.mlp_strategies],
+            "compensation": plan.compensation.sha256 if plan.compensation else None,
         },
     }
     config.parallel_config.worker_cls = WORKERS[config.parallel_config.worker_cls]

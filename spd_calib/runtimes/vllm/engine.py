@@ -30,10 +30,13 @@ class Engine:
         self.llm = llm
         self._call("spd_all_reduces")
 
-    def set(self, attention: Sequence[str], mlp: Sequence[str] | None = None) -> None:
-        """Swap the plan in place. Raises SpdError where a worker could not."""
+    def set(self, attention: Sequence[str], mlp: Sequence[str] | None = None, compensated: Path | None = None) -> None:
+        """Swap the plan in place, with the predictors beside the plan `compensated`, if given.
+
+        Raises SpdError where a worker could not.
+        """
         mlp = mlp or ["keep_sync"] * len(attention)
-        self._call("spd_set", list(map(str, attention)), list(map(str, mlp)))
+        self._call("spd_set", list(map(str, attention)), list(map(str, mlp)), compensated and str(compensated))
 
     def see(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Seen:
         """Run prompts of token ids, and continue each by `new_tokens` greedy ones."""

@@ -4,16 +4,22 @@ None raises: an error that leaves a worker method puts vLLM's later replies out 
 """
 
 import os
+from pathlib import Path
 from typing import Any
 
 from .layers import apply
+from .worker import of_this_rank
 
 
 class CheckExtension:
-    def spd_set(self: Any, attention: list[str], mlp: list[str]) -> str | None:
-        """Swap the plan in place (eager mode only: compiled code would not notice); None, or what went wrong."""
+    def spd_set(self: Any, attention: list[str], mlp: list[str], compensated: str | None = None) -> str | None:
+        """Swap the plan in place (eager mode only: compiled code would not notice); None, or what went wrong.
+
+        `compensated`: path of a plan whose predictors are to be used.
+        """
         try:
-            apply(self.model_runner.get_model(), attention, mlp)
+            predictors = of_this_rank(Path(compensated)) if compensated else {}
+            apply(self.model_runner.get_model(), attention, mlp, predictors)
         except Exception as e:
             return f"{type(e).__name__}: {e}"
         return None

@@ -6,14 +6,16 @@ rank still owes the others. Tensors are [N, d], N tokens of all requests in the 
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from spd_calib.errors import InputError
 from spd_calib.formats.common import Strategy
+from spd_calib.parallel.compensation import Compensation, check_shapes
 
 KEEP, DROP, PLAIN = Strategy.KEEP_SYNC, Strategy.BLOCK_DROP, Strategy.PLAIN_DROP
 Pair = tuple[Tensor, Tensor]
@@ -21,11 +23,12 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Point:
-    """What one layer does: its two sync points, and whether the layer before left a debt."""
+    """What one layer does: its two sync points, whether the layer before left a debt, and what its MLP reads."""
 
     attention: Strategy
     mlp: Strategy
     owes: bool
+    compensated: bool = False
 
     @property
     def dense(self) -> bool:
@@ -63,7 +66,11 @@ def fused(layer: Any, point: Point) -> Callable[..., Pair]:
             u, x = norm1(hidden_states, residual)
 
         a = layer.self_attn(positions=positions, hidden_states=u)
-        if point.attention == KEEP:
+        if point.compensated:
+            a, predicted = a.chunk(2, -1)
+            x = _add(x, o_bias)
+            u, p = norm2(_add(x + predicted, p)), _add(a, p)
+        elif point.attention == KEEP:
             (u, x), p = norm2(_add(_all_reduce(_add(a, p)), o_bias), x), None
         elif point.attention == DROP:
             x, p = _add(x, o_bias), _add(a, p)
@@ -90,18 +97,37 @@ def unfused(layer: Any, point: Point) -> Callable[..., Tensor | Pair]:
     def forward(hidden_states: Tensor | Pair) -> Tensor | Pair:
         x, p = hidden_states if isinstance(hidden_states, tuple) else (hidden_states, None)
         a = layer.self_attn(hidden_states=norm1(_add(x, p)))
-        if point.attention == KEEP:
+        read = None
+        if point.compensated:
+            a, predicted = a.chunk(2, -1)
+            x = _add(x, o_bias)
+            read, p = _add(x + predicted, p), _add(a, p)
+        elif point.attention == KEEP:
             x, p = _add(x + _all_reduce(_add(a, p)), o_bias), None
         elif point.attention == DROP:
             x, p = _add(x, o_bias), _add(a, p)
         else:
             x = _add(x + a, o_bias)
 
-        neurons, _ = layer.fc1(norm2(_add(x, p)))
+        neurons, _ = layer.fc1(norm2(_add(x, p) if read is None else read))
         m, _ = layer.fc2(layer.activation_fn(neurons))
         if point.mlp == KEEP:
             return _add(x + _all_reduce(_add(m, p)), down_bias)
         return _add(x, down_bias), _add(m, p)
+
+    return forward
+
+
+def predicting(o_proj: Any, predictor: Compensation) -> Callable[[Tensor], tuple[Tensor, None]]:
+    """An o_proj that gives the rank's partial sum and, behind it, what its MLP is to read for it: [N, 2d].
+
+    Here alone are the head outputs at hand; the attention hands on what o_proj gives.
+    """
+    partial_sum = type(o_proj).forward
+
+    def forward(heads: Tensor) -> tuple[Tensor, None]:
+        partial, _ = partial_sum(o_proj, heads)
+        return torch.cat((partial, predictor(heads, partial)), -1), None
 
     return forward
 
@@ -128,8 +154,12 @@ FORMS = {
 """The allow-list: vLLM's model class -> the form of its layers."""
 
 
-def apply(model: nn.Module, attention: Sequence[str], mlp: Sequence[str]) -> None:
+def apply(
+    model: nn.Module, attention: Sequence[str], mlp: Sequence[str], predictors: Mapping[int, Compensation]
+) -> None:
     """Make a loaded vLLM model run these strategies, one an attention and one an MLP; undoes what was applied before.
+
+    `predictors`: this rank's, by block; blocks with one are block-dropped.
 
     Layers with nothing to drop keep vLLM's own forward. Raises InputError for a model that is not on the list.
     """
@@ -139,12 +169,18 @@ def apply(model: nn.Module, attention: Sequence[str], mlp: Sequence[str]) -> Non
     if PLAIN in mlp or mlp[-1] != KEEP:
         raise InputError("An MLP sync point is kept or block-dropped, and the last one is kept: the plan is not valid.")
     owes = False
-    for layer, of_attention, of_mlp in zip(layers, attention, mlp, strict=True):
-        point = Point(Strategy(of_attention), Strategy(of_mlp), owes)
+    for i, (layer, of_attention, of_mlp) in enumerate(zip(layers, attention, mlp, strict=True)):
+        point = Point(Strategy(of_attention), Strategy(of_mlp), owes, i in predictors)
         layer.__dict__.pop("forward", None)
+        o_proj = layer.get_submodule(form.o)
+        o_proj.__dict__.pop("forward", None)
         for path in (form.o, form.down):
             linear = layer.get_submodule(path)
             linear.reduce_results, linear.skip_bias_add = point.dense, not point.dense
+        if point.compensated:
+            if point.attention != DROP:
+                raise InputError(f"Block {i} has a predictor but is not block-dropped: the plan is not valid.")
+            o_proj.forward = predicting(o_proj, _on(o_proj, i, predictors[i]))
         if not point.dense:
             layer.forward = form.planned(layer, point)
         owes = point.mlp != KEEP
@@ -166,6 +202,12 @@ def _find(model: nn.Module) -> tuple[Form, list[Any]]:
             if type(layer.get_submodule(path)).__name__ != "RowParallelLinear":
                 raise InputError(f"The layer's {path} is no RowParallelLinear: its sync point is not known.")
     return form, layers
+
+
+def _on(o_proj: Any, block: int, predictor: Compensation) -> Compensation:
+    """A predictor where o_proj is and in its dtype, after a look at its shapes."""
+    check_shapes(block, {o_proj.tp_rank: predictor}, o_proj.input_size_per_partition, o_proj.output_size)
+    return predictor.to(next(o_proj.parameters()))
 
 
 def _add(a: Tensor, b: Tensor | None) -> Tensor:
