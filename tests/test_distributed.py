@@ -214,6 +214,26 @@ def test_check_catches_a_runtime_that_does_something_else(folder, tmp_path, monk
     assert all(what.startswith("plan: ") for what in wrong)
 
 
+@pytest.mark.parametrize("worker", [check.WORKER, "worker_without_compensation"])
+def test_check_of_a_compensation(folder, tmp_path, monkeypatch, worker):
+    """Every kind of predictor on real ranks; a runtime that ignores them is caught."""
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    drop = ["block_drop"] * 4
+    mlp = ["keep_sync", "block_drop", "keep_sync", "keep_sync"]
+    plan = plans.write_plan(
+        tmp_path / "plan.json", folder / "llama_bias", 2, drop, mlp, ["mean", "low_rank", "full", None]
+    )
+    wrong = {
+        row.what
+        for row in check.run(plan, tiny.stories(1, shortest=6, longest=9), new_tokens=4, worker=worker)
+        if not row.ok
+    }
+    if worker == check.WORKER:
+        assert not wrong
+    else:
+        assert "plan: prompt tokens" in wrong and "plan: all-reduces per forward and rank" not in wrong
+
+
 def test_check_refuses_a_stale_plan(folder, tmp_path):
     plan = plans.write_plan(tmp_path / "plan.json", folder / "llama", 2, PLANNED)
     with pytest.raises(InputError, match="not the model"):

@@ -7,9 +7,13 @@ import reference
 import tiny
 import torch
 from conftest import build
+from plans import write_plan
 
 from spd_calib.errors import SpdError
 from spd_calib.formats.common import Strategy
+from spd_calib.formats.files import read
+from spd_calib.formats.plan import Plan
+from spd_calib.parallel.compensation import load_compensation
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.runtimes.vllm.check import TOLERANCE, compare
 from spd_calib.runtimes.vllm.engine import Engine, Seen, start
@@ -79,6 +83,24 @@ def test_the_plan_is_run(case, plan):
     assert len(seen.all_reduces) == case.tp
     assert {count for rank in seen.all_reduces for count in rank} == {all_reduces}
     check(compare(case.lm, [Strategy(s) for s in attention], [Strategy(s) for s in mlp], PROMPTS, seen, case.dense))
+
+
+COMPENSATED = ((D, D, D, D), (K, D, K, K), ("mean", "low_rank", "full", None))
+"""Attention and MLP strategies, and what kind of predictor each block has."""
+
+
+def test_a_compensation_is_run(case, folder_of, tmp_path):
+    attention, mlp, kinds = COMPENSATED
+    plan = write_plan(tmp_path / "plan.json", folder_of(case.family), case.tp, attention, mlp, kinds)
+    strategies = [Strategy(s) for s in attention], [Strategy(s) for s in mlp]
+    case.lm.set_compensation(load_compensation(read(Plan, plan), plan))
+    case.engine.set(attention, mlp, plan)
+    check(compare(case.lm, *strategies, PROMPTS, case.engine.see(PROMPTS, NEW), case.dense))
+    case.engine.set(attention, mlp)  # a runtime that ignores the predictors
+    rows = compare(case.lm, *strategies, PROMPTS, case.engine.see(PROMPTS, NEW), case.dense)
+    failed = {row.what for row in rows if not row.ok}
+    assert "plan: prompt tokens" in failed and "plan: all-reduces per forward and rank" not in failed
+    case.lm.set_compensation({})
 
 
 def test_against_the_reference(case):

@@ -1,5 +1,6 @@
 """Where an engine is configured: no plan, no effect; a plan that cannot be run is refused with the reason."""
 
+import hashlib
 import json
 import os
 from types import SimpleNamespace
@@ -62,6 +63,17 @@ def test_a_plan_reaches_the_workers(folder, plan):
     assert config.additional_config["spd_plan"] == str(plan)
     assert config.additional_config["spd_calib"]["attention"] == [D, K, K, D]
     assert config.additional_config["spd_calib"]["mlp"] == [K] * 4
+
+
+def test_a_compensation_is_checked_before_anything_starts(folder, tmp_path):
+    plan = write_plan(tmp_path / "plan.json", folder, 2, [D, K, K, D], kinds=["mean", None, None, "full"])
+    resolved = configured(folder, plan).additional_config["spd_calib"]
+    beside = tmp_path / "compensation.safetensors"
+    assert resolved["compensation"] == hashlib.sha256(beside.read_bytes()).hexdigest()
+    beside.write_bytes(beside.read_bytes()[:-1] + b"x")
+    refused(folder, plan, "is not the file")
+    beside.unlink()
+    refused(folder, plan, "copy both files together")
 
 
 def test_the_environment_is_the_fallback(folder, plan, tmp_path, monkeypatch):
