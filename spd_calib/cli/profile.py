@@ -66,9 +66,11 @@ def profile(
     from spd_calib.formats.common import TensorParallel
     from spd_calib.formats.files import check_writable, dumps, write_text
     from spd_calib.formats.profile import Profile
-    from spd_calib.parallel.session import open_session
+    from spd_calib.parallel.session import open_session, versions
+    from spd_calib.ranks import world_size
     from spd_calib.sensitivity import profile as profiling
     from spd_calib.sensitivity.fisher import fisher as predict
+    from spd_calib.sensitivity.journal import Journal
 
     from .options import check_dtype, provenance, resolve_device, resolve_model
     from .shared import load_text_for, note_of, resolve_tasks
@@ -100,13 +102,30 @@ def profile(
         f"{session.ref.architecture}, {lm.num_blocks} blocks, TP {tp}: {len(text.calibration)} sequences to measure "
         f"on, {len(text.verification)} kept for verifying"
     )
+    journal = Journal(
+        output.with_name(output.name + ".journal"),
+        {
+            "model": session.ref.model_dump(mode="json", exclude={"id"}),
+            "text": text.calibration_ref().sha256,
+            "tensor parallel size": tp,
+            "method": [method, target_stderr],
+            "list of experiments": [strategies, kinds],
+            "batch size": batch_size,
+            "lm-eval tasks": [tasks, str(include_path), limit, seed] if tasks else None,
+            "seed": seed,
+            "device, dtype or number of real ranks": [device, dtype, world_size()],
+            "version of spd-calib, torch or transformers": versions(),
+        },
+    )
+    if journal.finished:
+        say(f"going on from {journal.path}: {journal.finished} measurements are finished")
     batches = -(-len(text.calibration) // batch_size)
     measurements: list = []
     fisher = None
     if method == "fisher":
         with working("profile", None) as work:
             baseline, fisher = predict(
-                lm, text.calibration, kinds, target_stderr or TARGET_STDERR, batch_size, seed, work.step
+                lm, text.calibration, kinds, target_stderr or TARGET_STDERR, batch_size, seed, work.step, journal
             )
     else:
         plan = list(profiling.drops(method, strategies, lm.num_blocks, kinds))  # type: ignore[arg-type]
@@ -129,6 +148,7 @@ def profile(
                 tick,
                 (lambda: suite.accuracy(lm, session.tokenizer, batch_size)) if suite else None,
                 kinds,
+                journal,
             )
     document = Profile(
         model=session.ref.model_copy(update={"id": model}),
@@ -143,6 +163,7 @@ def profile(
         provenance=provenance(seed, device, dtype),
     )
     write_text(output, dumps(document))
+    journal.remove()
     if fisher:
         say(f"{fisher.samples} samples a sequence, which leave {100 * fisher.sampling_error:.1f} % of error in a KL")
     for s in document.strategies:

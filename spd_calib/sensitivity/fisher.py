@@ -33,6 +33,7 @@ from spd_calib.parallel.block import Block
 from spd_calib.parallel.model import Recording, TensorParallelLM
 from spd_calib.parallel.streams import Streams, defer, keep
 
+from .journal import Journal, once
 from .measure import LOGITS_AT_A_TIME, Experiment, batches, compare
 from .metrics import Tally
 
@@ -56,13 +57,14 @@ def fisher(
     batch_size: int = 8,
     seed: int = 0,
     tick: Callable[[], None] = lambda: None,
+    journal: Journal | None = None,
 ) -> tuple[Baseline, Fisher]:
     """The dense model's baseline and the interactions of all sync points, block_drop at each.
 
     Samples are drawn until the signs' share of the relative standard error is at most `target_stderr` (mean over the
     sync points). With Gaussian d that share is sqrt(2 / (sequences * samples)) where all sequences weigh the same;
     the first pass draws as many samples, further passes what the error then found still asks for.
-    `tick` is called after each batch.
+    `tick` is called after each batch. What `journal` holds, by pass and batch, is not run again.
     """
     generator = torch.Generator(lm.device).manual_seed(seed)
     terms = fisher_terms(lm.num_blocks, sync_points)
@@ -72,15 +74,24 @@ def fisher(
     dense, passes = Tally(), list[Tensor]()
     while samples > 0:
         scores = []
-        for input_ids, lengths in batches(sequences, batch_size, lm.device):
-            lm.keep_all()
-            recording = lm.record(input_ids)
-            if not passes:
-                compare(lm, recording.final, recording.final, False, input_ids, lengths, dense)
-            drawn = points[int(torch.randint(len(points), (1,), generator=generator, device=lm.device))]
-            dropped = run_dropped(lm, recording, drawn)
-            by_term = score(lm, recording, lengths, sync_points, samples, generator, dropped)
-            scores.append(torch.stack([by_term[term] for term in terms], dim=-1).double().cpu())
+        for number, (input_ids, lengths) in enumerate(batches(sequences, batch_size, lm.device)):
+
+            def measured(input_ids: Tensor = input_ids, lengths: list[int] = lengths, samples: int = samples) -> dict:
+                lm.keep_all()
+                recording, tally = lm.record(input_ids), Tally()
+                if not passes:
+                    compare(lm, recording.final, recording.final, False, input_ids, lengths, tally)
+                drawn = points[int(torch.randint(len(points), (1,), generator=generator, device=lm.device))]
+                dropped = run_dropped(lm, recording, drawn)
+                by_term = score(lm, recording, lengths, sync_points, samples, generator, dropped)
+                d = torch.stack([by_term[term] for term in terms], dim=-1).double()
+                random = generator.get_state().numpy().tobytes().hex()
+                return {"scores": d.tolist(), "dense": tally.state(), "generator": random}
+
+            found = once(journal, (len(passes), number), measured)
+            generator.set_state(torch.tensor(list(bytes.fromhex(found["generator"])), dtype=torch.uint8))
+            dense.add(Tally.of_state(found["dense"]))
+            scores.append(torch.tensor(found["scores"], dtype=torch.float64))
             tick()
         passes.append(torch.cat(scores, dim=1))
         d = torch.cat(passes)  # [samples, sequences, terms]

@@ -6,14 +6,16 @@ lists of experiments.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from spd_calib.formats.common import Strategy
 from spd_calib.formats.profile import Baseline, Comparison, Point, SyncPoint
-from spd_calib.parallel.model import TensorParallelLM
+from spd_calib.parallel.model import Recording, TensorParallelLM
 
+from .journal import Journal, once
 from .metrics import Tally, token_metrics
 
 LOGITS_AT_A_TIME = 2**24  # float32 logits compared at once: 64 MiB a tensor
@@ -57,26 +59,49 @@ def measure(
     experiments: Sequence[Experiment],
     batch_size: int = 8,
     tick: Tick = lambda experiment, tally: None,
+    journal: Journal | None = None,
 ) -> tuple[Baseline, list[Comparison]]:
     """The dense model and every experiment on `sequences` of token ids; results in the order of `experiments`.
 
     One batch's hidden states are held at a time: each experiment starts from those that enter its first dropped
-    block. `tick` is called after each batch of each experiment. Leaves every sync point kept.
+    block. `tick` is called after each batch of each experiment. What `journal` holds is not measured again.
+    Leaves every sync point kept.
     """
     dense, tallies = Tally(), [Tally() for _ in experiments]
-    for input_ids, lengths in batches(sequences, batch_size, lm.device):
-        lm.keep_all()
-        recording = lm.record(input_ids)
-        compare(lm, recording.final, recording.final, False, input_ids, lengths, dense)
+    for number, (input_ids, lengths) in enumerate(batches(sequences, batch_size, lm.device)):
+        batch = _Batch(lm, input_ids, lengths)
+        dense.add(Tally.of_state(once(journal, (number, "dense"), batch.dense)))
         for i, (experiment, tally) in enumerate(zip(experiments, tallies, strict=True)):
-            final = recording.final
-            if experiment.first < lm.num_blocks:
-                lm.set_strategies(experiment.attention, experiment.mlp)
-                final = lm.resume(recording, experiment.first)
-            compare(lm, recording.final, final, lm.head.streams_differ, input_ids, lengths, tally)
-            lm.keep_all()
+            tally.add(Tally.of_state(once(journal, (number, i), partial(batch.planned, experiment))))
             tick(i, tally)
     return dense.baseline(), [tally.comparison() for tally in tallies]
+
+
+class _Batch:
+    """One batch on the dense model, recorded when something is first measured on it."""
+
+    def __init__(self, lm: TensorParallelLM, input_ids: Tensor, lengths: list[int]):
+        self.lm, self.input_ids, self.lengths = lm, input_ids, lengths
+
+    @cached_property
+    def recording(self) -> Recording:
+        self.lm.keep_all()
+        return self.lm.record(self.input_ids)
+
+    def dense(self) -> dict:
+        tally, final = Tally(), self.recording.final
+        compare(self.lm, final, final, False, self.input_ids, self.lengths, tally)
+        return tally.state()
+
+    def planned(self, experiment: Experiment) -> dict:
+        """Leaves every sync point kept."""
+        lm, tally, final = self.lm, Tally(), self.recording.final
+        if experiment.first < lm.num_blocks:
+            lm.set_strategies(experiment.attention, experiment.mlp)
+            final = lm.resume(self.recording, experiment.first)
+        compare(lm, self.recording.final, final, lm.head.streams_differ, self.input_ids, self.lengths, tally)
+        lm.keep_all()
+        return tally.state()
 
 
 def batches(sequences: Sequence[Sequence[int]], size: int, device: torch.device) -> Iterator[tuple[Tensor, list[int]]]:

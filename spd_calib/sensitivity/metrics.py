@@ -43,6 +43,25 @@ class Tally:
     tokens: list[int] = field(default_factory=list)
     max_abs_logprob_diff: float = 0.0
 
+    def add(self, other: "Tally") -> None:
+        """Add the sequences of `other`, behind those that stand here."""
+        self.sums += other.sums
+        self.tokens += other.tokens
+        self.max_abs_logprob_diff = max(self.max_abs_logprob_diff, other.max_abs_logprob_diff)
+
+    def state(self) -> dict:
+        """As JSON values; `of_state` takes them back, the same bits."""
+        return {
+            "sums": [row.tolist() for row in self.sums],
+            "tokens": self.tokens,
+            "max_abs_logprob_diff": self.max_abs_logprob_diff,
+        }
+
+    @classmethod
+    def of_state(cls, state: dict) -> "Tally":
+        sums = [torch.tensor(row, dtype=torch.float64) for row in state["sums"]]
+        return cls(sums, list(state["tokens"]), state["max_abs_logprob_diff"])
+
     def kl(self) -> float:
         """The KL so far."""
         return self._mean("kl")[0]

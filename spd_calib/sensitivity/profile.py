@@ -7,6 +7,7 @@ from spd_calib.formats.common import Strategy
 from spd_calib.formats.profile import Baseline, Measurement, Point, SyncPoint
 from spd_calib.parallel.model import TensorParallelLM
 
+from .journal import Journal, once
 from .measure import Experiment, Tick, measure
 
 Method = Literal["single", "cumulative"]
@@ -49,20 +50,25 @@ def profile(
     tick: Tick,
     task_accuracy: TaskAccuracy | None = None,
     sync_points: Sequence[SyncPoint] = ("attention",),
+    journal: Journal | None = None,
 ) -> tuple[Baseline, list[Measurement]]:
-    """Run every experiment of the profile; `task_accuracy` is called for the dense model and for each experiment."""
+    """Run every experiment of the profile; `task_accuracy` is called for the dense model and for each experiment.
+
+    What `journal` holds is not run again.
+    """
     plan = list(drops(method, strategies, lm.num_blocks, sync_points))
     experiments = [
         Experiment.of({Point(block=b, sync_point=t.sync_point): t.strategy for b in t.dropped}, lm.num_blocks)
         for t in plan
     ]
-    baseline, comparisons = measure(lm, sequences, experiments, batch_size, tick)
+    baseline, comparisons = measure(lm, sequences, experiments, batch_size, tick, journal)
     dense, lost = {}, [{} for _ in plan]  # type: dict[str, float], list[dict[str, float]]
     if task_accuracy is not None:
-        dense = task_accuracy()
+        dense = once(journal, ("tasks", "dense"), task_accuracy)
         for i, experiment in enumerate(experiments):
             lm.set_strategies(experiment.attention, experiment.mlp)
-            lost[i] = {task: dense[task] - accuracy for task, accuracy in task_accuracy().items()}
+            accuracies = once(journal, ("tasks", i), task_accuracy)
+            lost[i] = {task: dense[task] - accuracy for task, accuracy in accuracies.items()}
             tick(i, None)
         lm.keep_all()
     measurements = [

@@ -1,0 +1,144 @@
+"""Finished measurements beside the profile they are for, so that a killed run goes on where it stopped.
+
+One JSON line a measurement, on disk before the next one begins; the first line says which run they are of. Floats are
+written as Python prints them, which is exact, so a run that was resumed gives the same bits as one that was not.
+(A recovery keeps tensors instead: recovery/journal.py.)
+"""
+
+import fcntl
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from spd_calib.errors import InputError
+from spd_calib.parallel.distributed import from_main_rank
+from spd_calib.ranks import is_main_rank, world_size
+
+Key = Sequence[int | str]
+
+
+class Journal:
+    """What `run` (by name: JSON values) has measured so far. The file appears with the first measurement.
+
+    Of many ranks the main one reads and writes; all know what was finished when the run began. Raises InputError for
+    a journal of another run, one that another process is writing, and one that cannot be read or written.
+    """
+
+    def __init__(self, path: Path, run: dict[str, Any]):
+        self.path, self.run = path, json.loads(json.dumps(run))
+        self._file: int | None = None
+        text = self._open() if is_main_rank() else None
+        if world_size() > 1:
+            text = from_main_rank(text)
+        self._finished: dict[str, Any] = {}
+        self._whole = self._read(text or "")
+
+    @property
+    def finished(self) -> int:
+        """Measurements that were finished when the run began."""
+        return len(self._finished)
+
+    def once(self, key: Key, measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The value that stands under `key`; where there is none, what `measured` returns, kept from now on."""
+        name = json.dumps(list(key))
+        if name in self._finished:
+            return self._finished[name]
+        value = measured()
+        if is_main_rank() and _finite(value):  # what is not finite will be refused, and need not be remembered
+            self._append({"key": list(key), "value": value})
+        return value
+
+    def remove(self) -> None:
+        """The run is done."""
+        if is_main_rank():
+            self.path.unlink(missing_ok=True)
+            self.close()
+
+    def close(self) -> None:
+        """Let go of the file, which stays: the end of a process does the same."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _open(self) -> str:
+        """The file's text, "" where there is none yet; holds the file from here on."""
+        if not self.path.exists():
+            return ""
+        try:
+            self._file = os.open(self.path, os.O_RDWR | os.O_APPEND)
+            self._lock()
+            return self.path.read_bytes().decode("utf-8", errors="replace")
+        except OSError as e:
+            raise InputError(f"The journal {self.path} cannot be read: {e.strerror}; delete it.") from None
+
+    def _lock(self) -> None:
+        assert self._file is not None
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"Another process is writing {self.path}; wait for it, or choose another output with -o."
+            ) from None
+
+    def _read(self, text: str) -> int:
+        """Take in the lines that are whole; returns their length in bytes. What a kill cut off is dropped."""
+        if text and "\n" not in text and not (json.dumps(self.run) + "\n").startswith(text):
+            raise self._not_ours("which is no journal of this tool, or one of another run")
+        length = 0
+        for line in text.splitlines(keepends=True):
+            try:
+                entry = json.loads(line) if line.endswith("\n") else None
+            except ValueError:
+                entry = None
+            if not isinstance(entry, dict):
+                if length == 0 and line.endswith("\n"):
+                    raise self._not_ours("which is no journal of this tool")
+                break
+            if length == 0:
+                self._check_same_run(entry)
+            elif "key" in entry and "value" in entry:
+                self._finished[json.dumps(entry["key"])] = entry["value"]
+            length += len(line.encode())
+        return length
+
+    def _check_same_run(self, found: dict) -> None:
+        names = [*self.run, *(name for name in found if name not in self.run)]
+        differing = next((name for name in names if found.get(name) != self.run.get(name)), None)
+        if differing is not None:
+            raise self._not_ours(f"the journal of another run, whose {differing} differs")
+
+    def _not_ours(self, what: str) -> InputError:
+        return InputError(
+            f"Beside the output lies {self.path}, {what}; delete it to begin anew, or choose another output with -o."
+        )
+
+    def _append(self, entry: dict) -> None:
+        try:
+            if self._file is None:
+                self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+                self._lock()
+            lines = [entry] if self._whole else [self.run, entry]
+            os.ftruncate(self._file, self._whole)
+            text = "".join(json.dumps(line) + "\n" for line in lines).encode()
+            if os.write(self._file, text) != len(text):
+                raise OSError(0, "no room is left")
+            os.fsync(self._file)
+            self._whole += len(text)
+        except OSError as e:
+            raise InputError(
+                f"The journal {self.path} cannot be written ({e.strerror}); make room and run the same command again."
+            ) from None
+
+
+def once(journal: Journal | None, key: Key, measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Journal.once, where a journal is kept."""
+    return measured() if journal is None else journal.once(key, measured)
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_finite, value.values()))
+    return all(map(_finite, value)) if isinstance(value, list) else not isinstance(value, float) or math.isfinite(value)
