@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test test-vllm lint format pipeline results latency docs generated schemas tutorial dist release-check clean FORCE
+.PHONY: demo test test-vllm .venv-vllm lint format pipeline results latency docs generated schemas tutorial dist release-check clean FORCE
 
 demo: $(READY)
 	$(BIN)/spd-calib demo -o runs/demo
@@ -16,6 +16,8 @@ test: $(READY)
 # The vLLM plugin on a real vLLM (CPU build, two to four ranks), in an environment of its own.
 test-vllm: $(VENV)-vllm/.ready
 	OMP_NUM_THREADS=1 $(VENV)-vllm/bin/python -m pytest tests/with_vllm -rs
+
+.venv-vllm: $(VENV)-vllm/.ready
 
 $(VENV)-vllm/.ready: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VENV)-vllm

@@ -1,0 +1,108 @@
+"""`vllm serve` with a plan, as a user starts it: what it answers over HTTP is what the simulation says."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import tiny
+from conftest import build
+from plans import write_plan
+
+from spd_calib.formats.files import read
+from spd_calib.formats.plan import Plan
+from spd_calib.parallel.compensation import load_compensation
+from spd_calib.parallel.model import TensorParallelLM
+from spd_calib.runtimes.checks import compare_logprobs
+from spd_calib.runtimes.simulation import simulate
+from spd_calib.runtimes.vllm.check import TOLERANCE
+from spd_calib.runtimes.vllm.engine import _environment, _remove
+
+K, D, P = "keep_sync", "block_drop", "plain_drop"
+VLLM = Path(sys.executable).with_name("vllm")
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """Starts `vllm serve` on loopback; a function of the model folder and options: (port, process, log)."""
+    started = []
+
+    def start(folder: Path, *options: str):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = [VLLM, "serve", folder, "--host", "127.0.0.1", "--port", port, "--dtype", "float32"]
+        command += ["--enforce-eager", "--max-model-len", 64, "--logprobs-mode", "raw_logprobs", *options]
+        log = tmp_path / "serve.log"
+        with _environment(2), log.open("w") as out:
+            process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=out, start_new_session=True)
+        started.append(process)
+        return port, process, log
+
+    before = {name for name in os.listdir("/dev/shm") if name.startswith("vllm_dist_")}
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGINT)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    _remove({name for name in os.listdir("/dev/shm") if name.startswith("vllm_dist_")} - before)
+
+
+def ask(port: int, path: str, body: dict | None = None):
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return answer.read()
+
+
+def wait_until_up(port: int, process: subprocess.Popen, log: Path, seconds: int = 300) -> None:
+    for _ in range(2 * seconds):
+        assert process.poll() is None, log.read_text()[-3000:]
+        try:
+            ask(port, "/health")
+            return
+        except OSError:
+            time.sleep(0.5)
+    raise AssertionError(log.read_text()[-3000:])
+
+
+def test_a_server_answers_by_the_plan(folder_of, tmp_path, serve):
+    folder = folder_of("llama")
+    attention, mlp = [D, P, D, K], [K, D, K, K]
+    path = write_plan(tmp_path / "plan.json", folder, 2, attention, mlp, ["mean", None, "low_rank", None])
+    additional = json.dumps({"spd_plan": str(path)})
+    port, process, log = serve(folder, "--tensor-parallel-size", 2, "--additional-config", additional)
+    wait_until_up(port, process, log)
+    prompt, new = tiny.tokens(1, 12, seed=3)[0].tolist(), 6
+    body = {"model": str(folder), "prompt": prompt, "max_tokens": new, "temperature": 0, "logprobs": 0}
+    body |= {"return_tokens_as_token_ids": True, "ignore_eos": True, "return_token_ids": True}
+    choice = json.loads(ask(port, "/v1/completions", body))["choices"][0]
+    tokens = [int(t.removeprefix("token_id:")) for t in choice["logprobs"]["tokens"]]
+    assert len(tokens) == new
+    plan, lm = read(Plan, path), TensorParallelLM.simulated(build("llama"), 2)
+    found = [choice["logprobs"]["token_logprobs"]]
+    dense = simulate(lm, [prompt], [tokens]).chosen
+    lm.set_strategies(plan.strategies, plan.mlp_strategies)
+    lm.set_compensation(load_compensation(plan, path))
+    assert compare_logprobs("served", simulate(lm, [prompt], [tokens]).chosen, found, TOLERANCE).ok
+    assert not compare_logprobs("dense", dense, found, TOLERANCE).ok
+
+
+def test_a_server_refuses_a_plan_of_another_tp_size(folder_of, tmp_path, serve):
+    folder = folder_of("llama")
+    path = write_plan(tmp_path / "plan.json", folder, 4, [D, K, K, K])
+    _, process, log = serve(
+        folder, "--tensor-parallel-size", 2, "--additional-config", json.dumps({"spd_plan": str(path)})
+    )
+    assert process.wait(120) != 0
+    assert "is for TP 4, but vLLM was started with TP 2" in log.read_text()
