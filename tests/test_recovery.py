@@ -25,7 +25,7 @@ from spd_calib.recovery.moments import moments
 from spd_calib.recovery.permute import permute_heads, permute_neurons
 from spd_calib.recovery.planned import Feed, HeldOut, PlannedModel, fall
 from spd_calib.recovery.recover import Options, recover
-from spd_calib.recovery.report import tiers
+from spd_calib.sensitivity.tiers import tiers
 
 KEEP, DROP = Strategy.KEEP_SYNC, Strategy.BLOCK_DROP
 

@@ -48,6 +48,10 @@ def profile(
     target_stderr: Annotated[
         float | None, typer.Option(help="fisher: relative error of a KL that sampling may leave [default: 0.08].")
     ] = None,
+    confidence: Annotated[
+        float | None,
+        typer.Option(help="single: measure a sync point only until its tier is as certain, say 0.95 [default: off]."),
+    ] = None,
     rank_by: Annotated[
         str | None, typer.Option(help="accuracy, kl or ppl [default: accuracy; fisher knows kl alone].")
     ] = None,
@@ -83,6 +87,7 @@ def profile(
         _check_fisher(target_stderr, rank_by, tasks)
     elif target_stderr is not None:
         raise InputError(f"--target-stderr belongs to --method fisher, not to {method}; leave it out.")
+    _check_confidence(confidence, method)
     rank_by = rank_by or ("kl" if method == "fisher" else "accuracy")
     if rank_by not in ("accuracy", "kl", "ppl"):
         raise InputError(f"--rank-by {rank_by!r} is none of accuracy, kl, ppl.")
@@ -108,7 +113,7 @@ def profile(
             "model": session.ref.model_dump(mode="json", exclude={"id"}),
             "text": text.calibration_ref().sha256,
             "tensor parallel size": tp,
-            "method": [method, target_stderr],
+            "method": [method, target_stderr, confidence],
             "list of experiments": [strategies, kinds],
             "batch size": batch_size,
             "lm-eval tasks": [tasks, str(include_path), limit, seed] if tasks else None,
@@ -149,6 +154,7 @@ def profile(
                 (lambda: suite.accuracy(lm, session.tokenizer, batch_size)) if suite else None,
                 kinds,
                 journal,
+                confidence,
             )
     document = Profile(
         model=session.ref.model_copy(update={"id": model}),
@@ -163,6 +169,8 @@ def profile(
         provenance=provenance(seed, device, dtype),
     )
     write_text(output, dumps(document))
+    if early := sum(m.stopped_early for m in measurements):
+        say(f"{early} of {len(measurements)} sync points needed no more text: their tier by KL was certain enough")
     journal.remove()
     if fisher:
         say(f"{fisher.samples} samples a sequence, which leave {100 * fisher.sampling_error:.1f} % of error in a KL")
@@ -214,6 +222,15 @@ def _check_fisher(target_stderr: float | None, rank_by: str | None, tasks: str |
         raise InputError("--method fisher runs on simulated ranks alone; start it without torchrun.")
 
 
+def _check_confidence(confidence: float | None, method: str) -> None:
+    from spd_calib.errors import InputError
+
+    if confidence is not None and method != "single":
+        raise InputError(f"--confidence belongs to --method single, not to {method}; leave it out.")
+    if confidence is not None and not 0.5 <= confidence < 1:
+        raise InputError(f"--confidence {confidence} is no probability from 0.5 to below 1; 0.95 is a good one.")
+
+
 def _print_predicted(document, strategy, kind) -> None:
     from .terminal import table
 
@@ -226,6 +243,8 @@ def _print_predicted(document, strategy, kind) -> None:
 
 
 def _print_ranking(document, strategy, kind) -> None:
+    from spd_calib.sensitivity.tiers import tiers
+
     from .terminal import table
 
     by_block = document.of(strategy, kind)
@@ -242,9 +261,15 @@ def _print_ranking(document, strategy, kind) -> None:
         ]
         for block in document.ranking(strategy, sync_point=kind)
     ]
+    columns = ["block", unit, "KL", "ppl", "top-1 lost, points", "agreement"]
+    if any(m.stopped_early for m in by_block.values()):
+        tier = tiers(document.sensitivity(strategy, "kl", kind))
+        columns += ["sequences", "tier"]
+        for row, block in zip(rows, document.ranking(strategy, sync_point=kind), strict=True):
+            row += [f"{by_block[block].sequences} of {document.text.sequences}", tier[block]]
     cumulative = "" if document.method == "single" else " (blocks dropped from here to the last)"
     table(
         f"{NAMES[kind]}: {strategy}, least sensitive block first{cumulative}",
-        ["block", unit, "KL", "ppl", "top-1 lost, points", "agreement"],
+        columns,
         rows,
     )

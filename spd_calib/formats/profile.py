@@ -49,6 +49,7 @@ class Measurement(Comparison):
     strategy: Strategy
     dropped: list[Count] = Field(min_length=1)
     task_accuracy_drop: dict[str, Finite] = Field(default_factory=dict)
+    stopped_early: bool = Field(default=False, description="Its tier was certain before the text was at its end")
 
 
 class Point(Part):

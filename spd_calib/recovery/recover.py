@@ -13,13 +13,14 @@ from torch import Tensor
 
 from spd_calib.errors import InputError
 from spd_calib.formats.common import Strategy
+from spd_calib.sensitivity.tiers import Tier
 
 from . import compensation, grouping
 from .distillation import Outcome, Schedule, distil_block, distil_whole
 from .moments import Moments, moments
 from .permute import entries
 from .planned import Batch, Feed, HeldOut, PlannedModel, Student, fall
-from .report import Attempt, Report, Tier
+from .report import Attempt, Report
 
 Method = Literal["grouping", "compensation", "distillation"]
 METHODS: tuple[Method, ...] = ("grouping", "compensation", "distillation")

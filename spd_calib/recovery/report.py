@@ -1,12 +1,8 @@
 """Which blocks are to be treated how, and what was tried on them."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Literal
 
-from spd_calib.errors import InputError
-
-Tier = Literal["insensitive", "sensitive", "extremely sensitive"]
+from spd_calib.sensitivity.tiers import Tier
 
 
 @dataclass
@@ -39,21 +35,3 @@ class Report:
 
     def json(self) -> dict:
         return {**asdict(self), "tiers": {str(b): t for b, t in self.tiers.items()}}
-
-
-def tiers(kl: Mapping[int, float], tau1: float | None = None, tau2: float | None = None) -> dict[int, Tier]:
-    """Each block's tier by its single KL; by default the thresholds are a quarter of the blocks' mean, and the mean."""
-    low, high = thresholds(kl, tau1, tau2)
-    return {
-        b: "insensitive" if value <= low else "sensitive" if value <= high else "extremely sensitive"
-        for b, value in kl.items()
-    }
-
-
-def thresholds(kl: Mapping[int, float], tau1: float | None, tau2: float | None) -> tuple[float, float]:
-    mean = sum(kl.values()) / max(len(kl), 1)
-    low = mean / 4 if tau1 is None else tau1
-    high = max(mean, low) if tau2 is None else tau2
-    if not 0 <= low <= high:
-        raise InputError(f"The thresholds {low} and {high} are not in order; the first is at most the second, from 0.")
-    return low, high

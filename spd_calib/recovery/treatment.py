@@ -6,9 +6,10 @@ from spd_calib.errors import InputError
 from spd_calib.formats.common import ModelRef, Provenance, Strategy, TextRef
 from spd_calib.formats.plan import Compensation, CompensationFile, Plan, PlannedBlock, Predicted, Verified
 from spd_calib.sensitivity.metrics import Tally
+from spd_calib.sensitivity.tiers import Tier, thresholds, tiers
 
 from .planned import PlannedModel
-from .report import Report, Tier, thresholds, tiers
+from .report import Report
 
 PAPER: dict[str | None, Tier] = {
     None: "insensitive",
@@ -26,7 +27,7 @@ def strategies(plan: Plan) -> tuple[tuple[Strategy, ...], tuple[Strategy, ...]]:
 def tiers_of(plan: Plan, tau1: float | None, tau2: float | None) -> tuple[dict[int, Tier], str]:
     """Each dropped block's tier, and a sentence that says where it comes from.
 
-    A plan by the paper's rule says it itself; else the block's own KL against tau1 and tau2 (recover.thresholds).
+    A plan by the paper's rule says it itself; else the block's own KL against tau1 and tau2 (sensitivity.tiers).
     Raises InputError for a plan that drops nothing or that was recovered before.
     """
     if plan.compensation is not None or plan.recovered_from is not None:

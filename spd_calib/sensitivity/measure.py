@@ -4,6 +4,7 @@ Profiling one block, the paper's cumulative order and verifying a finished plan 
 lists of experiments.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,9 +17,11 @@ from spd_calib.formats.profile import Baseline, Comparison, Point, SyncPoint
 from spd_calib.parallel.model import Recording, TensorParallelLM
 
 from .journal import Journal, once
-from .metrics import Tally, token_metrics
+from .metrics import Tally, log_prob_metrics
+from .tiers import Stopping
 
-LOGITS_AT_A_TIME = 2**24  # float32 logits compared at once: 64 MiB a tensor
+LOGITS_AT_A_TIME = 2**22  # float32 logits compared at once: 16 MiB a tensor
+LOGITS_HELD = 2**26  # log-probabilities of the dense model held for a batch, 256 MiB; beyond that computed anew
 Tick = Callable[[int, Tally | None], None]  # (experiment, its tally so far), after each batch
 
 
@@ -60,20 +63,34 @@ def measure(
     batch_size: int = 8,
     tick: Tick = lambda experiment, tally: None,
     journal: Journal | None = None,
+    stopping: Stopping | None = None,
 ) -> tuple[Baseline, list[Comparison]]:
     """The dense model and every experiment on `sequences` of token ids; results in the order of `experiments`.
 
     One batch's hidden states are held at a time: each experiment starts from those that enter its first dropped
-    block. `tick` is called after each batch of each experiment. What `journal` holds is not measured again.
+    block. `tick` is called after each batch of each experiment. What `journal` holds is not measured again;
+    what `stopping` finds decided is not measured on further batches, and has fewer `sequences`.
     Leaves every sync point kept.
     """
     dense, tallies = Tally(), [Tally() for _ in experiments]
-    for number, (input_ids, lengths) in enumerate(batches(sequences, batch_size, lm.device)):
-        batch = _Batch(lm, input_ids, lengths)
-        dense.add(Tally.of_state(once(journal, (number, "dense"), batch.dense)))
-        for i, (experiment, tally) in enumerate(zip(experiments, tallies, strict=True)):
-            tally.add(Tally.of_state(once(journal, (number, i), partial(batch.planned, experiment))))
-            tick(i, tally)
+    count, seen = math.ceil(len(sequences) / batch_size), [0] * len(experiments)
+    active = set(range(len(experiments)))
+    first_pass = True
+    while active or first_pass:
+        for number, (input_ids, lengths) in enumerate(batches(sequences, batch_size, lm.device)):
+            batch = _Batch(lm, input_ids, lengths)
+            if first_pass:
+                dense.add(Tally.of_state(once(journal, (number, "dense"), batch.dense)))
+            for i in sorted(active):
+                if seen[i] == number:
+                    found = once(journal, (number, i), partial(batch.planned, experiments[i]))
+                    tallies[i].add(Tally.of_state(found))
+                    seen[i] += 1
+                    tick(i, tallies[i])
+            if stopping is not None and first_pass:
+                active -= stopping.decided(tallies, active, number + 1, count)
+        active = set() if stopping is None else stopping.wanting(tallies, count)
+        first_pass = False
     return dense.baseline(), [tally.comparison() for tally in tallies]
 
 
@@ -88,18 +105,20 @@ class _Batch:
         self.lm.keep_all()
         return self.lm.record(self.input_ids)
 
+    @cached_property
+    def reference(self) -> "Reference":
+        return Reference(self.lm, self.recording.final, self.input_ids, self.lengths)
+
     def dense(self) -> dict:
-        tally, final = Tally(), self.recording.final
-        compare(self.lm, final, final, False, self.input_ids, self.lengths, tally)
-        return tally.state()
+        return self.reference.compare(self.recording.final, False).state()
 
     def planned(self, experiment: Experiment) -> dict:
         """Leaves every sync point kept."""
-        lm, tally, final = self.lm, Tally(), self.recording.final
+        lm, final = self.lm, self.recording.final
         if experiment.first < lm.num_blocks:
             lm.set_strategies(experiment.attention, experiment.mlp)
             final = lm.resume(self.recording, experiment.first)
-        compare(lm, self.recording.final, final, lm.head.streams_differ, self.input_ids, self.lengths, tally)
+        tally = self.reference.compare(final, lm.head.streams_differ)
         lm.keep_all()
         return tally.state()
 
@@ -111,6 +130,47 @@ def batches(sequences: Sequence[Sequence[int]], size: int, device: torch.device)
         yield torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device), [len(r) for r in rows]
 
 
+class Reference:
+    """The dense model's predictions for one batch, which any number of plans is compared with.
+
+    `final` [B, T, d] is what left the dense model's final norm.
+    """
+
+    def __init__(self, lm: TensorParallelLM, final: Tensor, input_ids: Tensor, lengths: Sequence[int]):
+        self.lm, self.final, self.lengths = lm, final, lengths
+        self.predicting = torch.arange(final.shape[1])[None] < torch.tensor(lengths)[:, None] - 1  # [B, T]
+        self.predicting = self.predicting.to(final.device)
+        self.targets = input_ids[:, 1:][self.predicting[:, :-1]]
+        tokens, vocabulary = len(self.targets), lm.head.vocab_size
+        step = max(1, LOGITS_AT_A_TIME // vocabulary)
+        self.chunks = [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
+        self.hidden = final[None, self.predicting]  # [1, N, d]
+        self.held = [self._log_p(c) for c in self.chunks] if tokens * vocabulary <= LOGITS_HELD else None
+
+    def compare(self, planned: Tensor, streams_differ: bool) -> Tally:
+        """planned [B, T, d], or [ranks * B, T, d] where the ranks' streams differ."""
+        streams = planned.unflatten(0, (-1, len(self.lengths)))[:, self.predicting]  # [1 or ranks, N, d]
+        rows, tally = [], Tally()
+        for i, chunk in enumerate(self.chunks):
+            log_p = self._log_p(chunk) if self.held is None else self.held[i]
+            log_q = log_p if planned is self.final else self._log_probs(streams[:, chunk], streams_differ)
+            found, largest = log_prob_metrics(log_p, log_q, self.targets[chunk])
+            rows.append(found.cpu())
+            tally.max_abs_logprob_diff = max(tally.max_abs_logprob_diff, largest)
+        tally.tokens = [length - 1 for length in self.lengths]
+        tally.sums = [of_sequence.sum(0) for of_sequence in torch.cat(rows).split(tally.tokens)]
+        return tally
+
+    def _log_p(self, chunk: slice) -> Tensor:
+        return self._log_probs(self.hidden[:, chunk], False)
+
+    def _log_probs(self, hidden: Tensor, streams_differ: bool) -> Tensor:
+        before, self.lm.head.streams_differ = self.lm.head.streams_differ, streams_differ
+        logits = self.lm.logits(hidden)[0]
+        self.lm.head.streams_differ = before
+        return logits.float().log_softmax(-1)
+
+
 def compare(
     lm: TensorParallelLM,
     dense: Tensor,
@@ -120,22 +180,5 @@ def compare(
     lengths: Sequence[int],
     tally: Tally,
 ) -> None:
-    """Add one batch to `tally`: sequence by sequence, some positions at a time, from what left the final norm.
-
-    dense [B, T, d]; planned the same, or [ranks * B, T, d] where the ranks' streams differ.
-    """
-    streams = planned.unflatten(0, (-1, len(lengths)))  # [1 or ranks, B, T, d]
-    step = max(1, LOGITS_AT_A_TIME // lm.head.vocab_size)
-    for row, length in enumerate(lengths):
-        total = torch.zeros(6, dtype=torch.float64)
-        for start in range(0, length - 1, step):
-            positions = slice(start, min(start + step, length - 1))
-            lm.head.streams_differ = False
-            p = lm.logits(dense[row : row + 1, positions])[0]
-            lm.head.streams_differ = streams_differ
-            q = p if planned is dense else lm.logits(streams[:, row, positions])[0]
-            rows, largest = token_metrics(p, q, input_ids[row, 1:][positions])
-            total += rows.sum(0).cpu()
-            tally.max_abs_logprob_diff = max(tally.max_abs_logprob_diff, largest)
-        tally.sums.append(total)
-        tally.tokens.append(length - 1)
+    """Add one batch's comparison to `tally`; dense and planned as Reference and Reference.compare take them."""
+    tally.add(Reference(lm, dense, input_ids, lengths).compare(planned, streams_differ))

@@ -21,18 +21,24 @@ def token_metrics(dense: Tensor, planned: Tensor, targets: Tensor) -> tuple[Tens
 
     KL(dense || planned) is exact: over the whole vocabulary, in float32.
     """
-    log_p, log_q = dense.float().log_softmax(-1), planned.float().log_softmax(-1)
+    return log_prob_metrics(dense.float().log_softmax(-1), planned.float().log_softmax(-1), targets)
+
+
+def log_prob_metrics(log_p: Tensor, log_q: Tensor, targets: Tensor) -> tuple[Tensor, float]:
+    """As token_metrics, from log-probabilities [N, V] float32."""
     best_p, best_q = log_p.argmax(-1), log_q.argmax(-1)
+    nll_dense, nll = (-x.gather(-1, targets[:, None])[:, 0] for x in (log_p, log_q))
     difference = log_p - log_q
+    smallest, largest = difference.aminmax()
     columns = (
-        -log_p.gather(-1, targets[:, None])[:, 0],
-        -log_q.gather(-1, targets[:, None])[:, 0],
-        (log_p.exp() * difference).sum(-1),
+        nll_dense,
+        nll,
+        difference.mul_(log_p.exp()).sum(-1),
         best_p == targets,
         best_q == targets,
         best_p == best_q,
     )
-    return torch.stack([c.double() for c in columns], dim=-1), difference.abs().max().item()
+    return torch.stack([c.double() for c in columns], dim=-1), max(-smallest.item(), largest.item())
 
 
 @dataclass

@@ -4,11 +4,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 from spd_calib.formats.common import Strategy
-from spd_calib.formats.profile import Baseline, Measurement, Point, SyncPoint
+from spd_calib.formats.profile import Baseline, Comparison, Measurement, Point, SyncPoint
 from spd_calib.parallel.model import TensorParallelLM
 
 from .journal import Journal, once
 from .measure import Experiment, Tick, measure
+from .tiers import Stopping
 
 Method = Literal["single", "cumulative"]
 TaskAccuracy = Callable[[], dict[str, float]]  # of the model as it is set at the moment, by lm-eval task
@@ -51,17 +52,24 @@ def profile(
     task_accuracy: TaskAccuracy | None = None,
     sync_points: Sequence[SyncPoint] = ("attention",),
     journal: Journal | None = None,
+    confidence: float | None = None,
 ) -> tuple[Baseline, list[Measurement]]:
     """Run every experiment of the profile; `task_accuracy` is called for the dense model and for each experiment.
 
-    What `journal` holds is not run again.
+    What `journal` holds is not run again. With `confidence` (method single) a candidate is measured only until its
+    tier is that certain; perplexities are then those of the baseline's text: the increase is the candidate's own.
     """
     plan = list(drops(method, strategies, lm.num_blocks, sync_points))
     experiments = [
         Experiment.of({Point(block=b, sync_point=t.sync_point): t.strategy for b in t.dropped}, lm.num_blocks)
         for t in plan
     ]
-    baseline, comparisons = measure(lm, sequences, experiments, batch_size, tick, journal)
+    stopping = None
+    if confidence is not None:
+        kinds = [(t.strategy, t.sync_point) for t in plan]
+        groups = [[i for i, kind in enumerate(kinds) if kind == of] for of in dict.fromkeys(kinds)]
+        stopping = Stopping(groups, confidence, len(sequences))
+    baseline, comparisons = measure(lm, sequences, experiments, batch_size, tick, journal, stopping)
     dense, lost = {}, [{} for _ in plan]  # type: dict[str, float], list[dict[str, float]]
     if task_accuracy is not None:
         dense = once(journal, ("tasks", "dense"), task_accuracy)
@@ -72,7 +80,13 @@ def profile(
             tick(i, None)
         lm.keep_all()
     measurements = [
-        Measurement(**vars(c), **t._asdict(), task_accuracy_drop=task_drop)
+        Measurement(**_on_all_text(c, baseline), **t._asdict(), task_accuracy_drop=task_drop)
         for c, t, task_drop in zip(comparisons, plan, lost, strict=True)
     ]
     return baseline.model_copy(update={"task_accuracy": dense}), measurements
+
+
+def _on_all_text(c: Comparison, baseline: Baseline) -> dict:
+    if c.tokens == baseline.tokens:
+        return vars(c)
+    return {**vars(c), "ppl": max(1.0, baseline.ppl * (1 + c.ppl_increase)), "stopped_early": True}
