@@ -62,6 +62,9 @@ def profile(
     seed: int = 0,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be run, how long and in how much memory; write nothing.")
+    ] = False,
     json: Json = False,
     recipe: Recipe = None,
 ) -> None:
@@ -107,6 +110,9 @@ def profile(
         f"{session.ref.architecture}, {lm.num_blocks} blocks, TP {tp}: {len(text.calibration)} sequences to measure "
         f"on, {len(text.verification)} kept for verifying"
     )
+    if dry_run:
+        _print_estimate(lm, text, method, strategies, kinds, target_stderr or TARGET_STDERR, batch_size, bool(tasks))
+        return
     journal = Journal(
         output.with_name(output.name + ".journal"),
         {
@@ -181,6 +187,30 @@ def profile(
     say(f"written: {output}; next: spd-calib plan {output} --max-ppl-increase 1% -o plan.json")
     if json:
         print_json(dumps(document))
+
+
+def _print_estimate(lm, text, method, strategies, kinds, target_stderr, batch_size, tasks) -> None:
+    from spd_calib.sensitivity.estimate import estimate, estimate_fisher
+    from spd_calib.sensitivity.profile import drops, experiments_of
+
+    from .terminal import say
+
+    if method == "fisher":
+        e, samples = estimate_fisher(lm, text.calibration, kinds, target_stderr, batch_size)
+        what = f"one pass forward and backward with {samples} samples a sequence, more where the error asks for it"
+    else:
+        plan = list(drops(method, strategies, lm.num_blocks, kinds))
+        e = estimate(lm, text.calibration, experiments_of(plan, lm.num_blocks), batch_size)
+        what = f"{len(plan)} experiments and the dense model"
+    say(
+        f"would be run: {what}, on {e.batches} batches, {e.tokens} tokens; as much as {e.forwards:.1f} forwards of them"
+    )
+    hours, seconds = divmod(round(e.seconds), 3600)
+    say(f"time: about {hours} h {seconds // 60} min {seconds % 60} s (timed on the first sequences)")
+    say(f"memory: about {e.peak / 2**20:,.0f} MiB at most, of which weights {e.weights / 2**20:,.0f} MiB")
+    if tasks:
+        say(f"not counted: the lm-eval tasks, once for the dense model and once for each of {len(plan)} experiments")
+    say("nothing was written")
 
 
 def _strategies(names: list[str] | None, method: str):

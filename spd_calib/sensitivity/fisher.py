@@ -70,7 +70,7 @@ def fisher(
     terms = fisher_terms(lm.num_blocks, sync_points)
     points = [term[0] for term in terms if len(term) == 1]
     tokens = torch.tensor([len(s) - 1 for s in sequences], dtype=torch.float64)
-    samples = math.ceil(2 / (len(sequences) * target_stderr**2))
+    samples = first_samples(len(sequences), target_stderr)
     dense, passes = Tally(), list[Tensor]()
     while samples > 0:
         scores = []
@@ -106,6 +106,11 @@ def fisher(
         samples=len(d),
         sampling_error=_short(torch.tensor(error)),
     )
+
+
+def first_samples(sequences: int, target_stderr: float) -> int:
+    """Samples of a sequence that leave the error asked for where all sequences weigh the same."""
+    return math.ceil(2 / (sequences * target_stderr**2))
 
 
 def interactions(d: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

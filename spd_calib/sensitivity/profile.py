@@ -42,6 +42,13 @@ def drops(
         yield from (Trial(block, Strategy.BLOCK_DROP, [block], "mlp") for block in range(num_blocks - 1))
 
 
+def experiments_of(plan: Sequence[Trial], num_blocks: int) -> list[Experiment]:
+    return [
+        Experiment.of({Point(block=b, sync_point=t.sync_point): t.strategy for b in t.dropped}, num_blocks)
+        for t in plan
+    ]
+
+
 def profile(
     lm: TensorParallelLM,
     sequences: Sequence[Sequence[int]],
@@ -60,10 +67,7 @@ def profile(
     tier is that certain; perplexities are then those of the baseline's text: the increase is the candidate's own.
     """
     plan = list(drops(method, strategies, lm.num_blocks, sync_points))
-    experiments = [
-        Experiment.of({Point(block=b, sync_point=t.sync_point): t.strategy for b in t.dropped}, lm.num_blocks)
-        for t in plan
-    ]
+    experiments = experiments_of(plan, lm.num_blocks)
     stopping = None
     if confidence is not None:
         kinds = [(t.strategy, t.sync_point) for t in plan]
