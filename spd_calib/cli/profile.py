@@ -62,6 +62,13 @@ def profile(
     seed: int = 0,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Read each block from disk when it is to run [default: where half the memory is too small].",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be run, how long and in how much memory; write nothing.")
     ] = False,
@@ -105,7 +112,9 @@ def profile(
         from spd_calib.evaluation.harness import TaskSuite
 
         suite = TaskSuite(*resolve_tasks(tasks, include_path), limit, seed)
-    lm = session.load(device, dtype, seed)
+    lm = session.load(device, dtype, seed, stream)
+    if lm.streamed:
+        say("the weights are read from disk, block by block, as they are needed")
     say(
         f"{session.ref.architecture}, {lm.num_blocks} blocks, TP {tp}: {len(text.calibration)} sequences to measure "
         f"on, {len(text.verification)} kept for verifying"

@@ -30,25 +30,31 @@ def load_sharded(source: Source, config: Any, rank: int, tp: int, device: str, d
     the device.
     """
     check_device(device)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).eval()
-    if (source.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    model = skeleton(source, config, dtype)
     own = own_slices(model, rank, tp)
-    stored = _Checkpoint(source, model.base_model_prefix)
+    stored = Checkpoint(source, model.base_model_prefix)
     loaded: dict[Tensor, nn.Parameter] = {}  # tied parameters are one
     try:
-        _fill_buffers(model, stored, device)
+        fill_buffers(model, stored, device)
         for name, parameter in list(model.named_parameters(remove_duplicate=False)):
             if parameter not in loaded:
                 aliases = [n for n, p in model.named_parameters(remove_duplicate=False) if p is parameter]
                 piece = stored.read(aliases, parameter.shape, *own.get(name, (ALL, ALL)))
                 loaded[parameter] = nn.Parameter(piece.to(device, DTYPES[dtype]))
-            _set(model, name, loaded[parameter])
+            set_tensor(model, name, loaded[parameter])
     except torch.OutOfMemoryError:
         raise InputError(
             f"A rank's share of {source.id} does not fit on {device} in {dtype}; use more ranks or --dtype bfloat16."
         ) from None
+    return model
+
+
+def skeleton(source: Source, config: Any, dtype: str) -> PreTrainedModel:
+    """The model in eval mode on the meta device: everything but its weights."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).eval()
+    if (source.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(source.folder)
     return model
 
 
@@ -68,7 +74,7 @@ def own_slices(model: PreTrainedModel, rank: int, tp: int) -> Own:
     return own
 
 
-class _Checkpoint:
+class Checkpoint:
     """The tensors of a checkpoint's files, read piece by piece."""
 
     def __init__(self, source: Source, prefix: str):
@@ -106,7 +112,7 @@ class _Checkpoint:
         raise InputError(f"The weights of {self.id} lack {names[0]}; fetch the model again, or convert it.")
 
 
-def _fill_buffers(model: PreTrainedModel, stored: _Checkpoint, device: str) -> None:
+def fill_buffers(model: PreTrainedModel, stored: Checkpoint, device: str) -> None:
     """Buffers that no checkpoint holds (rotary frequencies) are computed as transformers does; the others are read.
 
     Comes before the parameters: those that transformers would draw along with a buffer are not there yet.
@@ -114,13 +120,14 @@ def _fill_buffers(model: PreTrainedModel, stored: _Checkpoint, device: str) -> N
     computed = dict(model.named_non_persistent_buffers())
     for name, buffer in list(model.named_buffers()):
         unknown = torch.full(buffer.shape, torch.nan)
-        _set(model, name, (unknown if name in computed else stored.read([name], buffer.shape)).to(device, buffer.dtype))
+        value = unknown if name in computed else stored.read([name], buffer.shape)
+        set_tensor(model, name, value.to(device, buffer.dtype))
     for name in computed:
         model._init_weights(model.get_submodule(name.rpartition(".")[0]))
         if not model.get_buffer(name).is_floating_point() or model.get_buffer(name).isnan().any():
             raise InputError(f"{type(model).__name__} has a buffer {name} that this tool cannot compute on its ranks.")
 
 
-def _set(model: nn.Module, name: str, value: Tensor) -> None:
+def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
     owner, _, attribute = name.rpartition(".")
     setattr(model.get_submodule(owner), attribute, value)

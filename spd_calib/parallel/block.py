@@ -1,7 +1,7 @@
 """A decoder block on its ranks. The one definition behind the simulation and the real ranks."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -36,6 +36,9 @@ class Block(nn.Module):
         self.o_bias, self.down_bias = parts.o.bias, parts.down.bias
         self.attention_strategy = Strategy.KEEP_SYNC
         self.mlp_strategy = Strategy.KEEP_SYNC
+        self.read_weights: Callable[[int], None] = lambda index: (
+            None
+        )  # where they are not in memory until they are used
         self.compensation: nn.ModuleList | None = None  # one predictor for each rank of this process
         name = next(n for n, m in parts.attention.named_children() if m is parts.o)
         self._outs = [getattr(attention, name) for attention in self.attentions]  # each rank's slice of o_proj
@@ -68,6 +71,7 @@ class Block(nn.Module):
 
     def feed(self, s: Streams) -> list[Tensor]:
         """Each rank's partial sum of the MLP [B, T, d] (bias left out), without compensation."""
+        self.read_weights(self.index)
         return self._fed(self._inputs(self.norm2, s))
 
     def _fed(self, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -75,6 +79,7 @@ class Block(nn.Module):
 
     def attend(self, s: Streams, **kwargs) -> tuple[list[Tensor], list[Tensor]]:
         """Each rank's partial sum of the attention [B, T, d] (bias left out), and its head outputs [B, T, d_rank]."""
+        self.read_weights(self.index)
         heads: list[Tensor] = []
         hooks = [out.register_forward_pre_hook(lambda m, args: heads.append(args[0])) for out in self._outs]
         try:

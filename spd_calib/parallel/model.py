@@ -1,6 +1,6 @@
 """A causal language model that runs a plan on its ranks: transformers' own model with its blocks replaced."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,7 +87,7 @@ class TensorParallelLM:
         if decoder is None or not isinstance(head, nn.Linear):
             raise InputError(f"{type(model).__name__} has no plain output head; it cannot be split over ranks.")
         self.model, self.comm = model, comm
-        self.num_blocks = len(parts)
+        self.num_blocks, self.streamed = len(parts), False
         self.module_paths = [f"{decoder.path}.{i}" for i in range(self.num_blocks)]
         probe = _probe_tokens(model)
         dense = None if sharded else self._probe_dense(decoder, parts, probe)
@@ -103,6 +103,12 @@ class TensorParallelLM:
     @classmethod
     def simulated(cls, model: PreTrainedModel, tp: int) -> "TensorParallelLM":
         return cls(model, Simulated(tp))
+
+    def read_blocks_by(self, hold: Callable[[int], None]) -> None:
+        """Call `hold` with a block's index whenever that block is to run: its weights are elsewhere until then."""
+        for block in self.blocks:
+            block.read_weights = hold
+        self.streamed = True
 
     @property
     def device(self) -> torch.device:

@@ -11,9 +11,11 @@ from spd_calib.errors import InputError
 from spd_calib.formats.common import ModelRef
 from spd_calib.models.load import Source, check_config, load_dense, load_tokenizer, locate, model_ref, read_config
 from spd_calib.models.shard_load import load_sharded
+from spd_calib.models.stream_load import load_streamed, must_stream
 from spd_calib.ranks import is_main_rank, world_size
 
 from . import distributed
+from .comm import Simulated
 from .model import TensorParallelLM
 from .small_copy import check_small_copy
 
@@ -33,10 +35,21 @@ class Session:
         """Tokens of the longest sequence the model can read."""
         return self.config.max_position_embeddings
 
-    def load(self, device: str = "cpu", dtype: str = "float32", seed: int = 0) -> TensorParallelLM:
-        """The model on its ranks, every sync point kept: under torchrun on its ranks, else on simulated ones."""
+    def load(
+        self, device: str = "cpu", dtype: str = "float32", seed: int = 0, stream: bool = False
+    ) -> TensorParallelLM:
+        """The model on its ranks, every sync point kept: under torchrun on its ranks, else on simulated ones.
+
+        With `stream`, or where the weights would take more than half of the memory free, simulated ranks read each
+        block's weights from disk when it is to run; that the whole equals the dense model is then not checked.
+        """
         if world_size() == 1:
             torch.manual_seed(seed)
+            if stream or must_stream(self.source, self.config, device, dtype):
+                model, weights = load_streamed(self.source, self.config, device, dtype)
+                lm = TensorParallelLM(model, Simulated(self.tp), sharded=True)
+                lm.read_blocks_by(weights.hold)
+                return lm
             return TensorParallelLM.simulated(load_dense(self.source, self.config, device, dtype), self.tp)
         comm = distributed.start(self.tp)
         model = load_sharded(self.source, self.config, comm.rank, self.tp, distributed.local_device(device), dtype)

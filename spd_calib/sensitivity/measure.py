@@ -19,7 +19,9 @@ from spd_calib.parallel.model import Recording, TensorParallelLM
 from .journal import Journal, once
 from .metrics import Tally, log_prob_metrics
 from .tiers import Stopping
+from .together import at_a_time, run_together
 
+PLAIN = Strategy.PLAIN_DROP
 LOGITS_AT_A_TIME = 2**22  # float32 logits compared at once: 16 MiB a tensor
 LOGITS_HELD = 2**26  # log-probabilities of the dense model held for a batch, 256 MiB; beyond that computed anew
 Tick = Callable[[int, Tally | None], None]  # (experiment, its tally so far), after each batch
@@ -68,9 +70,9 @@ def measure(
     """The dense model and every experiment on `sequences` of token ids; results in the order of `experiments`.
 
     One batch's hidden states are held at a time: each experiment starts from those that enter its first dropped
-    block. `tick` is called after each batch of each experiment. What `journal` holds is not measured again;
-    what `stopping` finds decided is not measured on further batches, and has fewer `sequences`.
-    Leaves every sync point kept.
+    block; those of a model that is read from disk go through its blocks together. `tick` is called after each batch of
+    each experiment. What `journal` holds is not measured again; what `stopping` finds decided is not measured on
+    further batches, and has fewer `sequences`. Leaves every sync point kept.
     """
     dense, tallies = Tally(), [Tally() for _ in experiments]
     count, seen = math.ceil(len(sequences) / batch_size), [0] * len(experiments)
@@ -78,7 +80,8 @@ def measure(
     first_pass = True
     while active or first_pass:
         for number, (input_ids, lengths) in enumerate(batches(sequences, batch_size, lm.device)):
-            batch = _Batch(lm, input_ids, lengths)
+            wanted = [experiments[i] for i in sorted(active) if seen[i] == number]
+            batch = _Together(lm, input_ids, lengths, wanted) if lm.streamed else _Batch(lm, input_ids, lengths)
             if first_pass:
                 dense.add(Tally.of_state(once(journal, (number, "dense"), batch.dense)))
             for i in sorted(active):
@@ -121,6 +124,34 @@ class _Batch:
         tally = self.reference.compare(final, lm.head.streams_differ)
         lm.keep_all()
         return tally.state()
+
+
+class _Together:
+    """One batch on the dense model and on `experiments`, as many at a time as memory allows."""
+
+    def __init__(self, lm: TensorParallelLM, input_ids: Tensor, lengths: list[int], experiments: Sequence[Experiment]):
+        self.lm, self.input_ids, self.lengths, self.experiments = lm, input_ids, lengths, experiments
+        self.finals: dict[Experiment, Tensor] = {}
+        self.reference: Reference | None = None
+
+    def dense(self) -> dict:
+        self._run(0)
+        assert self.reference is not None
+        return self.reference.compare(self.reference.final, False).state()
+
+    def planned(self, experiment: Experiment) -> dict:
+        if experiment not in self.finals:
+            self._run(self.experiments.index(experiment))
+        assert self.reference is not None
+        return self.reference.compare(self.finals[experiment], PLAIN in experiment.attention).state()
+
+    def _run(self, first: int) -> None:
+        self.finals = {}
+        some = self.experiments[first : first + at_a_time(self.lm, self.input_ids)]
+        final, finals = run_together(self.lm, self.input_ids, some)
+        self.finals = dict(zip(some, finals, strict=True))
+        if self.reference is None:
+            self.reference = Reference(self.lm, final, self.input_ids, self.lengths)
 
 
 def batches(sequences: Sequence[Sequence[int]], size: int, device: torch.device) -> Iterator[tuple[Tensor, list[int]]]:
