@@ -12,6 +12,7 @@ from spd_calib.parallel.comm import Simulated
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.session import open_session
 from spd_calib.sensitivity import together
+from spd_calib.sensitivity.fisher import fisher
 from spd_calib.sensitivity.measure import Experiment, measure
 
 K, D, P = Strategy.KEEP_SYNC, Strategy.BLOCK_DROP, Strategy.PLAIN_DROP
@@ -35,6 +36,16 @@ def test_logits_are_those_of_the_model_in_memory(folder, family):
         for lm in (whole, streamed):
             lm.set_strategies(attention, mlp)
         assert torch.equal(whole(ids), streamed(ids))
+
+
+def test_fisher_too(folder):
+    session = open_session(str(folder / "llama"), 2)
+    sequences = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (12, 9, 14)]
+    found = [
+        fisher(lm, sequences, ["attention", "mlp"], 0.5, 2, 0, lambda *_: None)
+        for lm in (session.load(), session.load(stream=True))
+    ]
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("held", [2**29, 1])

@@ -66,7 +66,7 @@ def profile(
         bool,
         typer.Option(
             "--stream",
-            help="Read each block from disk when it is to run [default: where half the memory is too small].",
+            help="Read each block from disk when it runs [default: where half the memory is too small].",
         ),
     ] = False,
     dry_run: Annotated[

@@ -36,9 +36,7 @@ class Block(nn.Module):
         self.o_bias, self.down_bias = parts.o.bias, parts.down.bias
         self.attention_strategy = Strategy.KEEP_SYNC
         self.mlp_strategy = Strategy.KEEP_SYNC
-        self.read_weights: Callable[[int], None] = lambda index: (
-            None
-        )  # where they are not in memory until they are used
+        self.read_weights: Callable[[int], None] = lambda index: None  # where they are not always in memory
         self.compensation: nn.ModuleList | None = None  # one predictor for each rank of this process
         name = next(n for n, m in parts.attention.named_children() if m is parts.o)
         self._outs = [getattr(attention, name) for attention in self.attentions]  # each rank's slice of o_proj
