@@ -1,16 +1,25 @@
-"""`--method fisher` against measuring every sync point: time, and rank correlation of what they find.
+"""What profiling costs: against the loop one writes by hand, against the machine's own rate, and killed on the way.
 
     .venv/bin/python benchmarks/profiling.py [-o results/benchmarks/profiling.json]
 
-Times are CPU seconds of one thread, so that other work on the machine hardly matters; both run the same sequences in
-the same batches. The models of 24 and 80 blocks are random, with blocks of unequal weight; models at hand can be added
-with --model FOLDER --data FILE.
+by hand: for every candidate and batch one full forward of the simulated model, its logits compared with the dense ones.
+Times are CPU seconds of one thread, so that other work on the machine hardly matters; all run the same sequences in
+the same batches. The models are random, with blocks of unequal weight (block_drop at each attention's sync point);
+models at hand can be added with --model FOLDER --data FILE. Memory is the growth of the process's peak, each measured
+in a process of its own, in which malloc hands back what is freed (MALLOC_MMAP_THRESHOLD_): else holes of the heap are
+counted. One run writes the whole file, part by part.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
+import random
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,17 +32,22 @@ from spd_calib.formats.common import Strategy
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.session import open_session, versions
 from spd_calib.sensitivity.fisher import fisher
-from spd_calib.sensitivity.profile import profile
+from spd_calib.sensitivity.measure import batches
+from spd_calib.sensitivity.metrics import Tally, token_metrics
+from spd_calib.sensitivity.profile import drops, experiments_of, profile
 from spd_calib.sensitivity.text import TextOptions, load_text
+from spd_calib.sensitivity.tiers import tiers
 
 VOCABULARY = 256
+DROP = [Strategy.BLOCK_DROP]
+BATCH = 16
 
 
-def random_llama(blocks: int, width: int) -> PreTrainedModel:
+def random_llama(blocks: int, width: int, vocabulary: int = VOCABULARY) -> PreTrainedModel:
     return enliven(
         LlamaForCausalLM(
             LlamaConfig(
-                vocab_size=VOCABULARY,
+                vocab_size=vocabulary,
                 hidden_size=width,
                 intermediate_size=3 * width,
                 num_hidden_layers=blocks,
@@ -78,12 +92,46 @@ def enliven(model: PreTrainedModel) -> PreTrainedModel:
     return model.eval()
 
 
-def compare(lm: TensorParallelLM, sequences: list[list[int]], kinds: list, target: float, batch: int) -> dict:
+def random_tokens(sequences: int, length: int, vocabulary: int = VOCABULARY) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, vocabulary, (sequences, length), generator=generator).tolist()
+
+
+def by_hand(lm: TensorParallelLM, sequences: list[list[int]], kinds: list, batch: int) -> list[float]:
+    """KL of each candidate. Sequences of one length, or else metrics a row."""
+    experiments = experiments_of(list(drops("single", DROP, lm.num_blocks, kinds)), lm.num_blocks)
+    tallies = [Tally() for _ in experiments]
+    for input_ids, lengths in batches(sequences, batch, lm.device):
+        lm.keep_all()
+        dense = lm(input_ids)
+        for experiment, tally in zip(experiments, tallies, strict=True):
+            lm.set_strategies(experiment.attention, experiment.mlp)
+            logits = lm(input_ids)
+            for row, length in enumerate(lengths):
+                found, _ = token_metrics(dense[row, : length - 1], logits[row, : length - 1], input_ids[row, 1:length])
+                tally.sums.append(found.sum(0))
+                tally.tokens.append(length - 1)
+    lm.keep_all()
+    return [tally.kl() for tally in tallies]
+
+
+def timed(run: Callable) -> tuple[float, object]:
     start = time.process_time()
-    _, predicted = fisher(lm, sequences, kinds, target, batch)
-    middle = time.process_time()
-    _, rows = profile(lm, sequences, "single", [Strategy.BLOCK_DROP], batch, lambda i, tally: None, sync_points=kinds)
-    end = time.process_time()
+    found = run()
+    return time.process_time() - start, found
+
+
+def compare(lm: TensorParallelLM, sequences: list[list[int]], kinds: list, target: float, batch: int) -> dict:
+    def single(confidence: float | None = None) -> list:
+        return profile(
+            lm, sequences, "single", DROP, batch, lambda i, t: None, sync_points=kinds, confidence=confidence
+        )[1]
+
+    by_hand(lm, sequences[:batch], kinds, batch)  # warm
+    hand_seconds, hand = timed(lambda: by_hand(lm, sequences, kinds, batch))
+    single_seconds, rows = timed(single)
+    early_seconds, early = timed(lambda: single(0.95))
+    fisher_seconds, (_, predicted) = timed(lambda: fisher(lm, sequences, kinds, target, batch))
     points = {
         (term[0].block, term[0].sync_point): predicted.of(term[0])[0] for term in predicted.terms if len(term) == 1
     }
@@ -92,14 +140,121 @@ def compare(lm: TensorParallelLM, sequences: list[list[int]], kinds: list, targe
         "sync_points": kinds,
         "sequences": len(sequences),
         "tokens": sum(map(len, sequences)),
+        "by_hand_seconds": round(hand_seconds, 2),
+        "single_seconds": round(single_seconds, 2),
+        "single_of_by_hand": round(single_seconds / hand_seconds, 3),
+        "largest_difference_of_kl": max(abs(a - r.kl) for a, r in zip(hand, rows, strict=True)),
+        "early_seconds": round(early_seconds, 2),
+        "early_of_by_hand": round(early_seconds / hand_seconds, 3),
+        "early_share_of_measurements": round(sum(r.sequences for r in early) / len(sequences) / len(rows), 3),
+        "early_same_tiers": all(
+            tiers({r.block: r.kl for r in rows if r.sync_point == kind})
+            == tiers({r.block: r.kl for r in early if r.sync_point == kind})
+            for kind in kinds
+        ),
         "samples": predicted.samples,
         "sampling_error": predicted.sampling_error,
-        "fisher_seconds": round(middle - start, 2),
-        "exhaustive_seconds": round(end - middle, 2),
-        "ratio": round((middle - start) / (end - middle), 3),
+        "fisher_seconds": round(fisher_seconds, 2),
+        "fisher_of_single": round(fisher_seconds / single_seconds, 3),
         "spearman": round(float(pairs.corr("spearman").iloc[0, 1]), 4),
         "mean_kl": float(pairs["measured"].mean()),
     }
+
+
+def share_of_floor(blocks: int, width: int, tp: int, sequences: int, length: int) -> dict:
+    """The multiplications of the dense pass and the suffixes at the rate of a large matrix product, over the time."""
+    lm = TensorParallelLM.simulated(random_llama(blocks, width), tp)
+    text = random_tokens(sequences, length)
+    a, b = torch.randn(sequences * length, width), torch.randn(3 * width, width)
+    torch.nn.functional.linear(a, b)
+    seconds, _ = timed(lambda: [torch.nn.functional.linear(a, b) for _ in range(20)])
+    rate = 20 * 2 * a.numel() * len(b) / seconds
+    attention = 2 * width * (2 * width + 2 * width // 2)  # q, o; k and v of half the heads
+    scores = 2 * 2 * length * width  # all positions, as the kernel may skip what is masked: at most this
+    block = attention + 2 * 3 * width * 3 * width
+    head = 2 * width * VOCABULARY
+    passes = blocks + sum(blocks - first for first in range(blocks))
+    flops = sequences * length * (passes * block + (1 + blocks) * head)
+    seconds, _ = timed(lambda: profile(lm, text, "single", DROP, sequences, lambda i, t: None))
+    return {
+        "blocks": blocks,
+        "width": width,
+        "tp": tp,
+        "tokens": sequences * length,
+        "matrix_rate_gflops": round(rate / 1e9, 1),
+        "profile_gflops": round(flops / seconds / 1e9, 1),
+        "share_of_floor": round(flops / seconds / rate, 3),
+        "attention_scores_left_out_of_flops": round(scores / block, 3),
+    }
+
+
+def _grown(connection, what: str, blocks: int, width: int, vocabulary: int) -> None:
+    """Send by how many bytes the process's peak grows while `what` runs."""
+    torch.set_num_threads(1)
+    lm = TensorParallelLM.simulated(random_llama(blocks, width, vocabulary), 4)
+    sequences = random_tokens(2 * BATCH, 128, vocabulary)
+    lm(torch.tensor(sequences[:1]))
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    if what == "dense":
+        for input_ids, _ in batches(sequences, BATCH, lm.device):
+            lm(input_ids)
+    else:
+        profile(lm, sequences, "single", DROP, BATCH, lambda i, t: None)
+    connection.send(_status("VmHWM") - before)
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+
+
+def memory(blocks: int, width: int, vocabulary: int) -> dict:
+    grown = {}
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    for what in ("dense", "profile"):
+        here, there = multiprocessing.Pipe()
+        process = multiprocessing.get_context("spawn").Process(
+            target=_grown, args=(there, what, blocks, width, vocabulary)
+        )
+        process.start()
+        grown[what] = here.recv()
+        process.join()
+    del os.environ["MALLOC_MMAP_THRESHOLD_"]
+    hidden = (blocks + 1) * BATCH * 128 * width * 4
+    return {
+        "blocks": blocks,
+        "width": width,
+        "vocabulary": vocabulary,
+        "dense_forward_mib": round(grown["dense"] / 2**20, 1),
+        "hidden_states_of_a_batch_mib": round(hidden / 2**20, 1),
+        "profile_mib": round(grown["profile"] / 2**20, 1),
+        "profile_of_allowed": round(grown["profile"] / (grown["dense"] + hidden), 3),
+    }
+
+
+def killed(times: int) -> dict:
+    """A profile of the demo model, killed with SIGKILL at a random moment and gone on with; that many times."""
+    dice = random.Random(0)
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "profile.json"
+        command = [sys.executable, "-m", "spd_calib", "profile", "demo", "--tp", "4", "--data", "demo"]
+        command += ["--seq-len", "64", "--max-samples", "48", "--sync-points", "attention,mlp", "-o", str(output)]
+        start = time.monotonic()
+        subprocess.run(command, check=True, capture_output=True)
+        seconds, expected = time.monotonic() - start, output.read_bytes()
+        same, resumed = 0, []
+        for _ in range(times):
+            output.unlink(missing_ok=True)
+            running = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+            time.sleep(dice.uniform(0.2, 1.0) * seconds)
+            running.kill()
+            running.wait()
+            journal = output.with_name("profile.json.journal")
+            resumed.append(max(len(journal.read_bytes().splitlines()) - 1, 0) if journal.exists() else 0)
+            subprocess.run(command, check=True, capture_output=True)
+            same += output.read_bytes() == expected
+    return {"killed": times, "measurements_finished_by_then": resumed, "same_file": same}
 
 
 def main() -> None:
@@ -107,33 +262,38 @@ def main() -> None:
     parser.add_argument("-o", type=Path, default=Path("results/benchmarks/profiling.json"))
     parser.add_argument("--model", action="append", default=[], help="A folder; with one --data each.")
     parser.add_argument("--data", action="append", default=[])
-    parser.add_argument("--sequences", type=int, default=64)
-    parser.add_argument("--only", choices=["random", "given"], help="Leave out the others.")
+    parser.add_argument("--sequences", type=int, default=128)
+    parser.add_argument("--kills", type=int, default=10)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
+    done: dict = {"versions": versions(), "models": []}
 
     def row(name: str, tp: int, lm: TensorParallelLM, sequences: list[list[int]], kinds: list, target: float) -> None:
-        rows.append({"model": name, "blocks": lm.num_blocks, "tp": tp, **compare(lm, sequences, kinds, target, 16)})
-        print(rows[-1], flush=True)
+        rows = compare(lm, sequences, kinds, target, BATCH)
+        done["models"].append({"model": name, "blocks": lm.num_blocks, "tp": tp, **rows})
+        print(done["models"][-1], flush=True)
 
-    if options.only != "given":
-        tokens = torch.randint(
-            0, VOCABULARY, (options.sequences, 32), generator=torch.Generator().manual_seed(1)
-        ).tolist()
-        for name, model, kinds in (
-            ("random Llama, width 128", random_llama(24, 128), ["attention"]),
-            ("random Llama, width 64", random_llama(80, 64), ["attention"]),
-            ("random OPT, width 64", random_opt(8, 64), ["attention", "mlp"]),
-        ):
-            row(name, 4, TensorParallelLM.simulated(model, 4), tokens, kinds, 0.1)
-    for folder, data in zip(options.model, options.data if options.only != "random" else [], strict=False):
+    for name, model, kinds in (
+        ("random Llama, width 128", random_llama(24, 128), ["attention"]),
+        ("random Llama, width 64", random_llama(80, 64), ["attention"]),
+        ("random OPT, width 64", random_opt(8, 64), ["attention", "mlp"]),
+    ):
+        tokens = random_tokens(options.sequences // (2 if name.endswith("64") else 1), 32)
+        row(name, 4, TensorParallelLM.simulated(model, 4), tokens, kinds, 0.1)
+    for folder, data in zip(options.model, options.data, strict=True):
         for tp in (2, 4):
             session = open_session(folder, tp)
             text = load_text(TextOptions(data, 64, 32, 2 * options.sequences, 8), session.tokenizer)
             row("/".join(Path(folder).parts[-2:]), tp, session.load(), text.calibration, ["attention", "mlp"], 0.08)
-    options.o.parent.mkdir(parents=True, exist_ok=True)
-    options.o.write_text(json.dumps({"versions": versions(), "rows": rows}, indent=1) + "\n")
+    for name, run in (
+        ("floor", lambda: [share_of_floor(4, 1024, tp, 8, 128) for tp in (2, 4)]),
+        ("memory", lambda: [memory(24, 256, VOCABULARY), memory(24, 256, 32000)]),
+        ("killed", lambda: killed(options.kills)),
+    ):
+        done[name] = run()
+        print(name, done[name], flush=True)
+        options.o.parent.mkdir(parents=True, exist_ok=True)
+        options.o.write_text(json.dumps(done, indent=1) + "\n")
 
 
 if __name__ == "__main__":

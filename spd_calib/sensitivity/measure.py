@@ -175,16 +175,21 @@ class Reference:
         tokens, vocabulary = len(self.targets), lm.head.vocab_size
         step = max(1, LOGITS_AT_A_TIME // vocabulary)
         self.chunks = [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
-        self.hidden = final[None, self.predicting]  # [1, N, d]
-        self.held = [self._log_p(c) for c in self.chunks] if tokens * vocabulary <= LOGITS_HELD else None
+        self.held: Tensor | None = None  # log-probabilities [N, V], in one piece: many would leave holes in the heap
+        if tokens * vocabulary <= LOGITS_HELD:
+            held = final.new_empty(tokens, vocabulary, dtype=torch.float32)
+            for chunk in self.chunks:
+                held[chunk] = self._log_probs(final[None, self.predicting], chunk, False)
+            self.held = held
 
     def compare(self, planned: Tensor, streams_differ: bool) -> Tally:
         """planned [B, T, d], or [ranks * B, T, d] where the ranks' streams differ."""
         streams = planned.unflatten(0, (-1, len(self.lengths)))[:, self.predicting]  # [1 or ranks, N, d]
+        dense = streams if planned is self.final or self.held is not None else self.final[None, self.predicting]
         rows, tally = [], Tally()
-        for i, chunk in enumerate(self.chunks):
-            log_p = self._log_p(chunk) if self.held is None else self.held[i]
-            log_q = log_p if planned is self.final else self._log_probs(streams[:, chunk], streams_differ)
+        for chunk in self.chunks:
+            log_p = self._log_probs(dense, chunk, False) if self.held is None else self.held[chunk]
+            log_q = log_p if planned is self.final else self._log_probs(streams, chunk, streams_differ)
             found, largest = log_prob_metrics(log_p, log_q, self.targets[chunk])
             rows.append(found.cpu())
             tally.max_abs_logprob_diff = max(tally.max_abs_logprob_diff, largest)
@@ -192,12 +197,10 @@ class Reference:
         tally.sums = [of_sequence.sum(0) for of_sequence in torch.cat(rows).split(tally.tokens)]
         return tally
 
-    def _log_p(self, chunk: slice) -> Tensor:
-        return self._log_probs(self.hidden[:, chunk], False)
-
-    def _log_probs(self, hidden: Tensor, streams_differ: bool) -> Tensor:
+    def _log_probs(self, hidden: Tensor, chunk: slice, streams_differ: bool) -> Tensor:
+        """Of some of the positions of `hidden` [1 or ranks, N, d]."""
         before, self.lm.head.streams_differ = self.lm.head.streams_differ, streams_differ
-        logits = self.lm.logits(hidden)[0]
+        logits = self.lm.logits(hidden[:, chunk])[0]
         self.lm.head.streams_differ = before
         return logits.float().log_softmax(-1)
 
