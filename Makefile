@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test test-vllm .venv-vllm lint format pipeline results latency docs generated schemas tutorial dist release-check clean FORCE
+.PHONY: demo test test-vllm .venv-vllm lint format pipeline results latency bench docs generated schemas tutorial dist release-check clean FORCE
 
 demo: $(READY)
 	$(BIN)/spd-calib demo -o runs/demo
@@ -75,6 +75,11 @@ results: $(READY)
 # What dropped sync points save over a link with a delay; needs root, ip and /dev/net/tun, else loopback only.
 latency: $(READY)
 	$(BIN)/python benchmarks/link.py
+
+# What the tool itself costs, kept in results/benchmarks/.
+bench: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/profiling.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/memory_per_rank.py
 
 # The pages that are generated: schemas and formats.md from the formats, cli.md from the commands. make lint fails on drift.
 generated: $(READY)

@@ -156,6 +156,39 @@ def test_a_killed_command_goes_on_and_writes_the_same_file(spd, llama, text, tmp
     assert read(Profile, output).provenance.command.startswith("spd-calib profile")
 
 
+def test_real_ranks_agree_on_what_is_finished(llama, text, tmp_path):
+    """Two ranks under torchrun go on from a journal that was cut off in the middle."""
+    output, journal = tmp_path / "p.json", tmp_path / "p.json.journal"
+    script = tmp_path / "kept.py"
+    script.write_text(
+        "import os, shutil, sys\n"
+        "from spd_calib.sensitivity.journal import Journal\n"
+        "def remove(self):\n"
+        "    if int(os.environ['RANK']) == 0: shutil.copy(self.path, str(self.path) + '.whole')\n"
+        "    real(self)\n"
+        "real, Journal.remove = Journal.remove, remove\n"
+        "from spd_calib.cli.main import main\n"
+        "main()\n"
+    )
+
+    def run() -> subprocess.CompletedProcess:
+        launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+        launch += ["--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", str(script)]
+        return subprocess.run(
+            [sys.executable, *launch, *command(llama, text, output)[3:]], capture_output=True, text=True, timeout=200
+        )
+
+    done = run()
+    assert done.returncode == 0, done.stderr[-2000:]
+    expected = output.read_bytes()
+    output.unlink()
+    whole = journal.with_name(journal.name + ".whole").read_bytes()
+    journal.write_bytes(whole[: len(whole) // 2])
+    done = run()
+    assert done.returncode == 0 and "going on from" in done.stderr, done.stderr[-2000:]
+    assert output.read_bytes() == expected and not journal.exists()
+
+
 def test_another_command_with_the_same_output_is_refused(spd, llama, text, tmp_path):
     output, journal = tmp_path / "p.json", tmp_path / "p.json.journal"
     journal.write_text(json.dumps({"model": "another"}) + "\n")
