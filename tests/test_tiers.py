@@ -134,7 +134,8 @@ def test_the_command_says_what_was_stopped_and_plans_with_it(spd, uneven, text, 
     assert outcome.code == 0, outcome.err
     found = read(Profile, output).measurements
     early = [m for m in found if m.stopped_early]
-    assert early and f"{len(early)} of {len(found)} sync points needed no more text" in outcome.err
+    assert early and f"{len(early)} of {len(found)} sync points needed less" in outcome.err
+    assert "tier" in outcome.err
     assert spd("plan", output, "--drop", 2, "-o", tmp_path / "plan.json").code == 0
     old = json.loads(output.read_text())
     for m in old["measurements"]:

@@ -185,7 +185,10 @@ def profile(
     )
     write_text(output, dumps(document))
     if early := sum(m.stopped_early for m in measurements):
-        say(f"{early} of {len(measurements)} sync points needed no more text: their tier by KL was certain enough")
+        say(
+            f"{early} of {len(measurements)} sync points needed less than all {document.text.sequences} sequences: "
+            "their tier by KL was certain enough"
+        )
     journal.remove()
     if fisher:
         say(f"{fisher.samples} samples a sequence, which leave {100 * fisher.sampling_error:.1f} % of error in a KL")
@@ -303,9 +306,9 @@ def _print_ranking(document, strategy, kind) -> None:
     columns = ["block", unit, "KL", "ppl", "top-1 lost, points", "agreement"]
     if any(m.stopped_early for m in by_block.values()):
         tier = tiers(document.sensitivity(strategy, "kl", kind))
-        columns += ["sequences", "tier"]
+        columns[-1:] = ["sequences", "tier"]
         for row, block in zip(rows, document.ranking(strategy, sync_point=kind), strict=True):
-            row += [f"{by_block[block].sequences} of {document.text.sequences}", tier[block]]
+            row[-1:] = [str(by_block[block].sequences), tier[block]]
     cumulative = "" if document.method == "single" else " (blocks dropped from here to the last)"
     table(
         f"{NAMES[kind]}: {strategy}, least sensitive block first{cumulative}",
