@@ -20,6 +20,8 @@ METRICS: dict[str, Metric] = {  # in which a budget ranks single drops; a number
     "tau": "ppl",
 }
 
+MARGIN = 2.0  # standard errors between what a plan costs on the calibration text and its budget
+
 
 def fraction(text: str, option: str) -> float:
     """'1%' or '0.01' to 0.01. Raises InputError for anything else, and for less than nothing."""
@@ -55,9 +57,22 @@ def cost(budget: Budget, measured: Comparison) -> float:
     }.get(budget.kind, measured.kl)
 
 
-def kept(budget: Budget, measured: Comparison) -> bool:
-    """Does a measured plan keep its budget? Numbers of drops and the paper's thresholds are kept by construction."""
-    return budget.kind in ("drop", "tau") or cost(budget, measured) <= budget.value
+def kept(budget: Budget, measured: Comparison, certain: bool = False) -> bool:
+    """Does a measured plan keep its budget? Numbers of drops and the paper's thresholds are kept by construction.
+
+    With `certain` it must do so with MARGIN standard errors to spare: other text of the kind will agree.
+    """
+    spare = MARGIN * stderr(budget, measured) if certain else 0.0
+    return budget.kind in ("drop", "tau") or cost(budget, measured) + spare <= budget.value
+
+
+def stderr(budget: Budget, measured: Comparison) -> float:
+    """Standard error of `cost` over sequences; of a largest difference there is none."""
+    return {
+        "max_ppl_increase": (1 + measured.ppl_increase) * measured.nll_increase_stderr,
+        "max_accuracy_drop": measured.accuracy_drop_stderr,
+        "max_logprob_diff": 0.0,
+    }.get(budget.kind, measured.kl_stderr)
 
 
 def describe(budget: Budget, value: float | None = None) -> str:

@@ -147,10 +147,11 @@ def choose(
 ) -> Choice:
     """Pick sync points for `budget`: `calibrate` measures whole plans on the text of the profile, `verify` on other.
 
-    The largest set of the front that keeps the budget is found by bisection on the calibration text; of that size the
-    best few are measured, and of the next. What is best is verified, and smaller sets are taken while the held-out text
-    says it breaks the budget. `obvious` gives, for a number of drops, sets that are measured with the best few. Raises
-    SpdError, naming the best plan found, where not even one sync point can go.
+    The largest set of the front that keeps the budget is found by bisection on the calibration text, with some standard
+    errors to spare, so that the held-out text need not take part in choosing; of that size the best few are measured,
+    and of the next. What is best is verified, and smaller sets are taken while the held-out text says it breaks the
+    budget. `obvious` gives, for a number of drops, sets that are measured with the best few. Raises SpdError, naming
+    the best plan found, where not even one sync point can go.
     """
     search = Search(profile, budget, calibrate)
     if budget.kind == "tau":
@@ -171,7 +172,7 @@ def choose(
 
     largest = _bisect(search, budget)
     chosen = best(largest)
-    while largest < len(search.ranked) and kept(budget, search.measure([larger := best(largest + 1)])[0]):
+    while largest < len(search.ranked) and kept(budget, search.measure([larger := best(largest + 1)])[0], certain=True):
         largest, chosen = largest + 1, larger
     n = largest
     while n > 0:
@@ -181,7 +182,10 @@ def choose(
         n = _smaller(search, budget, chosen, verified)
         chosen = best(n)
     least = best(1)
-    raise _impossible(budget, search.by_point[search.model.points_of(least)[0]], verify([search.drops(least)])[0])
+    verified = verify([search.drops(least)])[0]
+    if largest == 0 and kept(budget, verified):  # too close to say on the calibration text; the other text decides
+        return search.choice(least, verified)
+    raise _impossible(budget, search.by_point[search.model.points_of(least)[0]], verified)
 
 
 def _bisect(search: Search, budget: Budget) -> int:
@@ -192,7 +196,7 @@ def _bisect(search: Search, budget: Budget) -> int:
         middle = sum(search.model.kl(s) <= budget.value for s in search.front[1:])
     middle = min(max(middle, 1), high)
     while low < high:
-        if kept(budget, search.measure([search.front[middle]])[0]):
+        if kept(budget, search.measure([search.front[middle]])[0], certain=True):
             low = middle
         else:
             high = middle - 1
