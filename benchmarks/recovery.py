@@ -169,6 +169,7 @@ def figure(document: dict, path: Path) -> None:
             marker="o", capsize=2, label=method,
         )  # fmt: skip
     ax.set(xlabel="blocks without their attention sync", ylabel="KL(dense || planned), nats per token", yscale="log")
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_title(f"{document['model']}, TP {document['tp']}")
     ax.legend()
     fig.savefig(path, dpi=150)
