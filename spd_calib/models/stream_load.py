@@ -15,7 +15,8 @@ from .shard_load import Checkpoint, fill_buffers, set_tensor, skeleton
 
 
 def must_stream(source: Source, config: Any, device: str, dtype: str) -> bool:
-    """Would the weights take more than half of the memory that is free on the device?"""
+    """Would the weights take more than half of the memory free on the device? InputError where there is no device."""
+    check_device(device)
     weights = sum(p.numel() for p in skeleton(source, config, dtype).parameters()) * DTYPES[dtype].itemsize
     return weights > _free_memory(device) / 2
 
