@@ -13,8 +13,12 @@ Requirement = Literal["mlp_drop", "compensation"]
 class Budget(Part):
     """What was asked for. Fractions are fractions: 0.01 for 1 %."""
 
-    kind: Literal["max_kl", "max_ppl_increase", "max_accuracy_drop", "max_logprob_diff", "drop", "tau"]
-    value: Finite = Field(ge=0, description="For `drop` a number of sync points; for `tau` the paper's tau1")
+    kind: Literal["max_kl", "max_ppl_increase", "max_accuracy_drop", "max_logprob_diff", "drop", "tau", "min_speedup"]
+    value: Finite = Field(
+        ge=0,
+        description="For `drop` a number of sync points; for `tau` the paper's tau1; for `min_speedup` the share of a "
+        "dense step's time to save",
+    )
     tau2: Finite | None = Field(default=None, ge=0)
     strategies: list[Strategy] = Field(min_length=1, description="What the plan was allowed to use")
 
@@ -71,6 +75,20 @@ class Verified(Comparison):
     text: TextRef
 
 
+class Latency(Part):
+    """One kind of step with every sync point and as planned, by the latency model: no promise (planning/latency.py)."""
+
+    hardware: str = Field(min_length=1, description="As given to --hardware")
+    phase: Literal["decode", "prefill"]
+    batch: int = Field(gt=0)
+    context: int = Field(gt=0, description="Tokens before the one decoded, or of the prompt")
+    all_reduce_seconds: Finite = Field(ge=0, description="Of one")
+    dense_seconds: Finite = Field(gt=0)
+    planned_seconds: Finite = Field(gt=0)
+    saved: Finite = Field(ge=0, le=1, description="1 - planned / dense")
+    ceiling: Finite = Field(ge=0, le=1, description="The same with every droppable sync point dropped")
+
+
 class Plan(Part):
     format: Literal["spd-calib/plan"] = "spd-calib/plan"
     version: Literal[1] = 1
@@ -85,6 +103,7 @@ class Plan(Part):
     budget: Budget
     predicted: Predicted
     verified: Verified
+    latency: list[Latency] = Field(default_factory=list, description="Where --hardware was given")
     provenance: Provenance
 
     @model_validator(mode="after")
