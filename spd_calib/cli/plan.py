@@ -23,6 +23,16 @@ def plan(
     max_logprob_diff: Annotated[
         str | None, typer.Option(help="Budget: largest |delta log p| of any token of the vocabulary, anywhere.")
     ] = None,
+    min_speedup: Annotated[
+        str | None, typer.Option(help="Budget: at least this share of a step's time saved, modelled, e.g. 10%.")
+    ] = None,
+    hardware: Annotated[
+        str | None,
+        typer.Option(help="Predict latency: hardware.json of spd-calib bench, a CSV, or a name such as h100-nvlink."),
+    ] = None,
+    phase: Annotated[str, typer.Option(help="decode or prefill: the step --min-speedup speaks of.")] = "decode",
+    batch: Annotated[int | None, typer.Option(min=1, help="Sequences in a modelled step [default: 1].")] = None,
+    context: Annotated[int | None, typer.Option(min=1, help="Their tokens [default: at most 2048].")] = None,
     drop: Annotated[str | None, typer.Option(help="Drop that many sync points, or a share such as 60%.")] = None,
     tau1: Annotated[
         float | None, typer.Option(min=0, help="The paper's rule: drop up to this sensitivity (ppl).")
@@ -50,7 +60,9 @@ def plan(
     from spd_calib.parallel.session import open_session
     from spd_calib.planning.front import front_of
     from spd_calib.planning.plan import make_plan
+    from spd_calib.planning.search import candidates
 
+    from .latency import latency_models, print_held_against, print_latency, say_ceiling
     from .options import check_dtype, provenance, resolve_device, resolve_model
     from .shared import budget_from, reload_text
     from .terminal import print_json, say, working
@@ -59,17 +71,29 @@ def plan(
     made = measured.provenance
     device, dtype = resolve_device(device), check_dtype(dtype or made.dtype)
     budgets = (max_kl, max_ppl_increase, max_accuracy_drop, max_logprob_diff, drop, tau1, tau2)
+    _check_latency(min_speedup, hardware, phase, batch, context)
+    models: dict = {}
+    session = None
+    if hardware:
+        session = open_session(resolve_model(measured.model.id), measured.tensor_parallel.size, measured.model)
+        models, benched = latency_models(session, hardware, batch, context)
+        if benched:
+            print_held_against(models, benched)
+        say_ceiling(models)
     if pareto:
         check_writable(pareto)
-        if not any(b is not None for b in budgets):
-            front = front_of(measured, strategy, provenance(made.seed, device, dtype), {})
+        if not any(b is not None for b in (*budgets, min_speedup)):
+            front = front_of(measured, strategy, provenance(made.seed, device, dtype), {}, models)
             write_text(pareto, dumps(front))
             print_front(front)
             say(f"written: {pareto}; next: spd-calib plan {profile} --drop {front.knee} -o plan.json")
             return
-    budget = budget_from(measured, *budgets, strategy)
+    budget = asked = budget_from(measured, *budgets, strategy, min_speedup)
+    if asked.kind == "min_speedup":
+        needed = models[phase].drops_for(asked.value, len(candidates(measured, asked)))
+        budget = asked.model_copy(update={"kind": "drop", "value": float(needed)})
     check_writable(output)
-    session = open_session(resolve_model(measured.model.id), measured.tensor_parallel.size, measured.model)
+    session = session or open_session(resolve_model(measured.model.id), measured.tensor_parallel.size, measured.model)
     text = reload_text(session, measured.text, measured.verify_text)
     with working("measure whole plans", None) as work:
         result, choice, compared = make_plan(
@@ -84,20 +108,37 @@ def plan(
             lambda experiment, tally: work.step(),
             compare,
         )
+    drops = len(choice.dropped)
+    result = result.model_copy(update={"budget": asked, "latency": [m.latency(drops) for m in models.values()]})
     write_text(output, dumps(result))
     print_plan(result)
+    if models:
+        print_latency(models, drops)
     if choice.repaired:
         say(f"repaired: {choice.repaired} given back, the held-out text showed the budget broken with them")
     if compared:
         print_comparison(compared, len(choice.dropped))
     if pareto:
-        front = front_of(measured, strategy, result.provenance, choice.measured)
+        front = front_of(measured, strategy, result.provenance, choice.measured, models)
         write_text(pareto, dumps(front))
         print_front(front)
         say(f"written: {pareto}")
     say(f"written: {output}; next: spd-calib eval {output} --tasks ... -o results.json")
     if json:
         print_json(dumps(result))
+
+
+def _check_latency(
+    min_speedup: str | None, hardware: str | None, phase: str, batch: int | None, context: int | None
+) -> None:
+    from spd_calib.errors import InputError
+
+    if phase not in ("decode", "prefill"):
+        raise InputError(f"--phase {phase!r} is neither decode nor prefill.")
+    if hardware is None and (min_speedup or batch or context):
+        raise InputError(
+            "--min-speedup, --batch and --context need --hardware: hardware.json, a CSV or a table's name."
+        )
 
 
 def print_plan(result) -> None:
@@ -164,14 +205,16 @@ def print_comparison(compared, drops: int) -> None:
 def print_front(front) -> None:
     from .terminal import table
 
+    phases = list(front.points[0].saved)
     table(
         f"the cheapest set of every size; the knee is at {front.knee}",
-        ["drops", "KL predicted", "measured", "dropped beyond those above"],
+        ["drops", "KL predicted", "measured", *[f"{phase} saved" for phase in phases], "dropped beyond those above"],
         [
             [
                 str(p.drops),
                 f"{p.predicted_kl:.4f}",
                 "" if p.measured_kl is None else f"{p.measured_kl:.4f}",
+                *[f"{100 * p.saved[phase]:.1f} %" for phase in phases],
                 _beyond(p.dropped, front.points[i - 1].dropped if i else []),
             ]
             for i, p in enumerate(front.points)

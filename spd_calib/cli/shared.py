@@ -77,6 +77,7 @@ def budget_from(
     tau1: float | None,
     tau2: float | None,
     strategies: list[str] | None,
+    min_speedup: str | None = None,
 ) -> Budget:
     """The one budget given. Raises InputError for none, two, or one that makes no sense."""
     given = {
@@ -84,6 +85,7 @@ def budget_from(
         "--max-ppl-increase": max_ppl_increase,
         "--max-accuracy-drop": max_accuracy_drop,
         "--max-logprob-diff": max_logprob_diff,
+        "--min-speedup": min_speedup,
         "--drop": drop,
         "--tau1": tau1,
     }

@@ -13,6 +13,9 @@ class FrontPoint(Part):
     predicted_kl: Finite
     measured_kl: Finite | None = Field(default=None, description="On the calibration text, where a plan measured it")
     dropped: list[Point]
+    saved: dict[str, Finite] = Field(
+        default_factory=dict, description="Share of a dense step's time by phase, modelled, where --hardware was given"
+    )
 
 
 class Front(Part):

@@ -9,6 +9,7 @@ OPTIONS = {
     "max_ppl_increase": "--max-ppl-increase",
     "max_accuracy_drop": "--max-accuracy-drop",
     "max_logprob_diff": "--max-logprob-diff",
+    "min_speedup": "--min-speedup",
     "drop": "--drop",
     "tau": "--tau1",
 }
@@ -83,6 +84,7 @@ def describe(budget: Budget, value: float | None = None) -> str:
         "max_ppl_increase": f"perplexity {100 * v:+.3g} %",
         "max_accuracy_drop": f"accuracy {-100 * v:+.3g} points",
         "max_logprob_diff": f"max |delta log p| {v:.4g}",
+        "min_speedup": f"a step {100 * v:.3g} % shorter",
         "drop": f"{v:.0f} sync points dropped",
         "tau": f"tau1 {v:.4g}, tau2 {budget.tau2 or 0:.4g}",
     }[budget.kind]

@@ -8,6 +8,7 @@ from spd_calib.formats.front import Front, FrontPoint
 from spd_calib.formats.plan import Budget
 from spd_calib.formats.profile import Comparison, Point, Profile
 
+from .latency import LatencyModel
 from .search import candidates, interactions_of
 
 
@@ -16,22 +17,27 @@ def front_of(
     strategies: Sequence[str] | None,
     provenance: Provenance,
     measured: Mapping[frozenset[Point], Comparison],
+    latency: Mapping[str, LatencyModel] | None = None,
 ) -> Front:
-    """`strategies` as given, None for all profiled; `measured`: whole sets on the calibration text."""
+    """`strategies` as given, None for all profiled; `measured`: whole sets on the calibration text.
+
+    With `latency`, by phase, each point tells what it saves.
+    """
     if wrong := [s for s in strategies or [] if s not in list(Strategy)]:
         raise InputError(f"--strategy {wrong[0]!r} is none of {', '.join(Strategy)}.")
     allowed = list(map(Strategy, strategies or profile.strategies))
-    model = interactions_of(profile, candidates(profile, Budget(kind="max_kl", value=0, strategies=allowed)))
+    cost = interactions_of(profile, candidates(profile, Budget(kind="max_kl", value=0, strategies=allowed)))
     points = []
-    for chosen in model.front():
-        dropped = model.points_of(chosen)
+    for chosen in cost.front():
+        dropped = cost.points_of(chosen)
         known = measured.get(frozenset(dropped))
         points.append(
             FrontPoint(
                 drops=len(dropped),
-                predicted_kl=model.kl(chosen),
+                predicted_kl=cost.kl(chosen),
                 measured_kl=known.kl if known else None,
                 dropped=dropped,
+                saved={phase: model.saved(len(dropped)) for phase, model in (latency or {}).items()},
             )
         )
     return Front(

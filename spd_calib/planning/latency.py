@@ -57,7 +57,7 @@ class Shape:
             query_weights=parts.q.weight.numel() + parts.o.weight.numel(),
             kv_weights=parts.k.weight.numel() + parts.v.weight.numel(),
             mlp_weights=sum(linear.weight.numel() for linear in (*parts.mlp_in, parts.down)),
-            head_weights=model.get_output_embeddings().weight.numel(),  # type: ignore[union-attr, operator]
+            head_weights=model.get_output_embeddings().weight.numel(),
         )
 
 
