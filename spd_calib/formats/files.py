@@ -48,7 +48,7 @@ def read(kind: type[F], path: Path) -> F:
     if not isinstance(data, dict) or data.get("format") != expected:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
         raise InputError(f"{path} is not a {name} file: its format is {found!r}, not {expected!r}.")
-    if data.get("version") != 1:
+    if data.get("version") != 1 or data["version"] is True:  # True == 1
         raise InputError(
             f"{path} has version {data.get('version')!r}; this spd-calib reads version 1: update spd-calib."
         )

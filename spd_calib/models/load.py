@@ -69,8 +69,14 @@ def read_config(source: Source):
     transformers_logging.set_verbosity_error()  # what it warns of here is checked, or no concern of the user's
     transformers_logging.disable_progress_bar()
     try:
-        return AutoConfig.from_pretrained(source.folder)
+        # left out, transformers asks on the terminal, and a "y" there would run what the folder holds
+        return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     except Exception as e:
+        if "trust_remote_code" in str(e):
+            raise InputError(
+                f"{source.id} comes with code of its own, which spd-calib never runs; "
+                "name a model whose architecture is part of transformers."
+            ) from None
         raise InputError(f"The configuration of {source.id} cannot be used: {_first_line(e)}.") from None
 
 
@@ -96,7 +102,7 @@ def check_config(config, tp: int) -> None:
         )
     try:
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config)
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as e:
         raise InputError(
             f"transformers has no causal language model for this configuration: {_first_line(e)}."
@@ -110,7 +116,12 @@ def load_dense(source: Source, config, device: str, dtype: str) -> PreTrainedMod
     check_device(device)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            source.folder, config=config, dtype=DTYPES[dtype], use_safetensors=True, local_files_only=True
+            source.folder,
+            config=config,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
         )
         return model.to(torch.device(device)).eval()  # type: ignore[arg-type]
     except torch.OutOfMemoryError:
@@ -131,8 +142,13 @@ def check_device(device: str) -> None:
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(source.folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
     except Exception as e:
+        if "trust_remote_code" in str(e):
+            raise InputError(
+                f"The tokenizer of {source.id} comes with code of its own, which spd-calib never runs; "
+                "save it in the form of tokenizer.json."
+            ) from None
         raise InputError(f"The tokenizer of {source.id} cannot be loaded: {_first_line(e)}.") from None
 
 
