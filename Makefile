@@ -80,6 +80,7 @@ latency: $(READY)
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/profiling.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/memory_per_rank.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/latency_model.py
 
 # The pages that are generated: schemas and formats.md from the formats, cli.md from the commands. make lint fails on drift.
 generated: $(READY)
