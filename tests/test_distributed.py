@@ -249,6 +249,11 @@ def test_bench_measures_sums_and_steps_on_real_ranks(folder, tmp_path, spd):
     assert (hardware.backend, hardware.nodes, hardware.tensor_parallel.size) == ("gloo", 1, 2)
     sizes = list(hardware.all_reduce_seconds())
     assert sizes == sorted(sizes) and sizes[0] == 1024
+    used = {c.bytes: c for c in hardware.collectives if c.method == "all_gather_and_sum" and c.bytes <= 32768}
+    used |= {c.bytes: c for c in hardware.collectives if c.method == "all_reduce" and c.bytes > 32768}
+    assert hardware.all_reduce_seconds() == {
+        size: used[size].seconds.median for size in sizes
+    }  # as the steps made them
     assert {(s.phase, s.blocks, s.dropped, s.seconds.repeats) for s in hardware.steps} == {
         (phase, blocks, dropped, 2 * repeats)
         for phase, repeats in (("prefill", 1), ("decode", 3))

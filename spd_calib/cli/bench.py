@@ -68,6 +68,7 @@ def _on_this_rank(
     from spd_calib.formats.files import dumps, read, sha256_of, write_text
     from spd_calib.formats.hardware import Hardware
     from spd_calib.formats.plan import Plan
+    from spd_calib.parallel.comm import GATHERED_AT_MOST
     from spd_calib.parallel.compensation import load_compensation
     from spd_calib.parallel.distributed import backend, local_size
     from spd_calib.parallel.session import open_session
@@ -96,6 +97,7 @@ def _on_this_rank(
         device=device_name(lm.device),
         backend=backend(device),
         nodes=world_size() // local_size(),
+        gathered_at_most=GATHERED_AT_MOST if lm.device.type == "cpu" else 0,
         collectives=collectives,
         steps=steps,
         provenance=provenance(0, device, dtype),

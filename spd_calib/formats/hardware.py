@@ -49,13 +49,16 @@ class Hardware(Part):
     device: str = Field(min_length=1, description="Name of the processor or GPU")
     backend: Literal["gloo", "nccl"]
     nodes: int = Field(gt=0, description="Machines the ranks are spread over")
+    gathered_at_most: Count = Field(
+        default=0, description="Bytes up to which the steps' sums went by all_gather_and_sum; beyond, by all_reduce"
+    )
     collectives: list[Collective] = Field(min_length=1)
     steps: list[Step] = Field(min_length=1)
     provenance: Provenance
 
     def all_reduce_seconds(self) -> dict[int, float]:
-        """Median time of an all-reduce, by bytes, smallest first."""
-        rows = [c for c in self.collectives if c.method == "all_reduce"]
+        """Median time of a sum over the ranks as the steps made it, by bytes, smallest first."""
+        rows = [c for c in self.collectives if (c.method == "all_reduce") == (c.bytes > self.gathered_at_most)]
         return {c.bytes: c.seconds.median for c in sorted(rows, key=lambda c: c.bytes)}
 
     def step_seconds(self, phase: Literal["prefill", "decode"]) -> dict[str, float]:
