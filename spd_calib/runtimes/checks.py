@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .simulation import Simulated
+
 
 @dataclass(frozen=True)
 class Row:
@@ -13,6 +15,29 @@ class Row:
     expected: str
     found: str
     ok: bool
+
+
+def compare_run(
+    name: str,
+    simulated: Simulated,
+    prompt: Sequence[Sequence[float]],
+    chosen: Sequence[Sequence[float]],
+    all_reduces: Sequence[Sequence[int]],
+    expected: int,
+    tolerance: float,
+) -> list[Row]:
+    """What a runtime did with some prompts, against the simulation.
+
+    `prompt`, `chosen`: log-probabilities of the prompts' tokens and of those it went on with, one list a prompt.
+    `all_reduces`: of each forward, one list a rank; `expected` of them are right.
+    """
+    counts = [count for rank in all_reduces for count in rank]
+    return [
+        compare_logprobs(f"{name}: prompt tokens", simulated.prompt, prompt, tolerance),
+        compare_logprobs(f"{name}: greedy continuation", simulated.chosen, chosen, tolerance),
+        compare_logprobs(f"{name}: its tokens are the likeliest", simulated.best, simulated.chosen, 2 * tolerance),
+        compare_counts(f"{name}: all-reduces per forward and rank", expected, counts),
+    ]
 
 
 def compare_logprobs(
@@ -32,22 +57,6 @@ def compare_counts(what: str, expected: int, found: Sequence[int]) -> Row:
     """How often something happened, on each rank and each time: always as often as expected, and at least once seen."""
     shown = ", ".join(str(count) for count in sorted(set(found))) or "nothing counted"
     return Row(what, str(expected), shown, set(found) == {expected})
-
-
-def compare_tokens(what: str, expected: Sequence[Sequence[int]], found: Sequence[Sequence[int]]) -> Row:
-    """Generated token ids, one list a prompt: the same, or where they first part."""
-    total = sum(map(len, expected))
-    for prompt, (a, b) in enumerate(zip(expected, found, strict=False)):
-        if list(a) != list(b):
-            at = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-            return Row(what, f"the same {total} tokens", f"prompt {prompt} parts at token {at}", False)
-    same = len(expected) == len(found)
-    return Row(what, f"the same {total} tokens", "the same" if same else f"{len(found)} prompts", same)
-
-
-def all_reduces(attention_dropped: int, mlp_dropped: int, num_blocks: int) -> int:
-    """All-reduces of one forward: two a block, less the sync points dropped (an engine's embedding not counted)."""
-    return 2 * num_blocks - attention_dropped - mlp_dropped
 
 
 def largest_difference(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> float:

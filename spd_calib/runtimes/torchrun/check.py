@@ -9,7 +9,7 @@ from spd_calib.formats.files import read
 from spd_calib.formats.plan import Plan
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.session import open_session
-from spd_calib.runtimes.checks import Row, compare_counts, compare_logprobs
+from spd_calib.runtimes.checks import Row, compare_counts, compare_run
 from spd_calib.runtimes.simulation import simulate
 
 from .launch import torchrun
@@ -65,13 +65,10 @@ def _rows(
     """What the ranks did against the simulation `lm`, which runs the same strategies."""
     simulated = simulate(lm, prompts, seen.tokens)
     dropped = sum(s != Strategy.KEEP_SYNC for s in (*attention, *mlp))
-    counts = [count for rank in seen.all_reduces for count in rank]
+    expected = 2 * lm.num_blocks - dropped
     return [
         compare_counts(f"{name}: ranks", lm.comm.size, [len(seen.all_reduces)]),
-        compare_logprobs(f"{name}: prompt tokens", simulated.prompt, seen.prompt, tolerance),
-        compare_logprobs(f"{name}: greedy continuation", simulated.chosen, seen.chosen, tolerance),
-        compare_logprobs(f"{name}: its tokens are the likeliest", simulated.best, simulated.chosen, 2 * tolerance),
-        compare_counts(f"{name}: all-reduces per forward and rank", 2 * lm.num_blocks - dropped, counts),
+        *compare_run(name, simulated, seen.prompt, seen.chosen, seen.all_reduces, expected, tolerance),
         compare_streams(f"{name}: residual streams of the ranks", attention, seen.streams),
     ]
 

@@ -9,8 +9,8 @@ from spd_calib.formats.plan import Plan
 from spd_calib.models.load import load_dense, load_tokenizer, locate, read_config
 from spd_calib.parallel.compensation import load_compensation
 from spd_calib.parallel.model import TensorParallelLM
-from spd_calib.runtimes.checks import Row, compare_counts, compare_logprobs, largest_difference
-from spd_calib.runtimes.simulation import Simulated, simulate
+from spd_calib.runtimes.checks import Row, compare_run, largest_difference
+from spd_calib.runtimes.simulation import simulate
 
 from .engine import Seen, start
 
@@ -55,26 +55,16 @@ def compare(
     lm.keep_all()
     simulated_dense = simulate(lm, prompts, dense.tokens)
     dropped = sum(s != Strategy.KEEP_SYNC for s in (*attention, *mlp))
-    rows = [
-        *_rows("plan", simulated, planned, _all_reduces(lm, dropped)),
-        *_rows("dense", simulated_dense, dense, _all_reduces(lm, 0)),
-    ]
+    rows = []
+    for name, simulation, seen, fewer in (("plan", simulated, planned, dropped), ("dense", simulated_dense, dense, 0)):
+        made = _all_reduces(lm, fewer)
+        rows += compare_run(name, simulation, seen.prompt, seen.chosen, seen.all_reduces, made, TOLERANCE)
     if dropped:
         expected = largest_difference(simulated.prompt, simulated_dense.prompt)
         found = largest_difference(planned.prompt, dense.prompt)
         near = abs(expected - found) <= 2 * TOLERANCE
         rows.append(Row("plan against dense: max |Δ log p|", f"{expected:.4f}", f"{found:.4f}", near))
     return rows
-
-
-def _rows(name: str, simulated: Simulated, seen: Seen, all_reduces: int) -> list[Row]:
-    counts = [count for rank in seen.all_reduces for count in rank]
-    return [
-        compare_logprobs(f"{name}: prompt tokens", simulated.prompt, seen.prompt, TOLERANCE),
-        compare_logprobs(f"{name}: greedy continuation", simulated.chosen, seen.chosen, TOLERANCE),
-        compare_logprobs(f"{name}: its tokens are the likeliest", simulated.best, simulated.chosen, 2 * TOLERANCE),
-        compare_counts(f"{name}: all-reduces per forward and rank", all_reduces, counts),
-    ]
 
 
 def _all_reduces(lm: TensorParallelLM, dropped: int) -> int:
