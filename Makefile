@@ -5,13 +5,18 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test test-vllm .venv-vllm lint format pipeline results latency bench docs generated schemas tutorial dist release-check clean FORCE
+.PHONY: demo test fuzz test-vllm .venv-vllm lint format pipeline results latency bench docs generated schemas tutorial dist release-check clean FORCE
 
 demo: $(READY)
 	$(BIN)/spd-calib demo -o runs/demo
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/with_vllm
+
+# An hour of files that no reader may half accept; make test runs a hundred of each kind.
+FUZZ_EXAMPLES ?= 40000
+fuzz: $(READY)
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/test_hypothesis.py
 
 # The vLLM plugin on a real vLLM (CPU build, two to four ranks), in an environment of its own.
 test-vllm: $(VENV)-vllm/.ready
@@ -80,6 +85,8 @@ latency: $(READY)
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/profiling.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/memory_per_rank.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/budgets.py
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/streaming.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/latency_model.py
 
 # The pages that are generated: schemas and formats.md from the formats, cli.md from the commands. make lint fails on drift.
