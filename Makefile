@@ -14,7 +14,7 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/with_vllm
 
 # An hour of files that no reader may half accept; make test runs a hundred of each kind.
-FUZZ_EXAMPLES ?= 40000
+FUZZ_EXAMPLES ?= 60000
 fuzz: $(READY)
 	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/test_hypothesis.py
 
