@@ -95,7 +95,10 @@ def check(plan: Plan, path: Path, config: Any) -> None:
 
 
 def _check_same_model(plan: Plan, path: Path, model: Any) -> None:
-    """The plan's model and the one vLLM would load: architecture, number of blocks, and every weight on disk."""
+    """The plan's model and the one vLLM would load: architecture, number of blocks, and every weight on disk.
+
+    Not config_hash: it is of the configuration as one version of transformers fills it in, and vLLM may bring another.
+    """
     from spd_calib.models.fingerprint import weight_fingerprint
     from spd_calib.models.load import locate
 
