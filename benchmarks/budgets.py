@@ -61,7 +61,7 @@ def of_model(folder: Path, source: Path, length: int, budgets: int) -> dict:
     made = Provenance(command="benchmarks/budgets.py", seed=0, device="cpu", dtype="float32", versions=versions())
 
     def profile(strategies, kinds) -> Profile:
-        baseline, measurements = profiling.profile(
+        baseline, measurements, _ = profiling.profile(
             lm, text.calibration, "single", strategies, BATCH, lambda i, tally: None, sync_points=kinds
         )
         return Profile(

@@ -138,7 +138,7 @@ def test_the_mlp_sync_point_is_deferred_in_every_block_but_the_last():
 def test_an_mlp_measurement_is_of_the_mlp():
     lm = TensorParallelLM.simulated(tiny.build("llama"), 2)
     sequences = tiny.tokens(4, 16).tolist()
-    _, rows = profile(lm, sequences, "single", [DROP], 4, lambda i, tally: None, sync_points=["attention", "mlp"])
+    _, rows, _ = profile(lm, sequences, "single", [DROP], 4, lambda i, tally: None, sync_points=["attention", "mlp"])
     assert [(r.block, r.sync_point) for r in rows[4:]] == [(0, "mlp"), (1, "mlp"), (2, "mlp")]
     deferred = Experiment((KEEP,) * 4, (KEEP, DROP, KEEP, KEEP))
     assert rows[5].kl == measure(lm, sequences, [deferred])[1][0].kl
@@ -147,7 +147,7 @@ def test_an_mlp_measurement_is_of_the_mlp():
 def test_cumulative_measures_the_whole_set():
     lm = TensorParallelLM.simulated(tiny.build("llama"), 2)
     sequences = tiny.tokens(4, 16).tolist()
-    _, rows = profile(lm, sequences, "cumulative", [DROP], 4, lambda i, tally: None)
+    _, rows, _ = profile(lm, sequences, "cumulative", [DROP], 4, lambda i, tally: None)
     together = measure(lm, sequences, [Experiment.dropping([1, 2, 3], DROP, 4)])[1][0]
     (row,) = [r for r in rows if r.block == 1]
     assert row.dropped == [1, 2, 3]

@@ -106,14 +106,14 @@ def test_what_was_stopped_is_measured_as_on_its_part_of_the_text(uneven):
         strategies = [DROP, Strategy.PLAIN_DROP]
         return profile(lm, sequences, "single", strategies, 4, lambda i, t: done.append(i), confidence=confidence), done
 
-    (baseline, early), ticks = run(sequences, 0.9)
-    (whole_baseline, whole), _ = run(sequences)
+    (baseline, early, _), ticks = run(sequences, 0.9)
+    (whole_baseline, whole, _), _ = run(sequences)
     assert len(ticks) == sum(m.sequences for m in early) // 4 < 8 * 10
     assert baseline == whole_baseline
     stopped = [m for m in early if m.stopped_early]
     assert stopped and all(m.sequences < 40 for m in stopped)
     for part in {m.sequences for m in stopped}:
-        _, of_part = run(sequences[:part])[0]
+        _, of_part, _ = run(sequences[:part])[0]
         for m, expected in zip(early, of_part, strict=True):
             if m.sequences == part:
                 for field in ("kl", "kl_stderr", "nll_increase", "accuracy_drop", "ppl_increase", "tokens"):

@@ -34,6 +34,7 @@ def evaluate(
     from spd_calib.parallel.session import open_session
 
     from .options import check_dtype, provenance, resolve_device, resolve_model
+    from .recovered import load_original
     from .shared import resolve_tasks
     from .terminal import print_json, say, working
 
@@ -46,8 +47,9 @@ def evaluate(
     compensation = load_compensation(planned, plan)
     lm = session.load(device, dtype, made.seed)
     lm.set_compensation(compensation)
+    original = load_original(planned, device, dtype, made.seed) if planned.recovered_from else None
     with working("lm-eval", 2 * suite.requests) as work:
-        results = suite.evaluate(lm, session.tokenizer, planned, batch_size, work.step)
+        results = suite.evaluate(lm, session.tokenizer, planned, batch_size, work.step, original)
     if suite.truncated:
         say("some requests were longer than the model reads: their beginnings were cut off")
     document = Results(

@@ -55,6 +55,7 @@ def plan(
     recipe: Recipe = None,
 ) -> None:
     """Choose the sync points to drop within exactly one budget, verified as a whole on held-out text."""
+    from spd_calib.errors import InputError
     from spd_calib.formats.files import check_writable, dumps, read, write_text
     from spd_calib.formats.profile import Profile
     from spd_calib.parallel.session import open_session
@@ -64,6 +65,7 @@ def plan(
 
     from .latency import latency_models, print_held_against, print_latency, say_ceiling
     from .options import check_dtype, provenance, resolve_device, resolve_model
+    from .recovered import find_recovered
     from .shared import budget_from, reload_text
     from .terminal import print_json, say, working
 
@@ -90,14 +92,24 @@ def plan(
             return
     budget = asked = budget_from(measured, *budgets, strategy, min_speedup)
     if asked.kind == "min_speedup":
-        needed = models[phase].drops_for(asked.value, len(candidates(measured, asked)))
-        budget = asked.model_copy(update={"kind": "drop", "value": float(needed)})
+        settled = len(measured.settled)
+        needed = models[phase].drops_for(asked.value, settled + len(candidates(measured, asked)))
+        budget = asked.model_copy(update={"kind": "drop", "value": float(max(settled, needed))})
     check_writable(output)
     session = session or open_session(resolve_model(measured.model.id), measured.tensor_parallel.size, measured.model)
     text = reload_text(session, measured.text, measured.verify_text)
+    recovered, dense, beside = None, None, None
+    if measured.recovered:
+        recovered = find_recovered(session)
+        if recovered is None or recovered.sha256 != measured.recovered.plan_sha256:
+            raise InputError(f"{session.source.folder} has another plan.json than when it was profiled; profile again.")
+        lm, dense = recovered.load(session, device, dtype, made.seed)
+        beside = recovered.predictors_beside(output)
+    else:
+        lm = session.load(device, dtype, made.seed)
     with working("measure whole plans", None) as work:
         result, choice, compared = make_plan(
-            session.load(device, dtype, made.seed),
+            lm,
             measured,
             budget,
             text.calibration,
@@ -107,8 +119,11 @@ def plan(
             batch_size,
             lambda experiment, tally: work.step(),
             compare,
+            recovered.plan if recovered else None,
+            dense,
+            beside,
         )
-    drops = len(choice.dropped)
+    drops = len(result.dropped) + len(result.mlp_dropped)
     result = result.model_copy(update={"budget": asked, "latency": [m.latency(drops) for m in models.values()]})
     write_text(output, dumps(result))
     print_plan(result)

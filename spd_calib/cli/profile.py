@@ -87,6 +87,7 @@ def profile(
     from spd_calib.sensitivity.journal import Journal
 
     from .options import check_dtype, provenance, resolve_device, resolve_model
+    from .recovered import find_recovered
     from .shared import load_text_for, note_of, resolve_tasks
     from .terminal import print_json, say, working
 
@@ -104,7 +105,11 @@ def profile(
     device, dtype = resolve_device(device), check_dtype(dtype)
     check_writable(output)
     session = open_session(resolve_model(model), tp)
-    text = load_text_for(session, data, seq_len, min_len, max_samples, verify_samples, pack)
+    recovered, skip = find_recovered(session), 0
+    if recovered:
+        recovered.check_profiling(method, confidence, tasks)
+        skip, seq_len, min_len, pack = recovered.beyond_fitted(data, seq_len, min_len, pack)
+    text = load_text_for(session, data, seq_len, min_len, max_samples, verify_samples, pack, skip)
     if text.note:
         say(text.note)
     suite = None
@@ -112,13 +117,19 @@ def profile(
         from spd_calib.evaluation.harness import TaskSuite
 
         suite = TaskSuite(*resolve_tasks(tasks, include_path), limit, seed)
-    lm = session.load(device, dtype, seed, stream)
+    lm, dense = (
+        recovered.load(session, device, dtype, seed, stream)
+        if recovered
+        else (session.load(device, dtype, seed, stream), None)
+    )
     if lm.streamed:
         say("the weights are read from disk, block by block, as they are needed")
     say(
         f"{session.ref.architecture}, {lm.num_blocks} blocks, TP {tp}: {len(text.calibration)} sequences to measure "
         f"on, {len(text.verification)} kept for verifying"
     )
+    if recovered:
+        say(recovered.said(skip))
     if dry_run:
         _print_estimate(lm, text, method, strategies, kinds, target_stderr or TARGET_STDERR, batch_size, bool(tasks))
         return
@@ -133,6 +144,7 @@ def profile(
             "batch size": batch_size,
             "lm-eval tasks": [tasks, str(include_path), limit, seed] if tasks else None,
             "seed": seed,
+            "recovered checkpoint": recovered and recovered.sha256,
             "device, dtype or number of real ranks": [device, dtype, world_size()],
             "version of spd-calib, torch or transformers": versions(),
         },
@@ -141,14 +153,16 @@ def profile(
         say(f"going on from {journal.path}: {journal.finished} measurements are finished")
     batches = -(-len(text.calibration) // batch_size)
     measurements: list = []
-    fisher = None
+    fisher = alone = None
     if method == "fisher":
         with working("profile", None) as work:
             baseline, fisher = predict(
                 lm, text.calibration, kinds, target_stderr or TARGET_STDERR, batch_size, seed, work.step, journal
             )
     else:
-        plan = list(profiling.drops(method, strategies, lm.num_blocks, kinds))  # type: ignore[arg-type]
+        plan = list(profiling.drops(method, strategies, lm.num_blocks, kinds, profiling.settled_points(lm)))  # type: ignore[arg-type]
+        if not plan:
+            raise InputError(f"{model} drops every such sync point already; there is nothing left to profile.")
         said: list[bool] = []
         with working("profile", len(plan) * (batches + bool(suite))) as work:
 
@@ -159,7 +173,7 @@ def profile(
                     say(f"first batch: {note}")
                 work.step(note)
 
-            baseline, measurements = profiling.profile(
+            baseline, measurements, alone = profiling.profile(
                 lm,
                 text.calibration,
                 method,  # type: ignore[arg-type]
@@ -170,6 +184,7 @@ def profile(
                 kinds,
                 journal,
                 confidence,
+                dense,
             )
     document = Profile(
         model=session.ref.model_copy(update={"id": model}),
@@ -181,6 +196,7 @@ def profile(
         baseline=baseline,
         measurements=measurements,
         fisher=fisher,
+        recovered=recovered.part(alone) if recovered and alone else None,
         provenance=provenance(seed, device, dtype),
     )
     write_text(output, dumps(document))

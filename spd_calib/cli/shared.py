@@ -21,6 +21,7 @@ def load_text_for(
     max_samples: int,
     verify_samples: int,
     pack: bool,
+    skip: int = 0,
 ) -> Text:
     """Calibration and verification sequences for a session's model. Raises InputError for lengths it cannot read."""
     if seq_len is not None and seq_len > session.max_length:
@@ -29,7 +30,9 @@ def load_text_for(
     if min_len is not None and min_len > seq_len:
         raise InputError(f"--min-len {min_len} is more than --seq-len {seq_len}: no document would be left.")
     return load_text(
-        TextOptions(resolve_data(data), seq_len, min_len or seq_len, max_samples, verify_samples, pack, name=data),
+        TextOptions(
+            resolve_data(data), seq_len, min_len or seq_len, max_samples, verify_samples, pack, name=data, skip=skip
+        ),
         session.tokenizer,
     )
 
@@ -44,6 +47,7 @@ def reload_text(session: Session, calibration: TextRef, verification: TextRef) -
         verification.sequences,
         calibration.pack,
         name=calibration.source,
+        skip=calibration.first,
     )
     text = load_text(options, session.tokenizer)
     if (text.calibration_ref().sha256, text.verification_ref().sha256) != (calibration.sha256, verification.sha256):
@@ -106,7 +110,12 @@ def budget_from(
             (kind, block) for s in profile.strategies for kind in profile.sync_points for block in profile.kl(s, kind)
         }
         what = "blocks" if profile.sync_points == ["attention"] else "sync points"
-        return Budget(kind="drop", value=blocks(str(drop), len(points), what), strategies=usable)
+        wanted, settled = blocks(str(drop), len(points) + len(profile.settled), what), len(profile.settled)
+        if wanted < settled:
+            raise InputError(f"--drop {drop} is less than the {settled} {what} that the recovered checkpoint drops.")
+        return Budget(kind="drop", value=wanted, strategies=usable)
+    if option == "--tau1" and profile.recovered:
+        raise InputError("--tau1 says what to recover, and this checkpoint is recovered; give another budget.")
     if option == "--tau1":
         return Budget(kind="tau", value=float(tau1 or 0), tau2=tau2, strategies=usable)
     kind = option[2:].replace("-", "_")

@@ -87,15 +87,18 @@ class TaskSuite:
         plan: Plan,
         batch_size: int,
         note: Note = lambda words: None,
+        dense_lm: TensorParallelLM | None = None,
     ) -> list[TaskResult]:
         """Run `lm` with every sync point kept and as `plan` says; every score of every task, then of groups.
+
+        Where `lm` was recovered, `dense_lm` is the model it was made from, and is run in place of the former.
 
         A plan with a compensation needs `lm` to have it loaded already. `note` is told how far it is. Leaves every
         sync point kept. Raises InputError where lm-eval fails, or nothing of the tasks can be compared.
         """
         try:
             lm.keep_all()
-            dense = self.run(lm, tokenizer, batch_size, lambda words: note(f"dense, {words}"))
+            dense = self.run(dense_lm or lm, tokenizer, batch_size, lambda words: note(f"dense, {words}"))
             apply_plan(lm, plan)
             planned = self.run(lm, tokenizer, batch_size, lambda words: note(f"planned, {words}"))
         finally:

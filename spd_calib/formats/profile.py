@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from spd_calib.errors import InputError
 
-from .common import Count, Finite, ModelRef, Part, Provenance, Strategy, TensorParallel, TextRef
+from .common import Count, Finite, ModelRef, Part, Provenance, Sha256, Strategy, TensorParallel, TextRef
 
 Metric = Literal["kl", "ppl", "accuracy"]
 SyncPoint = Literal["attention", "mlp"]
@@ -87,6 +87,18 @@ class Fisher(Part):
         return self.matrix[i][0], self.stderr[i][0]
 
 
+class Recovered(Part):
+    """Of a checkpoint that `recover` wrote: what it was made from, and what its plan drops in every measurement.
+
+    Its measurements drop one sync point more, and compare with the model it was made from.
+    """
+
+    recovered_from: ModelRef = Field(description="The dense model that everything is compared with")
+    plan_sha256: Sha256 = Field(description="Of plan.json in the checkpoint")
+    settled: list[Point] = Field(min_length=1, description="Sync points that plan drops")
+    alone: Comparison = Field(description="Those dropped, no other")
+
+
 class Profile(Part):
     format: Literal["spd-calib/profile"] = "spd-calib/profile"
     version: Literal[1] = 1
@@ -99,15 +111,19 @@ class Profile(Part):
     baseline: Baseline
     measurements: list[Measurement] = Field(description="Empty where the method is fisher")
     fisher: Fisher | None = None
+    recovered: Recovered | None = None
     provenance: Provenance
 
     @model_validator(mode="after")
     def _blocks_exist(self) -> Self:
         if (self.method == "fisher") != (self.fisher is not None) or bool(self.fisher) == bool(self.measurements):
             raise ValueError("a profile holds either measurements or, with the method fisher, what it predicts")
+        if self.recovered and self.method != "single":
+            raise ValueError("a recovered checkpoint is profiled by single measurements")
         last = self.model.num_blocks - 1
         points = [Point(block=m.block, sync_point=m.sync_point) for m in self.measurements]
         points += [p for term in self.fisher.terms for p in term] if self.fisher else []
+        points += self.settled
         for p in points:
             if p.block > last or (p.block == last and p.sync_point == "mlp"):
                 raise ValueError(f"the {p.sync_point} sync point of block {p.block} is none that can be dropped")
@@ -130,6 +146,11 @@ class Profile(Part):
             return list(dict.fromkeys(term[0].sync_point for term in self.fisher.terms if len(term) == 1))
         return list(dict.fromkeys(m.sync_point for m in self.measurements))
 
+    @property
+    def settled(self) -> list[Point]:
+        """Sync points that every plan drops: none, but of a recovered checkpoint."""
+        return self.recovered.settled if self.recovered else []
+
     def of(self, strategy: Strategy, sync_point: SyncPoint = "attention") -> dict[int, Measurement]:
         """Measurements of one kind of sync point under one strategy, by block."""
         return {m.block: m for m in self.measurements if m.strategy == strategy and m.sync_point == sync_point}
@@ -150,7 +171,7 @@ class Profile(Part):
         kl: nats per token; ppl: perplexity points, absolute; accuracy: fraction lost (mean over lm-eval tasks
         where the profile has them). `single` measures it directly; `cumulative` takes the difference of
         consecutive measurements from the last block backwards (the paper, section 4.2); `fisher` predicts KL alone:
-        InputError is raised for any other metric.
+        InputError is raised for any other metric. Of a recovered checkpoint: beyond what it costs as it is.
         """
         if self.fisher is not None:
             if (metric or self.rank_by) != "kl":
@@ -158,6 +179,9 @@ class Profile(Part):
             return {block: kl for block, (kl, _) in self.kl(strategy, sync_point).items()}
         rows = self.of(strategy, sync_point)
         values = {block: self._value(m, metric or self.rank_by) for block, m in rows.items()}
+        if self.recovered:
+            alone = self._value(self.recovered.alone, metric or self.rank_by)
+            return {block: value - alone for block, value in values.items()}
         if self.method == "single":
             return values
         order: Sequence[int] = sorted(values)
@@ -167,12 +191,12 @@ class Profile(Part):
             for block in order
         }
 
-    def _value(self, m: Measurement, metric: Metric) -> float:
+    def _value(self, m: Comparison, metric: Metric) -> float:
         if metric == "kl":
             return m.kl
         if metric == "ppl":
             return m.ppl - self.baseline.ppl
-        if m.task_accuracy_drop:
+        if isinstance(m, Measurement) and m.task_accuracy_drop:
             return sum(m.task_accuracy_drop.values()) / len(m.task_accuracy_drop)
         return m.accuracy_drop
 

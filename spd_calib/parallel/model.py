@@ -88,6 +88,7 @@ class TensorParallelLM:
             raise InputError(f"{type(model).__name__} has no plain output head; it cannot be split over ranks.")
         self.model, self.comm = model, comm
         self.num_blocks, self.streamed = len(parts), False
+        self.settled = [(KEEP, KEEP)] * self.num_blocks
         self.module_paths = [f"{decoder.path}.{i}" for i in range(self.num_blocks)]
         probe = _probe_tokens(model)
         dense = None if sharded else self._probe_dense(decoder, parts, probe)
@@ -115,15 +116,27 @@ class TensorParallelLM:
         return self.model.device
 
     def set_strategies(self, attention: Sequence[Strategy], mlp: Sequence[Strategy] | None = None) -> None:
-        """Set what happens at each block's attention and MLP sync point (default for the latter: kept)."""
+        """Set what happens at each block's attention and MLP sync point (default for the latter: kept).
+
+        A sync point that is settled as dropped stays so where it would be kept.
+        """
         mlp = mlp or [KEEP] * self.num_blocks
         if len(attention) != self.num_blocks or len(mlp) != self.num_blocks:
             raise ValueError(f"{self.num_blocks} blocks, but {len(attention)} and {len(mlp)} strategies")
         if PLAIN in mlp or mlp[-1] != KEEP:
             raise ValueError("an MLP sync point is kept or block-dropped, and the last one is kept")
-        for block, a, m in zip(self.blocks, attention, mlp, strict=True):
-            block.attention_strategy, block.mlp_strategy = a, m
-        self.head.streams_differ = PLAIN in attention
+        for block, a, m, settled in zip(self.blocks, attention, mlp, self.settled, strict=True):
+            block.attention_strategy = a if a != KEEP else settled[0]
+            block.mlp_strategy = m if m != KEEP else settled[1]
+        self.head.streams_differ = any(block.attention_strategy == PLAIN for block in self.blocks)
+
+    def settle(self, attention: Sequence[Strategy], mlp: Sequence[Strategy]) -> None:
+        """From now on, what is dropped here stays dropped: of blocks that were recovered, the sync is no longer right.
+
+        Of a model in which blocks were trained to run without their sync, `keep_all` then means: all but those.
+        """
+        self.settled = list(zip(attention, mlp, strict=True))
+        self.keep_all()
 
     def set_compensation(self, predictors: Mapping[int, Mapping[int, Compensation]]) -> None:
         """Set the predictors of the blocks named (by block and rank), and none in every other block."""

@@ -29,8 +29,8 @@ def front_of(
     cost = interactions_of(profile, candidates(profile, Budget(kind="max_kl", value=0, strategies=allowed)))
     points = []
     for chosen in cost.front():
-        dropped = cost.points_of(chosen)
-        known = measured.get(frozenset(dropped))
+        known = measured.get(frozenset(cost.points_of(chosen)))
+        dropped = [*profile.settled, *cost.points_of(chosen)]
         points.append(
             FrontPoint(
                 drops=len(dropped),
@@ -44,7 +44,7 @@ def front_of(
         model=profile.model,
         tensor_parallel=profile.tensor_parallel,
         points=points,
-        knee=knee([p.predicted_kl for p in points]),
+        knee=len(profile.settled) + knee([p.predicted_kl for p in points]),
         provenance=provenance,
     )
 

@@ -35,9 +35,10 @@ class Interactions:
     points: tuple[Point, ...]
     matrix: np.ndarray
     pair: np.ndarray
+    base: float = 0.0  # of no point at all: of a recovered checkpoint, what it costs as it is
 
     @classmethod
-    def of_singles(cls, costs: dict[Point, float]) -> "Interactions":
+    def of_singles(cls, costs: dict[Point, float], base: float = 0.0) -> "Interactions":
         """From single costs: they add up, but for consecutive sync points, whose debts add up before they are settled.
 
         Of those the amplitudes add, (sqrt a + sqrt b)^2: a guess on the safe side, until a set is measured.
@@ -49,7 +50,7 @@ class Interactions:
             matrix[i, i] = costs[point]
             if i + 1 < n and follows(point, points[i + 1]):
                 matrix[i, i + 1] = matrix[i + 1, i] = np.sqrt(max(costs[point], 0) * max(costs[points[i + 1]], 0))
-        return cls(points, matrix, np.full(n, n))
+        return cls(points, matrix, np.full(n, n), base)
 
     @classmethod
     def of_fisher(cls, fisher: Fisher) -> "Interactions":
@@ -74,11 +75,11 @@ class Interactions:
         matrix = np.zeros((len(terms) + 1,) * 2)
         matrix[:-1, :-1] = self.matrix[np.ix_(terms, terms)]
         pair = [len(kept) + pairs.index(i) if i in pairs else len(terms) for i in kept]
-        return Interactions(tuple(self.points[i] for i in kept), matrix, np.array(pair))
+        return Interactions(tuple(self.points[i] for i in kept), matrix, np.array(pair), self.base)
 
     def kl(self, chosen: Set) -> float:
         v = self._terms(chosen)
-        return float(v @ self.matrix @ v)
+        return self.base + float(v @ self.matrix @ v)
 
     def points_of(self, chosen: Set) -> list[Point]:
         return [self.points[i] for i in sorted(chosen)]
@@ -133,7 +134,7 @@ class Interactions:
         after = [self.pair[i] if i + 1 in chosen else last for i in range(n)]
         added = np.stack([np.arange(n), np.array(before), np.array(after)])  # the terms each addition brings
         own = self.matrix[added[:, None], added[None]].sum((0, 1))
-        total = v @ g + 2 * g[added].sum(0) + own
+        total = self.base + v @ g + 2 * g[added].sum(0) + own
         total[list(chosen)] = np.inf
         return total
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from spd_calib.formats.common import Provenance, Strategy, TextRef
-from spd_calib.formats.plan import Budget, Plan, PlannedBlock, Predicted, Verified
+from spd_calib.formats.plan import Budget, CompensationFile, Plan, PlannedBlock, Predicted, Verified
 from spd_calib.formats.profile import Comparison, Point, Profile
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.sensitivity.measure import Experiment, Tick, measure
@@ -29,25 +29,33 @@ def make_plan(
     batch_size: int = 8,
     tick: Tick = lambda experiment, tally: None,
     compare: bool = False,
+    recovered: Plan | None = None,
+    recovered_from: TensorParallelLM | None = None,
+    compensation: CompensationFile | None = None,
 ) -> tuple[Plan, Choice, dict[str, Comparison]]:
     """Choose, verify and, where needed, repair. Raises SpdError where the budget cannot be met.
 
     With `compare` the obvious sets of the same size are measured, too, and may be chosen; the third value holds what
-    they and the plan cost on the calibration text, by name.
+    they and the plan cost on the calibration text, by name. Of a profile of a recovered checkpoint: `recovered` is the
+    checkpoint's plan, `recovered_from` the dense model it was made from, `compensation` the predictors beside the plan.
     """
 
     def measured_on(sequences: Sequence[Sequence[int]]):
-        return lambda sets: measure_sets(lm, sets, sequences, batch_size, tick)
+        return lambda sets: measure_sets(lm, sets, sequences, batch_size, tick, recovered_from)
 
     calibrate = measured_on(calibration)
     named = Obvious(candidates(profile, budget), calibrate) if compare else None
     obvious = (lambda n: list(named(n).values())) if named else (lambda n: [])
     choice = choose(profile, budget, calibrate, measured_on(verification), obvious)
+    blocks = _blocks(lm.module_paths, profile, budget, choice, recovered)
+    mlp_drop = any(b.mlp_strategy != Strategy.KEEP_SYNC for b in blocks)
     plan = Plan(
         model=profile.model,
         tensor_parallel=profile.tensor_parallel,
-        requires=["mlp_drop"] if any(c.point.sync_point == "mlp" for c in choice.dropped) else [],
-        blocks=_blocks(lm.module_paths, profile, budget, choice),
+        requires=[*(["mlp_drop"] if mlp_drop else []), *(["compensation"] if compensation else [])],  # type: ignore[list-item]
+        compensation=compensation,
+        recovered_from=recovered.recovered_from if recovered else None,
+        blocks=blocks,
         budget=budget,
         predicted=_predicted(profile, choice),
         verified=Verified(**vars(choice.verified), text=verification_ref),
@@ -57,10 +65,16 @@ def make_plan(
 
 
 def measure_sets(
-    lm: TensorParallelLM, sets: Sequence[Drops], sequences: Sequence[Sequence[int]], batch_size: int, tick: Tick
+    lm: TensorParallelLM,
+    sets: Sequence[Drops],
+    sequences: Sequence[Sequence[int]],
+    batch_size: int,
+    tick: Tick,
+    dense: TensorParallelLM | None = None,
 ) -> list[Comparison]:
     """Whole sets of drops against the dense model."""
-    return measure(lm, sequences, [Experiment.of(drops, lm.num_blocks) for drops in sets], batch_size, tick)[1]
+    experiments = [Experiment.of(drops, lm.num_blocks) for drops in sets]
+    return measure(lm, sequences, experiments, batch_size, tick, dense=dense)[1]
 
 
 class Obvious:
@@ -88,15 +102,19 @@ class Obvious:
         return {name: known[frozenset(points)] for name, points in sets.items()}
 
 
-def _blocks(modules: Sequence[str], profile: Profile, budget: Budget, choice: Choice) -> list[PlannedBlock]:
+def _blocks(
+    modules: Sequence[str], profile: Profile, budget: Budget, choice: Choice, recovered: Plan | None
+) -> list[PlannedBlock]:
     by_point = {c.point: c for c in candidates(profile, budget)}
     chosen = {c.point for c in choice.dropped}
     blocks = []
     for index, module in enumerate(modules):
         attention = by_point.get(Point(block=index, sync_point="attention"))
         mlp = by_point.get(Point(block=index, sync_point="mlp"))
+        before = recovered.blocks[index] if recovered else None
+        kept = (before.strategy, before.mlp_strategy) if before else (Strategy.KEEP_SYNC, Strategy.KEEP_SYNC)
         recovery = None
-        reasons = []
+        reasons = [before.reason] if before and any(s != Strategy.KEEP_SYNC for s in kept) else []
         for c in (attention, mlp):
             if c is None:
                 continue
@@ -112,9 +130,10 @@ def _blocks(modules: Sequence[str], profile: Profile, budget: Budget, choice: Ch
             PlannedBlock(
                 index=index,
                 module=module,
-                strategy=attention.strategy if attention and attention.point in chosen else Strategy.KEEP_SYNC,
-                mlp_strategy=Strategy.BLOCK_DROP if mlp and mlp.point in chosen else Strategy.KEEP_SYNC,
+                strategy=attention.strategy if attention and attention.point in chosen else kept[0],
+                mlp_strategy=Strategy.BLOCK_DROP if mlp and mlp.point in chosen else kept[1],
                 recovery=recovery,
+                compensation=before.compensation if before else None,
                 kl=attention.kl if attention else None,
                 mlp_kl=mlp.kl if mlp else None,
                 reason="; ".join(reasons) or "not profiled",
@@ -131,6 +150,7 @@ def _predicted(profile: Profile, choice: Choice) -> Predicted:
         values = [(profile.sensitivity(c.strategy, metric, c.point.sync_point), c.block) for c in choice.dropped]
         return sum(value[block] for value, block in values)
 
-    return Predicted(
-        kl=choice.predicted_kl, ppl_increase=total("ppl") / profile.baseline.ppl, accuracy_drop=total("accuracy")
-    )
+    ppl, accuracy = total("ppl") / profile.baseline.ppl, total("accuracy")
+    if alone := profile.recovered and profile.recovered.alone:
+        ppl, accuracy = ppl + alone.ppl_increase, accuracy + alone.accuracy_drop
+    return Predicted(kl=choice.predicted_kl, ppl_increase=ppl, accuracy_drop=accuracy)

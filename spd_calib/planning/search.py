@@ -58,7 +58,7 @@ def candidates(profile: Profile, budget: Budget) -> list[Candidate]:
         )
     if not allowed:
         raise InputError("--strategy keep_sync alone leaves nothing to plan; allow block_drop or plain_drop.")
-    found = [_cheapest(block, measured) for block in range(profile.model.num_blocks) if any(measured.values())]
+    found = [_cheapest(block, measured) for block in sorted(set().union(*measured.values()))]
     if Strategy.BLOCK_DROP in allowed and budget.kind != "tau":
         found += [
             Candidate(Point(block=block, sync_point="mlp"), Strategy.BLOCK_DROP, kl, "its sync joins the next one kept")
@@ -90,7 +90,8 @@ def interactions_of(profile: Profile, found: Sequence[Candidate]) -> Interaction
     """The model of what sets of these candidates cost."""
     if profile.fisher is not None:
         return Interactions.of_fisher(profile.fisher).restricted([c.point for c in found])
-    return Interactions.of_singles({c.point: c.kl for c in found})
+    base = profile.recovered.alone.kl if profile.recovered else 0.0
+    return Interactions.of_singles({c.point: c.kl for c in found}, base)
 
 
 class Search:
@@ -167,7 +168,7 @@ def choose(
         return sets[costs.index(min(costs))]
 
     if budget.kind == "drop":
-        chosen = best(int(budget.value))
+        chosen = best(int(budget.value) - len(profile.settled))
         return search.choice(chosen, verify([search.drops(chosen)])[0])
 
     largest = _bisect(search, budget)
@@ -185,7 +186,7 @@ def choose(
     verified = verify([search.drops(least)])[0]
     if largest == 0 and kept(budget, verified):  # too close to say on the calibration text; the other text decides
         return search.choice(least, verified)
-    raise _impossible(budget, search.by_point[search.model.points_of(least)[0]], verified)
+    raise _impossible(budget, profile, search.by_point[search.model.points_of(least)[0]], verified)
 
 
 def _bisect(search: Search, budget: Budget) -> int:
@@ -231,10 +232,12 @@ def _ranked_by_tasks(profile: Profile) -> bool:
     return profile.rank_by == "accuracy" and any(m.task_accuracy_drop for m in profile.measurements)
 
 
-def _impossible(budget: Budget, first: Candidate, verified: Comparison) -> SpdError:
+def _impossible(budget: Budget, profile: Profile, first: Candidate, verified: Comparison) -> SpdError:
     least = cost(budget, verified)
     what = "" if first.point.sync_point == "attention" else "'s MLP"
+    further = "further " if profile.settled else ""
     return SpdError(
-        f"No sync point can be dropped within {describe(budget)}: the best plan found, block {first.block}{what} alone "
-        f"with {first.strategy}, costs {describe(budget, least)} on held-out text; raise {OPTIONS[budget.kind]}."
+        f"No {further}sync point can be dropped within {describe(budget)}: the best plan found, block {first.block}"
+        f"{what} alone with {first.strategy}, costs {describe(budget, least)} on held-out text; raise "
+        f"{OPTIONS[budget.kind]}."
     )

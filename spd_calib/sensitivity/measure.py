@@ -66,6 +66,7 @@ def measure(
     tick: Tick = lambda experiment, tally: None,
     journal: Journal | None = None,
     stopping: Stopping | None = None,
+    dense: TensorParallelLM | None = None,
 ) -> tuple[Baseline, list[Comparison]]:
     """The dense model and every experiment on `sequences` of token ids; results in the order of `experiments`.
 
@@ -73,17 +74,21 @@ def measure(
     block; those of a model that is read from disk go through its blocks together. `tick` is called after each batch of
     each experiment. What `journal` holds is not measured again; what `stopping` finds decided is not measured on
     further batches, and has fewer `sequences`. Leaves every sync point kept.
+
+    `dense` is what everything is compared with where that is not `lm` with every sync point kept: the model that a
+    recovered one was made from. Both have the same head.
     """
-    dense, tallies = Tally(), [Tally() for _ in experiments]
+    dense = dense or lm
+    unplanned, tallies = Tally(), [Tally() for _ in experiments]
     count, seen = math.ceil(len(sequences) / batch_size), [0] * len(experiments)
     active = set(range(len(experiments)))
     first_pass = True
     while active or first_pass:
         for number, (input_ids, lengths) in enumerate(batches(sequences, batch_size, lm.device)):
             wanted = [experiments[i] for i in sorted(active) if seen[i] == number]
-            batch = _Together(lm, input_ids, lengths, wanted) if lm.streamed else _Batch(lm, input_ids, lengths)
+            batch = (_Together if lm.streamed else _Batch)(lm, dense, input_ids, lengths, wanted)
             if first_pass:
-                dense.add(Tally.of_state(once(journal, (number, "dense"), batch.dense)))
+                unplanned.add(Tally.of_state(once(journal, (number, "dense"), batch.dense)))
             for i in sorted(active):
                 if seen[i] == number:
                     found = once(journal, (number, i), partial(batch.planned, experiments[i]))
@@ -94,14 +99,16 @@ def measure(
                 active -= stopping.decided(tallies, active, number + 1, count)
         active = set() if stopping is None else stopping.wanting(tallies, count)
         first_pass = False
-    return dense.baseline(), [tally.comparison() for tally in tallies]
+    return unplanned.baseline(), [tally.comparison() for tally in tallies]
 
 
 class _Batch:
-    """One batch on the dense model, recorded when something is first measured on it."""
+    """One batch on the model with every sync point kept, recorded when something is first measured on it."""
 
-    def __init__(self, lm: TensorParallelLM, input_ids: Tensor, lengths: list[int]):
-        self.lm, self.input_ids, self.lengths = lm, input_ids, lengths
+    def __init__(
+        self, lm: TensorParallelLM, dense: TensorParallelLM, input_ids: Tensor, lengths: list[int], wanted: Sequence
+    ):
+        self.lm, self.dense_lm, self.input_ids, self.lengths = lm, dense, input_ids, lengths
 
     @cached_property
     def recording(self) -> Recording:
@@ -110,16 +117,18 @@ class _Batch:
 
     @cached_property
     def reference(self) -> "Reference":
-        return Reference(self.lm, self.recording.final, self.input_ids, self.lengths)
+        same = self.dense_lm is self.lm
+        final = self.recording.final if same else self.dense_lm.record(self.input_ids).final
+        return Reference(self.lm, final, self.input_ids, self.lengths)
 
     def dense(self) -> dict:
-        return self.reference.compare(self.recording.final, False).state()
+        return self.reference.compare(self.reference.final, False).state()
 
     def planned(self, experiment: Experiment) -> dict:
         """Leaves every sync point kept."""
         lm, final = self.lm, self.recording.final
+        lm.set_strategies(experiment.attention, experiment.mlp)
         if experiment.first < lm.num_blocks:
-            lm.set_strategies(experiment.attention, experiment.mlp)
             final = lm.resume(self.recording, experiment.first)
         tally = self.reference.compare(final, lm.head.streams_differ)
         lm.keep_all()
@@ -129,8 +138,12 @@ class _Batch:
 class _Together:
     """One batch on the dense model and on `experiments`, as many at a time as memory allows."""
 
-    def __init__(self, lm: TensorParallelLM, input_ids: Tensor, lengths: list[int], experiments: Sequence[Experiment]):
-        self.lm, self.input_ids, self.lengths, self.experiments = lm, input_ids, lengths, experiments
+    def __init__(
+        self, lm: TensorParallelLM, dense: TensorParallelLM, input_ids: Tensor, lengths: list[int],
+        experiments: Sequence[Experiment],
+    ):  # fmt: skip
+        self.lm, self.dense_lm, self.input_ids, self.lengths = lm, dense, input_ids, lengths
+        self.experiments = experiments
         self.finals: dict[Experiment, Tensor] = {}
         self.reference: Reference | None = None
 
@@ -143,7 +156,8 @@ class _Together:
         if experiment not in self.finals:
             self._run(self.experiments.index(experiment))
         assert self.reference is not None
-        return self.reference.compare(self.finals[experiment], PLAIN in experiment.attention).state()
+        settled = [a for a, _ in self.lm.settled]
+        return self.reference.compare(self.finals[experiment], PLAIN in (*experiment.attention, *settled)).state()
 
     def _run(self, first: int) -> None:
         self.finals = {}
@@ -151,6 +165,8 @@ class _Together:
         final, finals = run_together(self.lm, self.input_ids, some)
         self.finals = dict(zip(some, finals, strict=True))
         if self.reference is None:
+            if self.dense_lm is not self.lm:
+                final, _ = run_together(self.dense_lm, self.input_ids, [])
             self.reference = Reference(self.lm, final, self.input_ids, self.lengths)
 
 

@@ -28,6 +28,7 @@ class TextOptions:
     verify_samples: int
     pack: bool = False
     name: str | None = None  # what stands in files in place of `source`
+    skip: int = 0  # sequences at the beginning that are left out: a recovery was fitted on them
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,10 @@ class Text:
     options: TextOptions
 
     def calibration_ref(self) -> TextRef:
-        return _ref(self.options, self.calibration, first=0)
+        return _ref(self.options, self.calibration, first=self.options.skip)
 
     def verification_ref(self) -> TextRef:
-        return _ref(self.options, self.verification, first=len(self.calibration))
+        return _ref(self.options, self.verification, first=self.options.skip + len(self.calibration))
 
 
 def load_text(options: TextOptions, tokenizer: PreTrainedTokenizerBase) -> Text:
@@ -54,7 +55,7 @@ def load_text(options: TextOptions, tokenizer: PreTrainedTokenizerBase) -> Text:
     where the text is too short for both, a fifth (at least one) is set aside. Raises InputError for text that
     cannot be used.
     """
-    wanted = options.max_samples + options.verify_samples
+    wanted = options.skip + options.max_samples + options.verify_samples
     sequences: list[Tokens] = []
     held: Tokens = []  # with --pack: tokens that fill no sequence yet
     documents = 0
@@ -63,7 +64,7 @@ def load_text(options: TextOptions, tokenizer: PreTrainedTokenizerBase) -> Text:
         sequences += _sequences(document, options, tokenizer, held)
         if len(sequences) >= wanted:
             break
-    return split(sequences[:wanted], documents, options)
+    return split(sequences[options.skip : wanted], documents, options)
 
 
 def split(sequences: list[Tokens], documents: int, options: TextOptions) -> Text:
@@ -72,7 +73,8 @@ def split(sequences: list[Tokens], documents: int, options: TextOptions) -> Text
         raise InputError(f"{source} holds no text; name a file with documents in it.")
     if len(sequences) < 2:
         raise InputError(
-            f"Of {documents} documents in {source}, {len(sequences)} have {options.min_len} tokens or more, two are "
+            f"Of {documents} documents in {source}, {len(sequences)} have {options.min_len} tokens or more"
+            f"{f' beyond the {options.skip} that were fitted on' if options.skip else ''}, two are "
             "needed (one to measure on, one to verify on); lower --seq-len or --min-len, or glue documents with --pack."
         )
     measured = options.max_samples

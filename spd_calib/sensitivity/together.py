@@ -54,10 +54,9 @@ def run_together(
         entered = entered if isinstance(entered, Streams) else Streams(entered)
         for i, experiment in enumerate(experiments):
             if experiment.first <= block.index:
-                block.attention_strategy = experiment.attention[block.index]
-                block.mlp_strategy = experiment.mlp[block.index]
+                lm.set_strategies(experiment.attention, experiment.mlp)
                 states[i] = block.forward(states[i] or entered, **others)
-        block.attention_strategy = block.mlp_strategy = Strategy.KEEP_SYNC
+        lm.keep_all()
 
     def keep_final(module: nn.Module, args: tuple, out: Tensor) -> None:
         final.append(out)

@@ -1,0 +1,173 @@
+"""Profiling and planning again after `recover`: against the dense model, figures made by a loop of this file's own."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from spd_calib.formats.common import Strategy
+from spd_calib.formats.files import read
+from spd_calib.formats.plan import Plan
+from spd_calib.formats.profile import Profile
+from spd_calib.parallel.compensation import load_compensation
+from spd_calib.parallel.session import open_session
+
+KEEP, DROP, PLAIN = Strategy.KEEP_SYNC, Strategy.BLOCK_DROP, Strategy.PLAIN_DROP
+FIT = ("--seq-len", 24, "--max-samples", 20, "--verify-samples", 6, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, llama, text) -> Path:
+    """A checkpoint whose block 1 was distilled and given predictors, from a plan that drops blocks 1 and 2."""
+    from spd_calib.cli.plan import plan
+    from spd_calib.cli.profile import profile
+    from spd_calib.cli.recover import recover
+
+    path = tmp_path_factory.mktemp("recovered")
+    (path / "all.jsonl").write_text(Path(text).read_text())
+    profile(str(llama), tp=4, data=str(path / "all.jsonl"), output=path / "p.json", seq_len=24, max_samples=12,
+            verify_samples=8, strategy=["block_drop", "plain_drop"], device="cpu")  # fmt: skip
+    plan(path / "p.json", drop="2", output=path / "plan.json", device="cpu", strategy=["block_drop"])
+    raw = json.loads((path / "plan.json").read_text())
+    for block, strategy in zip(raw["blocks"], (KEEP, DROP, PLAIN, KEEP), strict=True):
+        block["strategy"] = strategy
+    (path / "plan.json").write_text(json.dumps(raw))
+    recover(path / "plan.json", str(path / "all.jsonl"), path / "out", methods="compensation,distillation", tau1=0.0,
+            tau2=0.0, exchange=0.0, seq_len=24, max_samples=20, verify_samples=6, steps=50, final_steps=50,
+            batch_size=4, device="cpu")  # fmt: skip
+    return path
+
+
+def kl_by_hand(folder: Path, llama: Path, sequences: list[list[int]], drops: dict[int, Strategy]) -> float:
+    """KL a token of the checkpoint with `drops` on top of its plan's, against the original in plain transformers."""
+    plan = read(Plan, folder / "plan.json")
+    lm = open_session(str(folder), 4).load()
+    lm.set_compensation(load_compensation(plan, folder / "plan.json"))
+    lm.set_strategies([drops.get(i, s) for i, s in enumerate(plan.strategies)])
+    original = AutoModelForCausalLM.from_pretrained(llama)
+    total = tokens = 0.0
+    for ids in sequences:
+        with torch.no_grad():
+            p, q = (m(torch.tensor([ids])) for m in (original, lm))
+        p, q = (x[0, :-1].double().log_softmax(-1) for x in (p.logits, q))
+        total += (p.exp() * (p - q)).sum().item()
+        tokens += len(p)
+    return total / tokens
+
+
+def test_every_figure_compares_with_the_model_it_was_made_from(spd, folder, llama, tmp_path) -> None:
+    plan = read(Plan, folder / "out/plan.json")
+    assert plan.strategies == (KEEP, DROP, PLAIN, KEEP) and plan.compensation
+    weights = [AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (llama, folder / "out")]
+    assert not all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))  # it was trained
+
+    data = folder / "all.jsonl"
+    given = ("--tp", 4, "--data", data, "--max-samples", 8, "--verify-samples", 6, "--device", "cpu")
+    run = spd("profile", folder / "out", *given, "-o", tmp_path / "p.json", "--sync-points", "attention,mlp")
+    assert run.code == 0 and "compared with; 2 sync points stay dropped; the first 20" in " ".join(run.err.split())
+    profile = read(Profile, tmp_path / "p.json")
+    assert profile.recovered and [(p.block, p.sync_point) for p in profile.settled] == [
+        (1, "attention"), (2, "attention"),
+    ]  # fmt: skip
+    tried = {(m.block, m.sync_point, m.strategy) for m in profile.measurements}
+    attention = {(b, "attention", s) for b in (0, 3) for s in (DROP, PLAIN)}
+    assert tried == attention | {(b, "mlp", DROP) for b in range(3)}
+
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    documents = [json.loads(line)["text"] for line in data.read_text().splitlines()]
+    ids = [tokenizer(d).input_ids[:24] for d in documents]
+    ids = [i for i in ids if len(i) == 24]
+    measured, kept = ids[20:28], ids[28:34]  # 20 were fitted on
+    assert (profile.text.first, profile.verify_text.first) == (20, 28)
+    alone = kl_by_hand(folder / "out", llama, measured, {})
+    assert profile.recovered.alone.kl == pytest.approx(alone, rel=1e-4)
+    for strategy in (DROP, PLAIN):
+        by_hand = kl_by_hand(folder / "out", llama, measured, {3: strategy})
+        assert profile.of(strategy)[3].kl == pytest.approx(by_hand, rel=1e-4)
+        assert profile.sensitivity(strategy, "kl")[3] == pytest.approx(by_hand - alone, abs=1e-6)
+    with torch.no_grad():
+        original = AutoModelForCausalLM.from_pretrained(llama)
+        nll = [original(torch.tensor([i]), labels=torch.tensor([i])).loss.item() for i in measured]
+    assert profile.baseline.nll == pytest.approx(sum(nll) / len(nll), rel=1e-5)
+
+    # a plan over what is left, with the predictors beside it
+    out = tmp_path / "again.json"
+    run = spd("plan", tmp_path / "p.json", "--drop", 3, "--strategy", "block_drop", "-o", out, "--compare",
+              "--pareto", tmp_path / "front.json", "--device", "cpu")  # fmt: skip
+    assert run.code == 0, run.err
+    new = read(Plan, out)
+    drops = {b.index: b.strategy for b in new.blocks if b.strategy != KEEP}
+    assert drops.pop(1) == DROP and drops.pop(2) == PLAIN and len(new.dropped) + len(new.mlp_dropped) == 3
+    assert new.recovered_from == plan.recovered_from and new.blocks[1].compensation == plan.blocks[1].compensation
+    front = json.loads((tmp_path / "front.json").read_text())
+    assert [p["drops"] for p in front["points"]] == [2, 3, 4, 5, 6, 7]
+    if not new.mlp_dropped:
+        assert new.verified.kl == pytest.approx(kl_by_hand(folder / "out", llama, kept, drops), rel=1e-4)
+    lm = open_session(new.model.id, 4, new.model).load()
+    lm.set_compensation(load_compensation(new, out))  # the file lies beside the new plan
+
+    assert "less than the 2" in spd("plan", tmp_path / "p.json", "--drop", 1, "-o", out).err
+    assert "is recovered" in spd("plan", tmp_path / "p.json", "--tau1", 0, "--tau2", 1, "-o", out).err
+    run = spd("plan", tmp_path / "p.json", "--max-kl", 0, "-o", tmp_path / "no.json", "--device", "cpu")
+    assert run.code == 1 and "No further sync point" in run.err and not (tmp_path / "no.json").exists()
+
+
+def test_streamed_it_is_the_same(spd, folder, tmp_path) -> None:
+    given = ("--tp", 4, "--data", folder / "all.jsonl", "--max-samples", 4, "--verify-samples", 2, "--device", "cpu")
+    found = []
+    for stream in ((), ("--stream",)):
+        out = tmp_path / f"{len(stream)}.json"
+        assert spd("profile", folder / "out", *given, *stream, "-o", out).code == 0
+        found.append(read(Profile, out))
+    for a, b in zip(found[0].measurements, found[1].measurements, strict=True):
+        assert a.kl == pytest.approx(b.kl, rel=1e-4)
+    assert found[0].recovered.alone.kl == pytest.approx(found[1].recovered.alone.kl, rel=1e-4)
+
+
+def test_eval_compares_with_the_model_it_was_made_from(spd, folder, llama, tmp_path) -> None:
+    """A task the recovered checkpoint, every sync kept, answers otherwise than the original."""
+    from spd_calib.evaluation.harness import TaskSuite
+
+    seen = []
+    plan = read(Plan, folder / "out/plan.json")
+    original, recovered = open_session(str(llama), 4).load(), open_session(str(folder / "out"), 4).load()
+    recovered.set_compensation(load_compensation(plan, folder / "out/plan.json"))
+
+    class Noting(TaskSuite):
+        def __init__(self):
+            self.loaded = {"tasks": {}, "groups": {}}
+
+        def run(self, lm, tokenizer, batch_size, note=None):
+            seen.append((lm, [b.attention_strategy for b in lm.blocks]))
+            return {}
+
+    with pytest.raises(Exception, match="No metric"):
+        Noting().evaluate(recovered, None, plan, 1, dense_lm=original)
+    assert [lm for lm, _ in seen] == [original, recovered]
+    assert [s for _, s in seen] == [[KEEP] * 4, list(plan.strategies)]
+
+
+def test_what_cannot_be_profiled_again(spd, folder, tmp_path) -> None:
+    out = tmp_path / "p.json"
+    data = ("--data", folder / "all.jsonl", "--device", "cpu", "-o", out)
+    for options, words in (
+        (("--tp", 2), "was recovered for 4 ranks"),
+        (("--tp", 4, "--method", "fisher"), "by --method single"),
+        (("--tp", 4, "--confidence", 0.9), "by --method single"),
+        (("--tp", 4, "--seq-len", 16), "other lengths"),
+        (("--tp", 4, "--sync-points", "mlp", "--strategy", "magic"), "cannot be measured"),
+    ):
+        run = spd("profile", folder / "out", *data, *options)
+        assert run.code == 2 and words in run.err and not out.exists(), run.err
+    # another plan.json than when it was profiled
+    assert spd("profile", folder / "out", *data, "--tp", 4, "--max-samples", 4, "--verify-samples", 2).code == 0
+    plan = folder / "out/plan.json"
+    before = plan.read_text()
+    try:
+        plan.write_text(before.replace('"reason": "', '"reason": "again, '))
+        run = spd("plan", out, "--drop", 3, "-o", tmp_path / "again.json")
+        assert run.code == 2 and "another plan.json" in run.err
+    finally:
+        plan.write_text(before)
