@@ -1,5 +1,6 @@
 """Real ranks over gloo: against the simulation, against the reference, and when they fail."""
 
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ import reference
 import tiny
 import torch
 from distributed_cases import ATTENTION, DROP, KEEP, LONG, MLP, NEW_TOKENS, PADS, SMALL_VOCABULARY
+from safetensors.torch import load_file
 
 from spd_calib.errors import InputError
 from spd_calib.formats.files import read
@@ -273,3 +275,29 @@ def test_generate_under_torchrun_writes_what_the_simulation_writes_once(folder, 
     done = torchrun(2, "-m", "spd_calib", *arguments)
     assert done.returncode == 0, done.stderr
     assert done.stdout == simulated.out
+
+
+def test_processes_that_distil_together_give_what_one_gives(folder, text, tmp_path, spd):
+    """Batches are of three rows, so that the shares are unequal, and of the last batch, of one row, one has none."""
+    given = ("--data", text, "--seq-len", 24, "--device", "cpu")
+    assert spd("profile", folder / "llama", "--tp", 4, *given, "--max-samples", 12, "--verify-samples", 8,
+               "--strategy", "block_drop", "-o", tmp_path / "p.json").code == 0  # fmt: skip
+    assert spd("plan", tmp_path / "p.json", "--drop", 3, "-o", tmp_path / "plan.json", "--device", "cpu").code == 0
+    arguments = ("recover", tmp_path / "plan.json", *given, "--max-samples", 34, "--verify-samples", 6,
+                 "--batch-size", 4, "--tau1", 0, "--tau2", 0, "--methods", "compensation,distillation",
+                 "--steps", 30, "--final-steps", 10)  # fmt: skip
+    assert spd(*arguments, "-o", tmp_path / "one").code == 0
+    done = torchrun(2, "-m", "spd_calib", *arguments, "-o", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("verified on other text") == 1 and not list(tmp_path.glob("*.partial"))
+
+    one, two = (json.loads((tmp_path / name / "recovery.json").read_text()) for name in ("one", "two"))
+    assert [a["kept"] for a in one["attempts"]] == [a["kept"] for a in two["attempts"]]
+    assert any(a["kept"] and a["treatment"] == "distillation" for a in one["attempts"])
+    for a, b in zip(one["attempts"], two["attempts"], strict=True):
+        assert a["kl_after"] == pytest.approx(b["kl_after"], rel=0.02)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
+    dense = {n: t for f in (folder / "llama").glob("*.safetensors") for n, t in load_file(f).items()}
+    moved = [{n: t - dense[n] for n, t in w.items()} for w in weights]
+    difference = sum((moved[0][n] - moved[1][n]).square().sum() for n in dense).sqrt()
+    assert difference < 0.1 * sum(m.square().sum() for m in moved[0].values()).sqrt()

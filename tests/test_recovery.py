@@ -269,6 +269,23 @@ def extreme(model: PlannedModel) -> dict:
     return dict.fromkeys(model.students, "extremely sensitive")
 
 
+def test_replicas_share_every_batch() -> None:
+    """Five sequences in batches of three, two replicas: rows 0 and 2 | 1 of the first, 0 | 1 of the second."""
+    from types import SimpleNamespace
+
+    model = PlannedModel(tiny.build("llama"), 4, [DROP] * 4, [KEEP] * 4)
+    sequences = [t.tolist()[: 8 + i] for i, t in enumerate(tiny.tokens(5, 16))]
+    whole = Feed(model, sequences, 3)
+    shares = [Feed(model, sequences, 3, SimpleNamespace(ranks=[r], size=2)) for r in (0, 1)]
+    for number, rows in enumerate([([0, 2], [1]), ([0], [1])]):
+        for share, own in zip(shares, rows, strict=True):
+            batch = share.batches[number]
+            torch.testing.assert_close(batch.dense, whole.batches[number].dense[own])
+            assert torch.equal(batch.mask, whole.batches[number].mask[own])
+    alone = Feed(model, sequences[:4], 3, SimpleNamespace(ranks=[1], size=2)).batches[1]
+    assert len(alone.dense) == 1 and not alone.mask.any()  # no row is left for it
+
+
 def test_recovery_makes_the_whole_plan_better_and_only_keeps_what_does() -> None:
     model = planned("opt", tp=4, layers=2)
     schedule = Schedule(steps=15, check_every=5)

@@ -54,14 +54,16 @@ def recover(
 ) -> None:
     """Regroup, compensate and distil the blocks a plan drops. Whatever does not make the whole plan better is refused.
 
-    A run that was killed goes on when the same command is given again.
+    A run that was killed goes on when the same command is given again. Under torchrun, processes train together.
     """
     from spd_calib.errors import InputError
     from spd_calib.formats.files import dumps, read, sha256_of
     from spd_calib.formats.plan import Plan
     from spd_calib.models.load import load_dense
+    from spd_calib.parallel.comm import Distributed
+    from spd_calib.parallel.distributed import local_device
     from spd_calib.parallel.session import open_session
-    from spd_calib.ranks import world_size
+    from spd_calib.ranks import is_main_rank, world_size
     from spd_calib.recovery import checkpoint, treatment
     from spd_calib.recovery.distillation import Schedule
     from spd_calib.recovery.journal import Journal
@@ -73,17 +75,15 @@ def recover(
     from .shared import load_text_for
     from .terminal import print_json, say, table, working
 
-    if world_size() > 1:
-        raise InputError("recover runs in one process, its ranks simulated; start it without torchrun.")
     chosen = tuple(dict.fromkeys(m.strip() for m in methods.split(",") if m.strip()))
     if not chosen or (wrong := [m for m in chosen if m not in METHODS]):
         raise InputError(f"--methods {wrong[0] if chosen else methods!r} is none of {', '.join(METHODS)}.")
     planned = read(Plan, plan)
     block_tiers, said = treatment.tiers_of(planned, tau1, tau2)
     checkpoint.check_output(output)
-    device, dtype = resolve_device(device), check_dtype(dtype or planned.provenance.dtype)
-    used = planned.verified.text
-    session = open_session(resolve_model(planned.model.id), planned.tensor_parallel.size, planned.model)
+    dtype, used = check_dtype(dtype or planned.provenance.dtype), planned.verified.text
+    session = open_session(resolve_model(planned.model.id), planned.tensor_parallel.size, planned.model, replicas=True)
+    device = local_device(resolve_device(device))
     text = load_text_for(
         session, data, seq_len or used.seq_len, min_len or (used.min_len if seq_len is None else None),
         max_samples, verify_samples, pack or used.pack,
@@ -107,7 +107,12 @@ def recover(
            "tiers": repr(block_tiers)}  # fmt: skip
     journal = Journal(output.absolute().parent / f"{output.name}.partial", run)
     with working("recover", None) as work:
-        report = treat(model, fitting, held_out, block_tiers, options, journal, work.step)
+        report = treat(
+            model, fitting, held_out, block_tiers, options, journal, work.step,
+            Distributed() if world_size() > 1 else None,
+        )  # fmt: skip
+        if not is_main_rank():
+            return
         checkpoint.round_to_storage(model, checkpoint.storage_dtype(session.config))
         verified = HeldOut(model, text.verification, batch_size).measure()
         judgement = HeldOut(model, held_out, batch_size).measure()

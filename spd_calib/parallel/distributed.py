@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,16 +21,18 @@ from spd_calib.ranks import rank, world_size
 
 from .comm import Distributed
 
+WAIT = timedelta(hours=24)  # for work that one rank does for all; of a rank that fails the others hear otherwise
 _store: dist.Store | None = None
+T = TypeVar("T")
 
 
-def start(tp: int) -> Distributed:
-    """Join the process group, unless this process has; its ranks are the `tp` ranks of a model.
+def start(tp: int | None) -> Distributed:
+    """Join the process group, unless this process has; its ranks are the `tp` ranks of a model, or with None replicas.
 
     gloo between CPUs and NCCL between GPUs; ranks that have to share a GPU use gloo there, too. Raises InputError
     where torchrun started another number of ranks than `tp`.
     """
-    if tp != world_size():
+    if tp not in (None, world_size()):
         raise InputError(
             f"torchrun started {world_size()} ranks, but TP is {tp}; run it with --nproc-per-node {tp}, or without "
             "torchrun to simulate the ranks."
@@ -42,7 +44,7 @@ def start(tp: int) -> Distributed:
         if gpus:
             torch.cuda.set_device(_local_rank() % gpus)
         backends = f"cpu:gloo,cuda:{backend('cuda')}" if gpus else "gloo"
-        dist.init_process_group(backends, store=_rendezvous(), rank=rank(), world_size=tp)
+        dist.init_process_group(backends, store=_rendezvous(), rank=rank(), world_size=world_size(), timeout=WAIT)
         _watch_the_others()
     return Distributed()
 
@@ -66,11 +68,13 @@ def local_device(device: str) -> str:
     return f"cuda:{_local_rank() % torch.cuda.device_count()}"
 
 
-def from_main_rank(text: str | None) -> str:
-    """The main rank's `text`, on every rank."""
-    box = [text]
+def from_main_rank(value: T) -> T:
+    """The main rank's `value`, on every rank: what another one gives is not looked at."""
+    if world_size() == 1:
+        return value
+    box = [value]
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-    return str(box[0])
+    return box[0]
 
 
 def speak_once(message: str) -> None:

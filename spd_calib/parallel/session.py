@@ -57,14 +57,16 @@ class Session:
         return TensorParallelLM(model, comm, sharded=True)
 
 
-def open_session(model: str, tp: int, expected: ModelRef | None = None) -> Session:
+def open_session(model: str, tp: int, expected: ModelRef | None = None, replicas: bool = False) -> Session:
     """Find MODEL (a folder or a hub id) for `tp` ranks. `expected` is the reference that a file holds.
+
+    With `replicas` the processes that torchrun started are no ranks: each simulates them all.
 
     Raises InputError for a model whose form is not supported, that `tp` does not divide, or that is not the one
     expected, and under torchrun for another `tp` than it has ranks.
     """
     if world_size() > 1:
-        distributed.start(tp)
+        distributed.start(None if replicas else tp)
     source = locate(model, expected.revision if expected else None)
     config = read_config(source)
     check_config(config, tp)
@@ -77,10 +79,9 @@ def open_session(model: str, tp: int, expected: ModelRef | None = None) -> Sessi
 
 def _ref(source: Source, config: Any) -> ModelRef:
     """The model's reference; of many ranks one reads the weights to fingerprint them."""
-    if world_size() == 1:
-        return model_ref(source, config)
-    text = model_ref(source, config).model_dump_json() if is_main_rank() else None
-    return ModelRef.model_validate_json(distributed.from_main_rank(text))
+    ref = distributed.from_main_rank(model_ref(source, config) if is_main_rank() else None)
+    assert ref is not None
+    return ref
 
 
 def check_same_model(expected: ModelRef, found: ModelRef) -> None:

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .planned import Batch, Feed, PlannedModel, Student
+from spd_calib.parallel.comm import Comm
+
+from .planned import Batch, Feed, Student
 
 Save = Callable[[dict[str, Tensor]], None]
+Loss = Callable[[Batch], Tensor]  # [2]: the sum over this replica's tokens, and their number
 Tick = Callable[[str], None]
 
 
@@ -54,26 +57,28 @@ def distil_block(
     index = student.block.index
     with torch.no_grad():
         targets = {id(b): feed.dense_output(b) for b in (*train, *kept)}
-        size = sum((targets[id(b)] - b.dense)[b.mask].square().sum().item() for b in kept)
-        scale = sum(int(b.mask.sum()) for b in kept) / max(size, 1e-30)  # the error is a share of what the block adds
+        added = [_total((targets[id(b)] - b.dense)[b.mask].square().sum(-1)) for b in kept]
+        size, tokens = feed.replicas.all_reduce([sum(added, torch.zeros(2, device=added[0].device))]).tolist()
+        scale = tokens / max(size, 1e-30)  # the error is a share of what the block adds
 
     def loss(batch: Batch) -> Tensor:
         y = student.block(feed.inputs(batch, own), **batch.kwargs[index])
         whole = y.shared if y.debt is None else y.shared + sum(y.debt)  # a deferred MLP is settled later, in full
         difference = (whole - targets[id(batch)])[batch.mask]
-        return difference.square().sum(-1).mean() * scale
+        return _total(difference.square().sum(-1) * scale)
 
-    return _train([student], loss, train, kept, schedule, saved, save, tick)
+    return _train([student], feed.replicas, loss, train, kept, schedule, saved, save, tick)
 
 
 def distil_whole(
-    model: PlannedModel, students: Sequence[Student], train: Sequence[Batch], kept: Sequence[Batch], schedule: Schedule,
+    feed: Feed, students: Sequence[Student], train: Sequence[Batch], kept: Sequence[Batch], schedule: Schedule,
     saved: dict[str, Tensor] | None = None, save: Save | None = None, tick: Tick = lambda note: None,
 ) -> Outcome:  # fmt: skip
     """Train `students`, which stand in the plan, together on the KL of the whole plan.
 
-    The batches come from a Feed that has not moved yet.
+    The batches are of `feed`, which has not moved yet.
     """
+    model = feed.model
 
     def loss(batch: Batch) -> Tensor:
         s = batch.planned
@@ -82,13 +87,13 @@ def distil_whole(
         with torch.no_grad():
             log_p = model.lm.head(batch.final)[batch.mask].float().log_softmax(-1)
         log_q = model.logits(model.lm.final_norm(s))[batch.mask].float().log_softmax(-1)
-        return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        return _total((log_p.exp() * (log_p - log_q)).sum(-1))
 
-    return _train(students, loss, train, kept, schedule, saved, save, tick)
+    return _train(students, feed.replicas, loss, train, kept, schedule, saved, save, tick)
 
 
 def _train(
-    students: Sequence[Student], loss: Callable[[Batch], Tensor], train: Sequence[Batch], kept: Sequence[Batch],
+    students: Sequence[Student], replicas: Comm, loss: Loss, train: Sequence[Batch], kept: Sequence[Batch],
     schedule: Schedule, saved: dict[str, Tensor] | None, save: Save | None, tick: Tick,
 ) -> Outcome:  # fmt: skip
     parameters = [p for s in students for p in trainable(s)]
@@ -97,7 +102,7 @@ def _train(
     ]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=schedule.weight_decay)
     with torch.enable_grad():
-        error = _error(loss, kept)
+        error = _error(replicas, loss, kept)
         before, best, best_at, first = error, error, 0.0, 0.0
         best_values = [p.detach().clone() for p in parameters]
         if saved is not None:
@@ -111,13 +116,15 @@ def _train(
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * schedule.at(step)
             optimizer.zero_grad(set_to_none=True)
-            value = loss(train[_pick(step, len(train), schedule.seed)])
-            value.backward()
+            value, tokens = loss(train[_pick(step, len(train), schedule.seed)])
+            (value / replicas.all_reduce([tokens.detach()])).backward()
+            for p in parameters:
+                p.grad = replicas.all_reduce([torch.zeros_like(p) if p.grad is None else p.grad])
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             step += 1
             if step % schedule.check_every == 0 or step == schedule.steps:
-                error = _error(loss, kept)
+                error = _error(replicas, loss, kept)
                 if error < best:
                     best, best_at, best_values = error, step, [p.detach().clone() for p in parameters]
                 tick(f"step {step}: error {error:.4f}, at best {best:.4f}")
@@ -136,9 +143,14 @@ def trainable(student: Student) -> list[nn.Parameter]:
     return [*student.layer.parameters(), *predictors]
 
 
+def _total(of_tokens: Tensor) -> Tensor:
+    return torch.stack([of_tokens.sum(), torch.tensor(float(len(of_tokens)), device=of_tokens.device)])
+
+
 @torch.no_grad()
-def _error(loss: Callable[[Batch], Tensor], kept: Sequence[Batch]) -> float:
-    return sum(loss(b).item() for b in kept) / len(kept)
+def _error(replicas: Comm, loss: Loss, kept: Sequence[Batch]) -> float:
+    sums, tokens = replicas.all_reduce([torch.stack([loss(b) for b in kept])]).unbind(1)
+    return (sums / tokens).mean().item()
 
 
 def _pick(step: int, n: int, seed: int) -> int:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from spd_calib.formats.common import Strategy
 from spd_calib.models.architecture import HeadCounts, find_decoder, layer_parts
 from spd_calib.parallel.block import Block
+from spd_calib.parallel.comm import Comm, Simulated
 from spd_calib.parallel.compensation import Compensation
 from spd_calib.parallel.model import Recording, TensorParallelLM
 from spd_calib.parallel.streams import Streams
@@ -188,13 +189,23 @@ class Batch:
 class Feed:
     """What enters one block after the other, in the dense and in the planned model; moves on block by block.
 
-    Holds 3 hidden states a token (4 while a block is distilled), whatever the number of blocks.
+    Holds 3 hidden states a token (4 while a block is distilled), whatever the number of blocks. Of several `replicas`
+    each holds its share of every batch: every so-manieth row, or, where none is left for it, a row without a token.
     """
 
-    def __init__(self, model: PlannedModel, sequences: Sequence[Sequence[int]], batch_size: int = 8):
+    def __init__(
+        self,
+        model: PlannedModel,
+        sequences: Sequence[Sequence[int]],
+        batch_size: int = 8,
+        replicas: Comm | None = None,
+    ):
         self.model, self.index = model, 0
+        self.replicas = replicas or Simulated(1)
         self.batches: list[Batch] = []
-        for input_ids, lengths in batches(sequences, batch_size, model.lm.device):
+        for all_ids, all_lengths in batches(sequences, batch_size, model.lm.device):
+            rows = list(range(self.replicas.ranks[0], len(all_lengths), self.replicas.size))
+            input_ids, lengths = all_ids[rows or [0]], [all_lengths[row] for row in rows] or [0]
             recording = model.lm.record(input_ids)
             mask = torch.arange(input_ids.shape[1], device=input_ids.device) < torch.tensor(lengths)[:, None].to(
                 input_ids.device

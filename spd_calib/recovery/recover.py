@@ -7,22 +7,25 @@ than the standard error of that fall. Everything tried stands in the report.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 from torch import Tensor
 
 from spd_calib.errors import InputError
 from spd_calib.formats.common import Strategy
+from spd_calib.parallel.comm import Comm, Simulated
+from spd_calib.parallel.distributed import from_main_rank
 from spd_calib.sensitivity.tiers import Tier
 
 from . import compensation, grouping
-from .distillation import Outcome, Schedule, distil_block, distil_whole
+from .distillation import Outcome, Save, Schedule, distil_block, distil_whole
 from .moments import Moments, moments
 from .permute import entries
 from .planned import Batch, Feed, HeldOut, PlannedModel, Student, fall
 from .report import Attempt, Report
 
 Method = Literal["grouping", "compensation", "distillation"]
+T = TypeVar("T")
 METHODS: tuple[Method, ...] = ("grouping", "compensation", "distillation")
 GROUPING_BATCHES = 8  # neurons are placed by as much of the text; predictors are fitted on all of it
 
@@ -66,10 +69,12 @@ def recover(
     options: Options,
     keeper: Keeper | None = None,
     tick: Callable[[str], None] = lambda note: None,
+    replicas: Comm | None = None,
 ) -> Report:
     """Treat the dropped blocks of `model` by tier; its students are what was kept.
 
-    Fitted on `fitting` (the last eighth chooses ridges, heads and when training stops), judged on `held_out`.
+    Fitted on `fitting` (the last eighth chooses ridges, heads and when training stops), judged on `held_out`. Several
+    `replicas`, each with a model of its own, train together; the rest the main one does, and only its report counts.
     """
     if not model.students:
         raise InputError("The plan drops nothing, so there is nothing to recover; plan with a larger budget.")
@@ -78,16 +83,18 @@ def recover(
             f"{len(fitting)} sequences to fit on and {len(held_out)} to judge by are too few to recover with (8 and 2 "
             "at least); give more text, or lower --seq-len or --min-len."
         )
-    return _Recovery(model, fitting, held_out, block_tiers, options, keeper or Forgetful(), tick).run()
+    return _Recovery(model, fitting, held_out, block_tiers, options, keeper or Forgetful(), tick, replicas).run()
 
 
 class _Recovery:
-    def __init__(self, model, fitting, held_out, block_tiers, options: Options, keeper: Keeper, tick):
+    def __init__(self, model, fitting, held_out, block_tiers, options: Options, keeper: Keeper, tick, replicas):
         self.model: PlannedModel = model
         self.fitting, self.options, self.keeper, self.tick = fitting, options, keeper, tick
-        self.held = HeldOut(model, held_out, options.batch_size)
+        self.replicas: Comm = replicas or Simulated(1)
+        self.is_main = self.replicas.ranks[0] == 0
+        self.held = HeldOut(model, held_out if self.is_main else [], options.batch_size)
         self.tally = self.held.measure()
-        self.report = Report(dict(block_tiers), self.tally.kl())
+        self.report = Report(dict(block_tiers), self.tally.kl() if self.is_main else 0.0)
         self.metrics: list[Tensor] | None = None
 
     def run(self) -> Report:
@@ -97,25 +104,33 @@ class _Recovery:
             if s.block.attention_strategy == Strategy.BLOCK_DROP and self.report.tiers.get(i) != "insensitive"
         ]
         methods = self.options.methods
-        if "grouping" in methods or "compensation" in methods:
-            feed = self._feed()
+        if self.is_main and ("grouping" in methods or "compensation" in methods):
+            feed = self._feed(Simulated(1))
             if "grouping" in methods and self.options.fisher and not feed_too_large(feed):
                 self.metrics = grouping.fisher(feed, self._split(feed)[0][:GROUPING_BATCHES], self.options.seed)
             for block in blocks:
                 feed.move_to(block)
                 self._closed_form(block, feed)
+        self._share(blocks)
         if "distillation" in methods:
-            feed = self._feed()
+            feed = self._feed(self.replicas)
             for block in blocks:
                 feed.move_to(block)
                 self._distil(block, feed)
             if blocks:
                 self._distil_together(blocks)
-        self.report.kl = self.tally.kl()
+        self.report.kl = self.tally.kl() if self.is_main else 0.0
         return self.report
 
-    def _feed(self) -> Feed:
-        return Feed(self.model, self.fitting, min(self.options.batch_size, max(1, len(self.fitting) // 8)))
+    def _feed(self, replicas: Comm) -> Feed:
+        return Feed(self.model, self.fitting, min(self.options.batch_size, max(1, len(self.fitting) // 8)), replicas)
+
+    def _share(self, blocks: Sequence[int]) -> None:
+        """What the main replica made of the blocks, on all."""
+        for block in blocks if self.replicas.size > 1 else ():
+            state = self._agreed(self.model.students[block].state)
+            if not self.is_main and state is not None:
+                self._take(block, state)
 
     def _split(self, feed: Feed) -> tuple[list[Batch], list[Batch]]:
         """Batches to fit on, and the last eighth to choose by."""
@@ -129,7 +144,7 @@ class _Recovery:
         group = "grouping" in methods and (extreme or "distillation" not in methods)
         train, kept = self._split(feed)
         name = f"closed-form-{block}"
-        if self._resume(name):
+        if self._resume(self.keeper.load(name)):
             return
         fitted = held = None
         untreated = self.model.student_of(block)  # the moments are of its order of heads
@@ -188,36 +203,38 @@ class _Recovery:
 
     def _distil(self, block: int, feed: Feed) -> None:
         name = f"distilled-{block}"
-        if self._resume(name):
+        if self._resume(self._agreed(lambda: self.keeper.load(name))):
             return
         started = time.monotonic()
         student = self.model.student_of(block)
         train, kept = self._split(feed)
-        saved = self.keeper.load("training-" + name)
+        saved = self._agreed(lambda: self.keeper.load("training-" + name))
         outcome = distil_block(
             student, feed, train, kept, self.options.own_inputs, self.options.block_schedule, saved and saved[0],
-            lambda tensors: self.keeper.save("training-" + name, tensors, {}),
+            self._saving(name),
             lambda note: self.tick(f"distilling block {block}, {note}"),
         )  # fmt: skip
-        self._try(student, "distillation", started, _outcome(outcome))
+        before = self.model.put(student)
+        if not self._agreed(lambda: self._judge(block, "distillation", started, _outcome(outcome))):
+            self.model.put(before)
         self._keep(name, block)
 
     def _distil_together(self, blocks: Sequence[int]) -> None:
         name = "distilled-together"
-        if self._resume(name, blocks):
+        if self._resume(self._agreed(lambda: self.keeper.load(name))):
             return
         started = time.monotonic()
-        feed = self._feed()
+        feed = self._feed(self.replicas)
         train, kept = self._split(feed)
         before = {b: self.model.put(self.model.student_of(b)) for b in blocks}
         students = [self.model.students[b] for b in blocks]
-        saved = self.keeper.load("training-" + name)
+        saved = self._agreed(lambda: self.keeper.load("training-" + name))
         outcome = distil_whole(
-            self.model, students, train, kept, self.options.whole_schedule, saved and saved[0],
-            lambda tensors: self.keeper.save("training-" + name, tensors, {}),
+            feed, students, train, kept, self.options.whole_schedule, saved and saved[0],
+            self._saving(name),
             lambda note: self.tick(f"distilling all treated blocks together, {note}"),
         )  # fmt: skip
-        if not self._judge(None, "distillation end to end", started, _outcome(outcome)):
+        if not self._agreed(lambda: self._judge(None, "distillation end to end", started, _outcome(outcome))):
             for student in before.values():
                 self.model.put(student)
         self._keep(name, *blocks)
@@ -245,13 +262,23 @@ class _Recovery:
             self.tally = tally
         return kept
 
+    def _saving(self, name: str) -> Save | None:
+        """Where a training leaves its state: the main replica's is all replicas'."""
+        return (lambda tensors: self.keeper.save("training-" + name, tensors, {})) if self.is_main else None
+
+    def _agreed(self, of_main: Callable[[], T]) -> T | None:
+        """What the main replica finds, on all."""
+        return from_main_rank(of_main() if self.is_main else None)
+
     def _keep(self, name: str, *blocks: int) -> None:
+        if not self.is_main:
+            return
         tensors = {f"{b}/{n}": t for b in blocks for n, t in self.model.students[b].state().items()}
         self.keeper.save(name, tensors, {"attempts": [asdict(a) for a in self.report.attempts]})
 
-    def _resume(self, name: str, blocks: Sequence[int] | None = None) -> bool:
+    def _resume(self, saved: tuple[dict[str, Tensor], dict] | None) -> bool:
         """Take over what an interrupted run had finished."""
-        if (saved := self.keeper.load(name)) is None:
+        if saved is None:
             return False
         tensors, note = saved
         by_block: dict[int, dict[str, Tensor]] = {}
@@ -259,12 +286,15 @@ class _Recovery:
             index, _, rest = key.partition("/")
             by_block.setdefault(int(index), {})[rest] = tensor
         for block, state in by_block.items():
-            student = self.model.student_of(block)
-            student.load(state)
-            self.model.put(student)
+            self._take(block, state)
         self.report.attempts = [Attempt(**a) for a in note["attempts"]]
         self.tally = self.held.measure()
         return True
+
+    def _take(self, block: int, state: dict[str, Tensor]) -> None:
+        student = self.model.student_of(block)
+        student.load(state)
+        self.model.put(student)
 
 
 def feed_too_large(feed: Feed) -> bool:

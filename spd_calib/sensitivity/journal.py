@@ -15,7 +15,7 @@ from typing import Any
 
 from spd_calib.errors import InputError
 from spd_calib.parallel.distributed import from_main_rank
-from spd_calib.ranks import is_main_rank, world_size
+from spd_calib.ranks import is_main_rank
 
 Key = Sequence[int | str]
 
@@ -30,9 +30,7 @@ class Journal:
     def __init__(self, path: Path, run: dict[str, Any]):
         self.path, self.run = path, json.loads(json.dumps(run))
         self._file: int | None = None
-        text = self._open() if is_main_rank() else None
-        if world_size() > 1:
-            text = from_main_rank(text)
+        text = from_main_rank(self._open() if is_main_rank() else None)
         self._finished: dict[str, Any] = {}
         self._whole = self._read(text or "")
 
