@@ -104,14 +104,16 @@ def spd_calib(words: list[str], spd) -> None:
     if command == "lm-eval":
         words = [*words, "--include_path", str(tasks_dir()), "--limit", "2"]
         words[words.index("--tasks") + 1] = "spd_demo_who"
-    for folder in ("recovered", "recovered.partial"):
-        shutil.rmtree(folder, ignore_errors=True)
+    if command == "recover":
+        for folder in ("recovered", "recovered.partial"):
+            shutil.rmtree(folder, ignore_errors=True)
     done = spd(*words[1:], *SMALLER.get(command, "").split())
     assert done.code == 0, done.err
 
 
 def torchrun(words: list[str], spd) -> None:
     command = words[words.index("spd_calib") + 1]
+    shutil.rmtree("recovered", ignore_errors=True)
     words = [sys.executable, "-m", "torch.distributed.run", *words[1:], *SMALLER.get(command, "").split()]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
     done = subprocess.run([*words, "--device", "cpu"], env=environment, capture_output=True, text=True, timeout=300)
