@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from spd_calib.errors import InputError
 from spd_calib.formats.plan import Plan
 from spd_calib.formats.results import TaskResult
+from spd_calib.parallel.finite import refusing_not_finite
 from spd_calib.parallel.model import TensorParallelLM
 
 from .tasks import load_tasks, quiet, running, seeded, watching_truncation
@@ -41,9 +42,11 @@ class TaskSuite:
     InputError for tasks that cannot be found, reached or run: see `load_tasks`.
     """
 
-    def __init__(self, tasks: Sequence[str], include_path: Path | None, limit: int | None, seed: int):
+    def __init__(
+        self, tasks: Sequence[str], include_path: Path | None, limit: int | None, seed: int, half: int | None = None
+    ):
         self.limit, self.seed, self.truncated = limit, seed, False
-        self.loaded = load_tasks(tasks, include_path, limit, seed)
+        self.loaded = load_tasks(tasks, include_path, limit, seed, half)
         self.requests = sum(i.repeats for task in self.loaded["tasks"].values() for i in task.instances)
 
     def run(
@@ -68,7 +71,8 @@ class TaskSuite:
             for instance in task.instances:
                 instance.resps, instance.filtered_resps = [], {}
         tasks = list(self.loaded["tasks"])
-        with running(tasks), quiet(step), seeded(self.seed), watching_truncation() as warnings:
+        numbers = refusing_not_finite(lm)
+        with running(tasks), numbers, quiet(step), seeded(self.seed), watching_truncation() as warnings:
             # log-probabilities in float32 whatever the model's dtype: rounded to bfloat16, answers would tie by chance
             model = HFLM(pretrained=lm.model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
             found: Any = lm_eval(model, self.loaded, limit=self.limit, bootstrap_iters=0, log_samples=True)

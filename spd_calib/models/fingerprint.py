@@ -9,6 +9,8 @@ from pathlib import Path
 
 from spd_calib.errors import InputError
 
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
 
 def safetensors_files(folder: Path) -> list[Path]:
     """The weight files of a checkpoint. Raises InputError where there are none, only pickles, or some are missing."""
@@ -39,7 +41,7 @@ def weight_fingerprint(folder: Path) -> str:
         try:
             with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 digests += _tensor_digests(memoryview(data))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise InputError(
                 f"{path} is not a whole safetensors file, it may be cut off; fetch the model again."
             ) from None
@@ -50,8 +52,8 @@ def _tensor_digests(data: memoryview) -> list[str]:
     """One digest a tensor of a safetensors file: 8 bytes header length, JSON header, then the bytes."""
     try:
         header_end = 8 + int.from_bytes(data[:8], "little")
-        if header_end > len(data):
-            raise ValueError("header beyond the end of the file")
+        if header_end > min(len(data), 8 + MAX_HEADER_BYTES):
+            raise ValueError("header beyond the end of the file, or larger than the format allows")
         header = json.loads(bytes(data[8:header_end]))
         header.pop("__metadata__", None)
 

@@ -1,5 +1,6 @@
 """From MODEL as a user names it to a dense model, its tokenizer and its reference."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from .architecture import HeadCounts, check_divides
 from .fingerprint import config_hash, weight_fingerprint
 from .probe import find_layers
 
+MAX_JSON_BYTES = 256 * 2**20  # the largest tokenizer.json known has 40 MB
+MAX_BLOCKS = 1024  # eight times the deepest model known; a block more is a module more before any weight is read
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -29,17 +32,24 @@ class Source:
 def locate(model: str, revision: str | None = None) -> Source:
     """Find MODEL: a local folder, or a hub id whose files are then fetched (safetensors, configuration, tokenizer).
 
-    Raises InputError where it is neither, or the hub cannot be reached.
+    Raises InputError where it is neither, the hub cannot be reached, or a JSON file in it is too large to be one.
     """
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"{model} holds no config.json; name the folder of a transformers checkpoint.")
-        return Source(model, path, None)
+        return _of_plain_size(Source(model, path, None))
     if path.exists() or model.count("/") > 1 or model.startswith((".", "/", "~")):
         raise InputError(f"There is no model folder {model}; name a local folder or a hub id such as org/name.")
     folder = Path(_fetch(model, revision))
-    return Source(model, folder, folder.name)  # the hub's cache names a snapshot by its commit
+    return _of_plain_size(Source(model, folder, folder.name))  # the hub's cache names a snapshot by its commit
+
+
+def _of_plain_size(source: Source) -> Source:
+    for path in sorted(source.folder.glob("*.json")):
+        if path.is_file() and path.stat().st_size > MAX_JSON_BYTES:
+            raise InputError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB: it is no {path.name}; fetch it again.")
+    return source
 
 
 def _fetch(model: str, revision: str | None) -> str:
@@ -65,12 +75,13 @@ def _fetch(model: str, revision: str | None) -> str:
 
 
 def read_config(source: Source):
-    """The model's configuration. Raises InputError where transformers cannot use it."""
+    """The model's configuration. Raises InputError where transformers cannot use it, or would run or read what the
+    fingerprint does not speak of: code, an adapter, weights under another name."""
     transformers_logging.set_verbosity_error()  # what it warns of here is checked, or no concern of the user's
     transformers_logging.disable_progress_bar()
     try:
         # left out, transformers asks on the terminal, and a "y" there would run what the folder holds
-        return AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     except Exception as e:
         if "trust_remote_code" in str(e):
             raise InputError(
@@ -78,6 +89,24 @@ def read_config(source: Source):
                 "name a model whose architecture is part of transformers."
             ) from None
         raise InputError(f"The configuration of {source.id} cannot be used: {_first_line(e)}.") from None
+    _refuse_what_it_calls_in(source, config)
+    return config
+
+
+def _refuse_what_it_calls_in(source: Source, config) -> None:
+    if (source.folder / "adapter_config.json").exists():  # transformers would load it, or the base model it names
+        raise InputError(f"{source.id} holds an adapter (adapter_config.json); merge it into the weights first.")
+    kernels = [v for k, v in vars(config).items() if "attn_implementation" in k and isinstance(v, str) and "/" in v]
+    if kernels:  # transformers would fetch it from the hub and run it
+        raise InputError(
+            f"The configuration of {source.id} asks for the kernel {kernels[0]}, which is code and never run; "
+            "remove attn_implementation from its config.json."
+        )
+    if getattr(config, "transformers_weights", None):
+        raise InputError(
+            f"The configuration of {source.id} names other weights (transformers_weights) than model.safetensors; "
+            "remove that line, or save the model anew."
+        )
 
 
 def model_ref(source: Source, config) -> ModelRef:
@@ -99,6 +128,11 @@ def check_config(config, tp: int) -> None:
         raise InputError(
             f"This checkpoint is quantised ({method or 'its configuration says so'}), which is not supported; "
             "name the one it was made from, in float32, bfloat16 or float16."
+        )
+    if not 1 <= config.num_hidden_layers <= MAX_BLOCKS:
+        raise InputError(
+            f"Its configuration says num_hidden_layers {config.num_hidden_layers}, and a model that can be used has "
+            f"1 to {MAX_BLOCKS}; fetch the model again."
         )
     try:
         with torch.device("meta"):
@@ -123,13 +157,26 @@ def load_dense(source: Source, config, device: str, dtype: str) -> PreTrainedMod
             local_files_only=True,
             trust_remote_code=False,
         )
-        return model.to(torch.device(device)).eval()  # type: ignore[arg-type]
+        model = model.to(torch.device(device)).eval()  # type: ignore[arg-type]
     except torch.OutOfMemoryError:
         raise InputError(
             f"{source.id} does not fit on {device} in {dtype}; use more ranks or --dtype bfloat16."
         ) from None
     except Exception as e:
         raise InputError(f"The weights of {source.id} cannot be loaded: {_first_line(e)}.") from None
+    for name, weight in model.named_parameters():
+        check_weight(source.id, name, weight)
+    return model
+
+
+@torch.no_grad()
+def check_weight(model: str, name: str, weight: torch.Tensor) -> None:
+    """Raises InputError, naming the block, where a weight holds NaN or Inf: attention may turn them into a plain 0."""
+    if weight.sum().isfinite() or weight.isfinite().all():  # of finite numbers, too, the sum may overflow
+        return
+    block = re.search(r"\.(\d+)\.", name)
+    where = f"block {block[1]}, {name}" if block else name
+    raise InputError(f"The weights of {model} hold NaN or Inf, first in {where}; fetch the model again.")
 
 
 def check_device(device: str) -> None:
@@ -153,4 +200,5 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 
 def _first_line(e: Exception) -> str:
-    return (str(e).strip().splitlines() or [type(e).__name__])[0].rstrip(".")
+    first, *rest = str(e).strip().splitlines() or [type(e).__name__]
+    return (f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first).rstrip(".")

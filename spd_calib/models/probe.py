@@ -91,7 +91,9 @@ def check_block(index: int, layer: nn.Module, parts: LayerParts, hidden: Tensor,
     h = x + parts.attention(hidden_states=parts.norm1(x), **kwargs)[0]
     if _close(computed, h + mlp(parts, parts.norm2(h)), x):
         return
-    if "attention" in seen and _close(seen["attention"], x, torch.zeros_like(x)):
+    if not computed.isfinite().all():
+        cause = "on random input it gives NaN or Inf"
+    elif "attention" in seen and _close(seen["attention"], x, torch.zeros_like(x)):
         cause = "it is a post-norm model, attention reads the residual stream itself"
     elif "norm2" in seen and not _close(seen["norm2"].reshape(h.shape), h, x) and _parallel(seen["norm2"], h - x, x):
         cause = f"its residual branches are scaled (by {_ratio(seen['norm2'].reshape(h.shape) - x, h - x):.3g})"

@@ -16,7 +16,7 @@ from spd_calib.errors import InputError
 
 from .architecture import HeadCounts
 from .fingerprint import safetensors_files
-from .load import DTYPES, Source, check_device
+from .load import DTYPES, Source, check_device, check_weight
 from .probe import find_layers
 from .shard import ALL, RankSlices, linear_slices, vocabulary_slice
 
@@ -80,6 +80,7 @@ class Checkpoint:
     def __init__(self, source: Source, prefix: str):
         self.id, self.prefix = source.id, f"{prefix}."
         self.files: dict[str, Path] = {}
+        self.checked: set[str] = set()
         for path in safetensors_files(source.folder):
             try:
                 with safe_open(path, framework="pt") as f:
@@ -88,7 +89,10 @@ class Checkpoint:
                 raise InputError(f"{path} is not a whole safetensors file; fetch the model again.") from None
 
     def read(self, names: list[str], shape: torch.Size, rows: slice = ALL, columns: slice = ALL) -> Tensor:
-        """A piece of the parameter of these (tied) names, in a memory of its own; `shape` is that of the whole."""
+        """A piece of the parameter of these (tied) names, in a memory of its own; `shape` is that of the whole.
+
+        Raises InputError for NaN or Inf in what is read for the first time.
+        """
         name = self._stored_name(names)
         # opened anew each time: what was read of a file that stays open counts as this process's memory
         with safe_open(self.files[name], framework="pt") as f:
@@ -101,6 +105,9 @@ class Checkpoint:
             if rows != ALL and rows.start == rows.stop:
                 return torch.empty(0, *shape[1:])
             piece = whole[rows] if len(shape) == 1 else whole[rows, columns]
+            if name not in self.checked:
+                check_weight(self.id, name, piece)
+                self.checked.add(name)
             return piece.clone(memory_format=torch.contiguous_format)
 
     def _stored_name(self, names: list[str]) -> str:

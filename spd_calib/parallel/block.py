@@ -39,7 +39,7 @@ class Block(nn.Module):
         self.read_weights: Callable[[int], None] = lambda index: None  # where they are not always in memory
         self.compensation: nn.ModuleList | None = None  # one predictor for each rank of this process
         name = next(n for n, m in parts.attention.named_children() if m is parts.o)
-        self._outs = [getattr(attention, name) for attention in self.attentions]  # each rank's slice of o_proj
+        self.outs = [getattr(attention, name) for attention in self.attentions]  # each rank's slice of o_proj
         self.d_rank = slices[0].q.stop - slices[0].q.start
         self.width = parts.o.out_features
 
@@ -79,7 +79,7 @@ class Block(nn.Module):
         """Each rank's partial sum of the attention [B, T, d] (bias left out), and its head outputs [B, T, d_rank]."""
         self.read_weights(self.index)
         heads: list[Tensor] = []
-        hooks = [out.register_forward_pre_hook(lambda m, args: heads.append(args[0])) for out in self._outs]
+        hooks = [out.register_forward_pre_hook(lambda m, args: heads.append(args[0])) for out in self.outs]
         try:
             inputs = self._inputs(self.norm1, s)
             partials = [attn(hidden_states=u, **kwargs)[0] for attn, u in zip(self.attentions, inputs, strict=True)]

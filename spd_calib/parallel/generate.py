@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from .finite import refusing_not_finite
 from .model import TensorParallelLM
 
 
@@ -22,7 +23,7 @@ def continue_text(
     inputs = tokenizer(prompt, return_tensors="pt").to(lm.device)
     how: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    ids = lm.model.generate(  # type: ignore[operator]
-        inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=new_tokens, pad_token_id=pad, **how
-    )
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    with refusing_not_finite(lm):
+        ids = lm.model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, pad_token_id=pad, **how)  # type: ignore[operator]
     return str(tokenizer.decode(ids[0], skip_special_tokens=True))

@@ -16,6 +16,7 @@ from spd_calib.models.shard import ALL, is_cut, vocabulary_slice
 from .block import Block
 from .comm import Comm, Simulated
 from .compensation import Compensation
+from .finite import first_not_finite, places_of_dense, refuse_not_finite
 from .streams import Streams
 
 KEEP, DROP, PLAIN = Strategy.KEEP_SYNC, Strategy.BLOCK_DROP, Strategy.PLAIN_DROP
@@ -153,7 +154,10 @@ class TensorParallelLM:
 
     @torch.no_grad()
     def record(self, input_ids: Tensor) -> Recording:
-        """Run a batch of token ids [B, T] and keep what enters each block, for `resume` to start from."""
+        """Run a batch of token ids [B, T] and keep what enters each block, for `resume` to start from.
+
+        Raises InputError that names the block where NaN or Inf first appears, if any does.
+        """
         streams: list[Streams] = []
         kwargs: list[dict] = []
 
@@ -170,6 +174,8 @@ class TensorParallelLM:
         finally:
             for hook in hooks:
                 hook.remove()
+        if not final[0].isfinite().all():
+            refuse_not_finite(self, input_ids)
         return Recording(streams, kwargs, final[0])
 
     @torch.no_grad()
@@ -203,6 +209,10 @@ class TensorParallelLM:
         finally:
             for hook in hooks:
                 hook.remove()
+        if not logits.isfinite().all():
+            places = places_of_dense(self.model, self.model.get_output_embeddings(), decoder, parts)
+            where = first_not_finite(lambda: self.model(input_ids=probe, use_cache=False), places, self.model.dtype)
+            raise InputError(where or "The model's logits hold NaN or Inf; fetch it again.")
         for i, (layer, p, (hidden, kwargs)) in enumerate(zip(decoder.layers, parts, entered, strict=True)):
             check_block(i, layer, p, hidden, kwargs)
         return logits

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spd_calib.formats.common import Strategy
 from spd_calib.formats.profile import Baseline, Comparison, Point, SyncPoint
+from spd_calib.parallel.finite import refuse_not_finite
 from spd_calib.parallel.model import Recording, TensorParallelLM
 
 from .journal import Journal, once
@@ -76,7 +77,7 @@ def measure(
     further batches, and has fewer `sequences`. Leaves every sync point kept.
 
     `dense` is what everything is compared with where that is not `lm` with every sync point kept: the model that a
-    recovered one was made from. Both have the same head.
+    recovered one was made from. Both have the same head. Raises InputError, naming the block, for NaN or Inf.
     """
     dense = dense or lm
     unplanned, tallies = Tally(), [Tally() for _ in experiments]
@@ -88,11 +89,14 @@ def measure(
             wanted = [experiments[i] for i in sorted(active) if seen[i] == number]
             batch = (_Together if lm.streamed else _Batch)(lm, dense, input_ids, lengths, wanted)
             if first_pass:
-                unplanned.add(Tally.of_state(once(journal, (number, "dense"), batch.dense)))
+                found = Tally.of_state(once(journal, (number, "dense"), batch.dense))
+                _check_finite(found, dense, input_ids)
+                unplanned.add(found)
             for i in sorted(active):
                 if seen[i] == number:
-                    found = once(journal, (number, i), partial(batch.planned, experiments[i]))
-                    tallies[i].add(Tally.of_state(found))
+                    found = Tally.of_state(once(journal, (number, i), partial(batch.planned, experiments[i])))
+                    _check_finite(found, lm, input_ids, experiments[i])
+                    tallies[i].add(found)
                     seen[i] += 1
                     tick(i, tallies[i])
             if stopping is not None and first_pass:
@@ -100,6 +104,15 @@ def measure(
         active = set() if stopping is None else stopping.wanting(tallies, count)
         first_pass = False
     return unplanned.baseline(), [tally.comparison() for tally in tallies]
+
+
+def _check_finite(tally: Tally, lm: TensorParallelLM, input_ids: Tensor, experiment: Experiment | None = None) -> None:
+    """Raises InputError that names the block where NaN or Inf first appears, if `tally` of these tokens holds any."""
+    if not tally.finite():
+        lm.keep_all()
+        if experiment is not None:
+            lm.set_strategies(experiment.attention, experiment.mlp)
+        refuse_not_finite(lm, input_ids)
 
 
 class _Batch:

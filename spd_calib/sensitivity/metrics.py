@@ -68,6 +68,10 @@ class Tally:
         sums = [torch.tensor(row, dtype=torch.float64) for row in state["sums"]]
         return cls(sums, list(state["tokens"]), state["max_abs_logprob_diff"])
 
+    def finite(self) -> bool:
+        """Is every sum a number? NaN or Inf in logits leaves none that is."""
+        return all(bool(row.isfinite().all()) for row in self.sums)
+
     def kl(self) -> float:
         """The KL so far."""
         return self._mean("kl")[0]
