@@ -18,8 +18,14 @@ def plan(
     max_kl: Annotated[str | None, typer.Option(help="Budget: KL(dense || planned), nats per token.")] = None,
     max_ppl_increase: Annotated[str | None, typer.Option(help="Budget: relative, e.g. 1%.")] = None,
     max_accuracy_drop: Annotated[
-        str | None, typer.Option(help="Budget: next-token top-1 accuracy lost, e.g. 1% for one point.")
+        str | None,
+        typer.Option(help="Budget: accuracy lost, e.g. 1% for one point; of next tokens, or of --tasks on average."),
     ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="lm-eval tasks for --max-accuracy-drop: every second document verifies.")
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with further lm-eval tasks.")] = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="Documents a task.")] = None,
     max_logprob_diff: Annotated[
         str | None, typer.Option(help="Budget: largest |delta log p| of any token of the vocabulary, anywhere.")
     ] = None,
@@ -66,7 +72,7 @@ def plan(
     from .latency import latency_models, print_held_against, print_latency, say_ceiling
     from .options import check_dtype, provenance, resolve_device, resolve_model
     from .recovered import find_recovered
-    from .shared import budget_from, reload_text
+    from .shared import budget_from, reload_text, resolve_tasks
     from .terminal import print_json, say, working
 
     measured = read(Profile, profile)
@@ -95,6 +101,14 @@ def plan(
         settled = len(measured.settled)
         needed = models[phase].drops_for(asked.value, settled + len(candidates(measured, asked)))
         budget = asked.model_copy(update={"kind": "drop", "value": float(max(settled, needed))})
+    suites = []
+    if tasks:
+        from spd_calib.evaluation.harness import TaskSuite
+
+        if budget.kind != "max_accuracy_drop":
+            raise InputError("--tasks belongs to --max-accuracy-drop: leave it out, or give that budget.")
+        suites = [TaskSuite(*resolve_tasks(tasks, include_path), limit, made.seed, half) for half in (0, 1)]
+        budget = asked = asked.model_copy(update={"tasks": list(suites[0].loaded["tasks"])})
     check_writable(output)
     session = session or open_session(resolve_model(measured.model.id), measured.tensor_parallel.size, measured.model)
     text = reload_text(session, measured.text, measured.verify_text)
@@ -107,6 +121,7 @@ def plan(
         beside = recovered.predictors_beside(output)
     else:
         lm = session.load(device, dtype, made.seed)
+    losses = [suite.losing(lm, dense or lm, session.tokenizer, batch_size) for suite in suites]
     with working("measure whole plans", None) as work:
         result, choice, compared = make_plan(
             lm,
@@ -122,6 +137,7 @@ def plan(
             recovered.plan if recovered else None,
             dense,
             beside,
+            (losses[0], losses[1]) if losses else None,
         )
     drops = len(result.dropped) + len(result.mlp_dropped)
     result = result.model_copy(update={"budget": asked, "latency": [m.latency(drops) for m in models.values()]})
@@ -197,6 +213,11 @@ def print_plan(result) -> None:
             ],
         ],
     )
+    if result.budget.tasks:
+        lost = [
+            f"{t} {100 * d:+.2f} ± {100 * v.task_accuracy_drop_stderr[t]:.2f}" for t, d in v.task_accuracy_drop.items()
+        ]
+        say("lm-eval accuracy lost on documents not used to choose, points: " + ", ".join(lost))
     n, m, before = len(result.dropped), len(result.mlp_dropped), 2 * len(result.blocks)
     what = f"{n} of {len(result.blocks)} attention all-reduces"
     if m:

@@ -47,6 +47,7 @@ class TaskSuite:
     ):
         self.limit, self.seed, self.truncated = limit, seed, False
         self.loaded = load_tasks(tasks, include_path, limit, seed, half)
+        self.documents = self.loaded.pop("documents") or None
         self.requests = sum(i.repeats for task in self.loaded["tasks"].values() for i in task.instances)
 
     def run(
@@ -75,7 +76,8 @@ class TaskSuite:
         with running(tasks), numbers, quiet(step), seeded(self.seed), watching_truncation() as warnings:
             # log-probabilities in float32 whatever the model's dtype: rounded to bfloat16, answers would tie by chance
             model = HFLM(pretrained=lm.model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
-            found: Any = lm_eval(model, self.loaded, limit=self.limit, bootstrap_iters=0, log_samples=True)
+            which = {"samples": self.documents} if self.documents else {"limit": self.limit}
+            found: Any = lm_eval(model, self.loaded, **which, bootstrap_iters=0, log_samples=True)
         self.truncated = bool(warnings)
         scores: dict[Key, Score] = {}
         for name, task in self.loaded["tasks"].items():
@@ -117,10 +119,38 @@ class TaskSuite:
 
         Raises InputError for a task without one.
         """
+        return {task: score.value for task, score in self._accuracies(lm, tokenizer, batch_size).items()}
+
+    def losing(
+        self, lm: TensorParallelLM, dense: TensorParallelLM, tokenizer: PreTrainedTokenizerBase, batch_size: int
+    ) -> Callable[[], tuple[dict[str, float], dict[str, float]]]:
+        """What tells, by task, the accuracy (as above) that `lm` as it is set at the moment has lost, and its stderr.
+
+        Against `dense` with every sync point kept, which is run once; paired, over documents.
+        """
+        before: dict[str, Score] = {}
+
+        def lost() -> tuple[dict[str, float], dict[str, float]]:
+            planned = self._accuracies(lm, tokenizer, batch_size)
+            if not before:
+                dense.keep_all()
+                before.update(self._accuracies(dense, tokenizer, batch_size))
+            errors: dict[str, float] = {}
+            for task, score in planned.items():
+                if (error := _paired_stderr(before[task], score)) is None:
+                    raise InputError(f"The score of {task} is no mean over documents; leave it out of --tasks.")
+                errors[task] = error
+            return {task: before[task].value - score.value for task, score in planned.items()}, errors
+
+        return lost
+
+    def _accuracies(
+        self, lm: TensorParallelLM, tokenizer: PreTrainedTokenizerBase, batch_size: int
+    ) -> dict[str, Score]:
         scores = self.run(lm, tokenizer, batch_size)
-        accuracy: dict[str, float] = {}
+        accuracy: dict[str, Score] = {}
         for task in self.loaded["tasks"]:
-            better = {metric: s.value for (name, metric), s in scores.items() if name == task and s.higher_is_better}
+            better = {metric: s for (name, metric), s in scores.items() if name == task and s.higher_is_better}
             if not better:
                 raise InputError(f"The task {task} has no accuracy or other score to lose; leave it out of --tasks.")
             accuracy[task] = better.get("acc", next(iter(better.values())))

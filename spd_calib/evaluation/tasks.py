@@ -15,9 +15,12 @@ Step = Callable[[], None]  # called whenever lm-eval is done with a request
 LIST_THEM = "`spd-calib lm-eval ls tasks` lists all, and --include-path DIR adds your own"
 
 
-def load_tasks(names: Sequence[str], include_path: Path | None, limit: int | None, seed: int) -> Any:
+def load_tasks(
+    names: Sequence[str], include_path: Path | None, limit: int | None, seed: int, half: int | None = None
+) -> Any:
     """lm-eval's dictionary of "tasks" and "groups", every task's requests built from its first `limit` documents.
 
+    With `half` 0 or 1 from every second of these; which ones then stands under "documents", by task.
     `names` are lm-eval's: tasks, groups, tags, patterns such as arc_*, or paths of YAML files. The requests are the
     same in every run: the few-shot examples are drawn once, from `seed`. Raises InputError for tasks that cannot be
     found, reached or run.
@@ -29,15 +32,17 @@ def load_tasks(names: Sequence[str], include_path: Path | None, limit: int | Non
         raise InputError(f"A limit of {limit} documents leaves nothing to evaluate; give 1 or more, or none.")
     if include_path is not None and not include_path.is_dir():
         raise InputError(f"There is no folder {include_path} of tasks; name one that holds lm-eval's YAML files.")
-    loaded: dict[str, dict] = {"tasks": {}, "groups": {}}
+    loaded: dict[str, dict] = {"tasks": {}, "groups": {}, "documents": {}}
     with quiet(), seeded(seed):
         manager = _manager(names, include_path)
         for name in _known(names, manager):
             for kind, found in _load(manager, name).items():
-                if kind in loaded:
+                if kind in ("tasks", "groups"):
                     loaded[kind].update(found)
         for name, task in loaded["tasks"].items():
-            _build_requests(name, task, limit, seed)
+            if half is not None:
+                loaded["documents"][name] = list(range(len(task.eval_docs))[:limit][half::2])
+            _build_requests(name, task, limit, seed, loaded["documents"].get(name))
     return loaded
 
 
@@ -79,7 +84,7 @@ def _load(manager: Any, name: str) -> Any:
         raise InputError(f"The task {name} cannot be loaded: {first_line(e)}; mend it or leave it out.") from e
 
 
-def _build_requests(name: str, task: Any, limit: int | None, seed: int) -> None:
+def _build_requests(name: str, task: Any, limit: int | None, seed: int, documents: list[int] | None) -> None:
     """Build a task's requests, for good: lm-eval would draw other few-shot examples each time it is asked."""
     if getattr(task, "UNSAFE_CODE", False):
         raise InputError(
@@ -88,9 +93,11 @@ def _build_requests(name: str, task: Any, limit: int | None, seed: int) -> None:
         )
     if getattr(task, "MULTIMODAL", False):
         raise InputError(f"The task {name} needs images or sound, and the model reads text alone; leave it out.")
+    if documents is not None and len(documents) < 2:
+        raise InputError(f"The task {name} has too few documents to choose by the one half and verify on the other.")
     task.set_fewshot_seed(seed)
     try:
-        task.build_all_requests(limit=limit)
+        task.build_all_requests(limit=None if documents else limit, samples=documents)
     except Exception as e:
         raise InputError(f"The requests of task {name} cannot be built: {first_line(e)}; leave it out.") from e
     task.build_all_requests = lambda **_: None

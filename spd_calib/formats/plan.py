@@ -21,6 +21,10 @@ class Budget(Part):
     )
     tau2: Finite | None = Field(default=None, ge=0)
     strategies: list[Strategy] = Field(min_length=1, description="What the plan was allowed to use")
+    tasks: list[str] = Field(
+        default_factory=list,
+        description="For `max_accuracy_drop`: of these lm-eval tasks, on average; else of next tokens",
+    )
 
 
 class CompensationFile(Part):

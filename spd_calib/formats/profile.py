@@ -37,6 +37,12 @@ class Comparison(Part):
     top1_agreement: Finite = Field(ge=0, le=1)
     top1_agreement_stderr: Finite = Field(ge=0)
     max_abs_logprob_diff: Finite = Field(ge=0)
+    task_accuracy_drop: dict[str, Finite] = Field(
+        default_factory=dict, description="Accuracy lost on lm-eval tasks, where they were run"
+    )
+    task_accuracy_drop_stderr: dict[str, Finite] = Field(
+        default_factory=dict, description="Paired, over documents; where a budget was of these tasks"
+    )
     tokens: int = Field(gt=0)
     sequences: int = Field(gt=0)
 
@@ -48,7 +54,6 @@ class Measurement(Comparison):
     sync_point: SyncPoint = "attention"
     strategy: Strategy
     dropped: list[Count] = Field(min_length=1)
-    task_accuracy_drop: dict[str, Finite] = Field(default_factory=dict)
     stopped_early: bool = Field(default=False, description="Its tier was certain before the text was at its end")
 
 
@@ -196,7 +201,7 @@ class Profile(Part):
             return m.kl
         if metric == "ppl":
             return m.ppl - self.baseline.ppl
-        if isinstance(m, Measurement) and m.task_accuracy_drop:
+        if m.task_accuracy_drop:
             return sum(m.task_accuracy_drop.values()) / len(m.task_accuracy_drop)
         return m.accuracy_drop
 

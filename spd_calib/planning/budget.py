@@ -1,5 +1,7 @@
 """Budgets: what a plan may cost, and what a measured plan does cost."""
 
+import math
+
 from spd_calib.errors import InputError
 from spd_calib.formats.plan import Budget
 from spd_calib.formats.profile import Comparison, Metric
@@ -51,6 +53,8 @@ def blocks(text: str, available: int, what: str = "blocks") -> int:
 
 def cost(budget: Budget, measured: Comparison) -> float:
     """What `measured` spends of the budget, in the budget's own unit; KL for the budgets that have none."""
+    if budget.tasks:
+        return sum(measured.task_accuracy_drop.values()) / len(measured.task_accuracy_drop)
     return {
         "max_ppl_increase": measured.ppl_increase,
         "max_accuracy_drop": measured.accuracy_drop,
@@ -68,7 +72,9 @@ def kept(budget: Budget, measured: Comparison, certain: bool = False) -> bool:
 
 
 def stderr(budget: Budget, measured: Comparison) -> float:
-    """Standard error of `cost` over sequences; of a largest difference there is none."""
+    """Standard error of `cost` over sequences, or documents; of a largest difference there is none."""
+    if budget.tasks:
+        return math.hypot(*measured.task_accuracy_drop_stderr.values()) / len(measured.task_accuracy_drop_stderr)
     return {
         "max_ppl_increase": (1 + measured.ppl_increase) * measured.nll_increase_stderr,
         "max_accuracy_drop": measured.accuracy_drop_stderr,
@@ -82,7 +88,8 @@ def describe(budget: Budget, value: float | None = None) -> str:
     return {
         "max_kl": f"KL {v:.4g}",
         "max_ppl_increase": f"perplexity {100 * v:+.3g} %",
-        "max_accuracy_drop": f"accuracy {-100 * v:+.3g} points",
+        "max_accuracy_drop": f"accuracy {-100 * v:+.3g} points"
+        + (f" on {', '.join(budget.tasks)}" if budget.tasks else ""),
         "max_logprob_diff": f"max |delta log p| {v:.4g}",
         "min_speedup": f"a step {100 * v:.3g} % shorter",
         "drop": f"{v:.0f} sync points dropped",

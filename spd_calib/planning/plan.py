@@ -1,6 +1,7 @@
 """The plan file: what was chosen, why, what was predicted, and what the whole measures on held-out text."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 from spd_calib.formats.common import Provenance, Strategy, TextRef
@@ -12,6 +13,7 @@ from spd_calib.sensitivity.measure import Experiment, Tick, measure
 from .obvious import back_to_front_sets, obvious_sets, paper_order
 from .search import Candidate, Choice, Drops, candidates, choose, tier
 
+TaskLoss = Callable[[], tuple[dict[str, float], dict[str, float]]]  # by task: accuracy lost, and its standard error
 RECOVERY: dict[str, Literal["distillation", "grouping+distillation"]] = {
     "sensitive": "distillation",
     "extremely sensitive": "grouping+distillation",
@@ -32,21 +34,27 @@ def make_plan(
     recovered: Plan | None = None,
     recovered_from: TensorParallelLM | None = None,
     compensation: CompensationFile | None = None,
+    tasks: tuple[TaskLoss, TaskLoss] | None = None,
 ) -> tuple[Plan, Choice, dict[str, Comparison]]:
     """Choose, verify and, where needed, repair. Raises SpdError where the budget cannot be met.
 
     With `compare` the obvious sets of the same size are measured, too, and may be chosen; the third value holds what
     they and the plan cost on the calibration text, by name. Of a profile of a recovered checkpoint: `recovered` is the
     checkpoint's plan, `recovered_from` the dense model it was made from, `compensation` the predictors beside the plan.
+    A budget of lm-eval tasks needs `tasks`: what `lm`, as it is set, loses on documents to choose by, and on others.
     """
 
-    def measured_on(sequences: Sequence[Sequence[int]]):
-        return lambda sets: measure_sets(lm, sets, sequences, batch_size, tick, recovered_from)
+    def measured_on(sequences: Sequence[Sequence[int]], task_loss: TaskLoss | None):
+        def measured(sets: Sequence[Drops]) -> list[Comparison]:
+            found = measure_sets(lm, sets, sequences, batch_size, tick, recovered_from)
+            return found if task_loss is None else list(map(partial(_with_tasks, lm, task_loss), sets, found))
 
-    calibrate = measured_on(calibration)
+        return measured
+
+    calibrate, verify = map(measured_on, (calibration, verification), tasks or (None, None))
     named = Obvious(candidates(profile, budget), calibrate) if compare else None
     obvious = (lambda n: list(named(n).values())) if named else (lambda n: [])
-    choice = choose(profile, budget, calibrate, measured_on(verification), obvious)
+    choice = choose(profile, budget, calibrate, verify, obvious)
     blocks = _blocks(lm.module_paths, profile, budget, choice, recovered)
     mlp_drop = any(b.mlp_strategy != Strategy.KEEP_SYNC for b in blocks)
     plan = Plan(
@@ -75,6 +83,14 @@ def measure_sets(
     """Whole sets of drops against the dense model."""
     experiments = [Experiment.of(drops, lm.num_blocks) for drops in sets]
     return measure(lm, sequences, experiments, batch_size, tick, dense=dense)[1]
+
+
+def _with_tasks(lm: TensorParallelLM, task_loss: TaskLoss, drops: Drops, measured: Comparison) -> Comparison:
+    experiment = Experiment.of(drops, lm.num_blocks)
+    lm.set_strategies(experiment.attention, experiment.mlp)
+    lost, stderr = task_loss()
+    lm.keep_all()
+    return measured.model_copy(update={"task_accuracy_drop": lost, "task_accuracy_drop_stderr": stderr})
 
 
 class Obvious:

@@ -117,7 +117,7 @@ def profile(
             tick(i, None)
         lm.keep_all()
     measurements = [
-        Measurement(**_on_all_text(c, baseline), **t._asdict(), task_accuracy_drop=task_drop)
+        Measurement(**{**_on_all_text(c, baseline), **t._asdict(), "task_accuracy_drop": task_drop})
         for c, t, task_drop in zip(comparisons[: len(plan)], plan, lost, strict=True)
     ]
     alone = comparisons[-1] if nothing else None
