@@ -31,7 +31,8 @@ def write_plan(
     forms = [k and Compensation(kind=k, rank=RANK if k == "low_rank" else 0) for k in kinds] or [None] * len(attention)
     beside = _write_predictors(path, locate(str(folder)).folder, tp, kinds) if any(kinds) else None
     requires = ["mlp_drop"] * ("block_drop" in mlp) + ["compensation"] * any(map(bool, kinds))
-    zeros = dict.fromkeys(set(Verified.model_fields) - {"text", "ppl", "tokens", "sequences"}, 0.0)
+    required = {name for name, field in Verified.model_fields.items() if field.is_required()}
+    zeros = dict.fromkeys(required - {"text", "ppl", "tokens", "sequences"}, 0.0)
     plan = Plan(
         model=model_ref(source, read_config(source)),
         tensor_parallel=TensorParallel(size=tp),

@@ -13,6 +13,8 @@ Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes CUDA 
 BatchSize = Annotated[int, typer.Option(min=1, help="Sequences run at a time.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the file that is written to stdout, too.")]
 DTYPES = ("float32", "bfloat16", "float16")
+MAX_RECIPE_BYTES = 2**20
+WRITTEN = ("output", "pareto", "png")  # options that name what is written
 
 
 def _load_recipe(ctx: typer.Context, value: Path | None) -> Path | None:
@@ -40,17 +42,36 @@ def section(path: Path, command: str, ctx: typer.Context) -> dict[str, Any]:
     values = {str(key).replace("-", "_"): value for key, value in given.items()}
     if unknown := sorted(set(values) - known):
         raise InputError(f"{path}: {command} takes no {unknown[0]!r}; it takes {', '.join(sorted(map(str, known)))}.")
+    for key, value in values.items():
+        _check_value(path, key, value)
     return {k: str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for k, v in values.items()}
+
+
+def _check_value(recipe: Path, key: str, value: Any) -> None:
+    """Refuse what only a person at the command line may ask for: running code, writing somewhere else."""
+    plain = str | int | float | None
+    if not isinstance(value, plain) and not (isinstance(value, list) and all(isinstance(v, plain) for v in value)):
+        raise InputError(f"{recipe}: {key} must be one value, or a list of them.")
+    if key == "include_path" or (key == "tasks" and ("/" in str(value) or ".y" in str(value))):
+        raise InputError(f"{recipe}: task files may hold code, so {key} is taken from the command line alone.")
+    places = [folder.resolve() for folder in (Path(), recipe.parent)]
+    if key in WRITTEN and not any(Path(str(value)).expanduser().resolve().is_relative_to(p) for p in places):
+        raise InputError(
+            f"{recipe}: {key} {value} lies neither below this folder nor below the recipe's; give it on the command "
+            "line instead."
+        )
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
+        if path.stat().st_size > MAX_RECIPE_BYTES:
+            raise InputError(f"{path} is larger than {MAX_RECIPE_BYTES >> 20} MiB: it is no recipe.")
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as e:
         raise InputError(f"The recipe {path} cannot be read: {e.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise InputError(f"The recipe {path} is not valid YAML.") from None
     if not isinstance(recipe, dict) or not all(isinstance(v, dict | None) for v in recipe.values()):
         raise InputError(f"The recipe {path} must hold a section a command, each with its options.")

@@ -111,7 +111,8 @@ def check_writable(path: Path) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with open(path, "rb") as f:  # piece by piece: it may be larger than memory
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def schema(name: str) -> str:

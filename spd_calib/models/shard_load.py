@@ -52,7 +52,7 @@ def load_sharded(source: Source, config: Any, rank: int, tp: int, device: str, d
 def skeleton(source: Source, config: Any, dtype: str) -> PreTrainedModel:
     """The model in eval mode on the meta device: everything but its weights."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype]).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[dtype], trust_remote_code=False).eval()
     if (source.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.folder)
     return model

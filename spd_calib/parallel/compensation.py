@@ -75,7 +75,7 @@ def load_compensation(
     """The predictors a plan names, by block and rank; empty where it names none. Of `ranks` alone, where given: the
     tensors of the others are not read.
 
-    Raises InputError where the file beside the plan is missing, is not the one the plan was written with, or holds
+    Raises InputError where the file beside the plan is missing, lies elsewhere, is not the one the plan was written with, or holds
     other tensors than the plan says.
     """
     if plan.compensation is None:
@@ -83,9 +83,12 @@ def load_compensation(
     path = plan_path.parent / plan.compensation.file
     if not path.is_file():
         raise InputError(f"{plan_path} needs {path.name} beside it, and it is not there; copy both files together.")
-    if sha256_of(path) != plan.compensation.sha256:
-        raise InputError(f"{path} is not the file {plan_path} was written with; run `spd-calib recover` again.")
+    if path.resolve().parent not in (plan_path.parent.resolve(), plan_path.resolve().parent):
+        # the hub's cache links both files to one folder; a link to anywhere else is not followed
+        raise InputError(f"{path} is a link that leaves the folder of {plan_path}; copy the file itself there.")
     try:
+        if sha256_of(path) != plan.compensation.sha256:
+            raise InputError(f"{path} is not the file {plan_path} was written with; run `spd-calib recover` again.")
         with safe_open(path, framework="pt") as file:
             wanted = set(ranks) if ranks is not None else set(range(plan.tensor_parallel.size))
             return _read(plan, plan_path, path, file, wanted)

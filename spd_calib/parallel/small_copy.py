@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from .model import TensorParallelLM
 
 RANKS = 2
+MAX_POSITIONS = 2**17  # where they are learned there is a row of weights for each
 
 
 def check_small_copy(config: Any) -> None:
@@ -20,7 +21,7 @@ def check_small_copy(config: Any) -> None:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(_narrow(config), dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_config(_narrow(config), dtype=torch.float32, trust_remote_code=False).eval()
         with torch.no_grad():
             for parameter in model.parameters():  # transformers leaves biases at zero, where a wrong one would not show
                 parameter.add_(0.05 * torch.randn(parameter.shape))
@@ -43,6 +44,7 @@ def _narrow(config: Any) -> Any:
         "ffn_dim": width,
         "vocab_size": 64,
         "pad_token_id": 0,
+        "max_position_embeddings": min(config.max_position_embeddings, MAX_POSITIONS),
     }.items():
         if hasattr(narrow, name):
             setattr(narrow, name, value)
