@@ -75,8 +75,8 @@ def load_compensation(
     """The predictors a plan names, by block and rank; empty where it names none. Of `ranks` alone, where given: the
     tensors of the others are not read.
 
-    Raises InputError where the file beside the plan is missing, lies elsewhere, is not the one the plan was written with, or holds
-    other tensors than the plan says.
+    Raises InputError where the file beside the plan is missing, lies elsewhere, is not the one the plan was written
+    with, or holds other tensors than the plan says.
     """
     if plan.compensation is None:
         return {}
