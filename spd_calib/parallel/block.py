@@ -1,7 +1,8 @@
 """A decoder block on its ranks. The one definition behind the simulation and the real ranks."""
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -58,22 +59,25 @@ class Block(nn.Module):
         entered = hidden_states if isinstance(hidden_states, Streams) else Streams(hidden_states)
         if kwargs.get("past_key_values") is not None:
             _a_cache_for_each_rank(kwargs["past_key_values"], self.num_blocks, len(self.attentions))
+        s, read = self._after_attention(entered, **kwargs)
+        return self._sync_point(self.mlp_strategy, s, self._fed(read), self.down_bias)
+
+    def _after_attention(self, entered: Streams, **kwargs) -> tuple[Streams, Streams]:
+        """The streams behind the attention's sync point, and what the MLP reads: the same, but under compensation."""
         partials, heads = self.attend(entered, **kwargs)
         s = self._sync_point(self.attention_strategy, entered, partials, self.o_bias)
-        if self.compensation is not None and self.attention_strategy == Strategy.BLOCK_DROP:
-            predicted = [c(z, p) for c, z, p in zip(self.compensation, heads, partials, strict=True)]
-            inputs = self._inputs(self.norm2, defer(entered, predicted, self.o_bias))  # the debt stays the exact one
-        else:
-            inputs = self._inputs(self.norm2, s)
-        return self._sync_point(self.mlp_strategy, s, self._fed(inputs), self.down_bias)
+        if self.compensation is None or self.attention_strategy != Strategy.BLOCK_DROP:
+            return s, s
+        predicted = [c(z, p) for c, z, p in zip(self.compensation, heads, partials, strict=True)]
+        return s, defer(entered, predicted, self.o_bias)  # the debt stays the exact one
 
     def feed(self, s: Streams) -> list[Tensor]:
         """Each rank's partial sum of the MLP [B, T, d] (bias left out), without compensation."""
         self.read_weights(self.index)
-        return self._fed(self._inputs(self.norm2, s))
+        return self._fed(s)
 
-    def _fed(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        return [mlp(u) for mlp, u in zip(self.mlps, inputs, strict=True)]
+    def _fed(self, s: Streams) -> list[Tensor]:
+        return [mlp(u) for mlp, u in zip(self.mlps, self._inputs(self.norm2, s), strict=True)]
 
     def attend(self, s: Streams, **kwargs) -> tuple[list[Tensor], list[Tensor]]:
         """Each rank's partial sum of the attention [B, T, d] (bias left out), and its head outputs [B, T, d_rank]."""
@@ -88,10 +92,10 @@ class Block(nn.Module):
                 hook.remove()
         return partials, heads
 
-    def _inputs(self, norm: nn.Module, s: Streams) -> list[Tensor]:
-        """What each rank's sub-layer reads: n(x + w_i + p_i)."""
+    def _inputs(self, norm: nn.Module, s: Streams) -> Iterator[Tensor]:
+        """What each rank's sub-layer reads, n(x + w_i + p_i), one after the other."""
         ranks = range(len(self.attentions))
-        return [norm(s.shared)] * len(ranks) if s.agree else [norm(s.read(i)) for i in ranks]
+        yield from itertools.repeat(norm(s.shared), len(ranks)) if s.agree else (norm(s.read(i)) for i in ranks)
 
     def _sync_point(self, strategy: Strategy, s: Streams, partials: list[Tensor], bias: Tensor | None) -> Streams:
         if strategy == Strategy.KEEP_SYNC:

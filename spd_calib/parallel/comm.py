@@ -1,6 +1,7 @@
 """The one thing in which simulated and real ranks differ: how partial sums and logits come together."""
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -18,14 +19,14 @@ GATHERED_AT_MOST = 2**15
 
 
 class Comm(Protocol):
-    """`ranks` are those this process runs; lists of tensors hold one entry for each of them."""
+    """`ranks` are those this process runs; there is one tensor for each of them."""
 
     size: int
     ranks: Sequence[int]
     all_reduces: int  # made so far
 
-    def all_reduce(self, partials: Sequence[Tensor]) -> Tensor:
-        """The sum over all ranks, the same bits on each; the partials stay as they are."""
+    def all_reduce(self, partials: Iterable[Tensor]) -> Tensor:
+        """The sum over all ranks, the same bits on each; the partials stay as they are, each looked at once."""
 
     def all_gather(self, parts: Sequence[Tensor]) -> Tensor:
         """The parts of all ranks, equal in shape, behind one another along the last dimension."""
@@ -39,12 +40,9 @@ class Simulated:
         self.ranks: Sequence[int] = range(size)
         self.all_reduces = 0
 
-    def all_reduce(self, partials: Sequence[Tensor]) -> Tensor:
+    def all_reduce(self, partials: Iterable[Tensor]) -> Tensor:
         self.all_reduces += 1
-        total = partials[0]
-        for partial in partials[1:]:
-            total = total + partial
-        return total
+        return functools.reduce(torch.add, partials)
 
     def all_gather(self, parts: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(parts), dim=-1)
@@ -59,13 +57,14 @@ class Distributed:
         self.all_reduces = 0
         self.gathered_at_most = GATHERED_AT_MOST
 
-    def all_reduce(self, partials: Sequence[Tensor]) -> Tensor:
-        if partials[0].device.type == "cpu" and partials[0].nbytes <= self.gathered_at_most:
-            total, *others = self._gathered(partials[0])
+    def all_reduce(self, partials: Iterable[Tensor]) -> Tensor:
+        (own,) = partials
+        if own.device.type == "cpu" and own.nbytes <= self.gathered_at_most:
+            total, *others = self._gathered(own)
             for part in others:  # in the order of the ranks: the same bits on each
                 total = total + part
         else:
-            total = partials[0].clone(memory_format=torch.contiguous_format)  # reduced in place
+            total = own.clone(memory_format=torch.contiguous_format)  # reduced in place
             with self._reaching_all():
                 dist.all_reduce(total)
         self.all_reduces += 1

@@ -38,7 +38,8 @@ class Streams:
 
 def keep(s: Streams, partials: Sequence[Tensor], bias: Tensor | None, comm: Comm) -> Streams:
     """A sync point that is kept: x <- x + AR(p_i + partial_i) + bias, p_i <- 0."""
-    return Streams(_add(s.shared + comm.all_reduce(_sums(s.debt, partials)), bias), None, s.written_off)
+    owed = partials if s.debt is None else (p + partial for p, partial in zip(s.debt, partials, strict=True))
+    return Streams(_add(s.shared + comm.all_reduce(owed), bias), None, s.written_off)
 
 
 def defer(s: Streams, partials: Sequence[Tensor], bias: Tensor | None) -> Streams:
