@@ -11,7 +11,7 @@ import tiny
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from spd_calib.errors import InputError
+from spd_calib.errors import InputError, SpdError
 from spd_calib.formats.common import Strategy
 from spd_calib.models.architecture import HeadCounts
 from spd_calib.models.probe import find_layers
@@ -474,7 +474,7 @@ def test_a_full_disk_leaves_no_half_written_checkpoint(tmp_path, llama, text, mo
     from spd_calib.recovery import checkpoint
 
     monkeypatch.setattr(checkpoint, "save_file", full_disk)
-    with pytest.raises(InputError, match="No space left on device"):
+    with pytest.raises(SpdError, match="No space left on device; make room"):
         recovered(tmp_path, llama, text, max_rank=0)
     assert not list(tmp_path.iterdir())
 

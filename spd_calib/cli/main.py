@@ -28,8 +28,10 @@ def main() -> None:
     try:
         with ending_together(debug):
             app()
-    except KeyboardInterrupt:
-        print("spd-calib: interrupted; nothing was written.", file=sys.stderr)
+    except (KeyboardInterrupt, SystemExit) as e:
+        if isinstance(e, SystemExit) and e.code != 130:  # which is what typer makes of an interrupt
+            raise
+        print("spd-calib: interrupted; no file is left half written.", file=sys.stderr)
         raise SystemExit(130) from None
 
 

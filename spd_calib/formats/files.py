@@ -1,5 +1,6 @@
 """Reading and writing the travelling files: whole or not at all, and never half accepted."""
 
+import errno
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from spd_calib.errors import InputError
+from spd_calib.errors import InputError, SpdError
 from spd_calib.ranks import is_main_rank
 
 from .front import Front
@@ -25,6 +26,7 @@ FORMATS: dict[str, type[BaseModel]] = {
     "hardware": Hardware,
     "front": Front,
 }
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MAX_BYTES = 64 * 2**20  # no profile comes near this; it keeps a wrong file from filling the memory
 F = TypeVar("F", bound=BaseModel)
 
@@ -75,7 +77,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """As write_text. Raises InputError where the folder is missing, unwritable or full. Of many ranks one writes."""
+    """As write_text. Of many ranks one writes.
+
+    Raises SpdError where the disk is full, InputError where the folder is missing or cannot be written to.
+    """
     if not is_main_rank():
         return
     temporary: str | None = None
@@ -88,10 +93,18 @@ def write_bytes(path: Path, content: bytes) -> None:
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except OSError as e:
-        raise InputError(f"{path} cannot be written: {e.strerror}; choose another output with -o.") from None
+        raise unwritable(path, e) from None
     finally:
         if temporary is not None and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def unwritable(path: Path, error: Exception) -> SpdError:
+    """What to raise where `error` keeps `path` from being written: that the disk is full is no fault of the input."""
+    why = (isinstance(error, OSError) and error.strerror) or str(error).splitlines()[0]
+    if getattr(error, "errno", None) in FULL or os.strerror(errno.ENOSPC) in str(error):  # safetensors: words alone
+        return SpdError(f"{path} cannot be written: {why}; make room and run the same command again.")
+    return InputError(f"{path} cannot be written: {why}; choose another output with -o.")
 
 
 def _umask() -> int:

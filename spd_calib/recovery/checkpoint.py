@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spd_calib.errors import InputError
 from spd_calib.formats.common import ModelRef
-from spd_calib.formats.files import dumps, sha256_of
+from spd_calib.formats.files import dumps, sha256_of, unwritable
 from spd_calib.formats.plan import CompensationFile, Plan
 from spd_calib.models.load import Source, model_ref, read_config
 from spd_calib.parallel.compensation import tensors_of
@@ -73,7 +73,7 @@ def write_checkpoint(
 ) -> Plan:
     """Weights, configuration, tokenizer, predictors, plan.json and recovery.json into the folder `output`.
 
-    `make_plan` is given the new checkpoint's reference. Uses up `model`. Raises InputError where the disk refuses.
+    `make_plan` is given the new checkpoint's reference. Uses up `model`. Raises SpdError where the disk refuses.
     """
     with _whole_folder(output) as folder:
         predictors = compensation_tensors(model)
@@ -107,8 +107,7 @@ def _whole_folder(output: Path) -> Iterator[Path]:
         os.chmod(temporary, 0o755)
         os.replace(temporary, output)
     except (OSError, SafetensorError) as e:
-        why = e.strerror if isinstance(e, OSError) and e.strerror else str(e).splitlines()[0]
-        raise InputError(f"{output} cannot be written: {why}; make room or choose another folder with -o.") from None
+        raise unwritable(output, e) from None
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -5,6 +5,7 @@ written as Python prints them, which is exact, so a run that was resumed gives t
 (A recovery keeps tensors instead: recovery/journal.py.)
 """
 
+import errno
 import fcntl
 import json
 import math
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from spd_calib.errors import InputError
+from spd_calib.formats.files import unwritable
 from spd_calib.parallel.distributed import from_main_rank
 from spd_calib.ranks import is_main_rank
 
@@ -122,13 +124,11 @@ class Journal:
             os.ftruncate(self._file, self._whole)
             text = "".join(json.dumps(line) + "\n" for line in lines).encode()
             if os.write(self._file, text) != len(text):
-                raise OSError(0, "no room is left")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file)
             self._whole += len(text)
         except OSError as e:
-            raise InputError(
-                f"The journal {self.path} cannot be written ({e.strerror}); make room and run the same command again."
-            ) from None
+            raise unwritable(self.path, e) from None
 
 
 def once(journal: Journal | None, key: Key, measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
