@@ -11,6 +11,7 @@ to go on from; one sentence and the exit code; and the same command, given again
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -20,6 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,6 +98,20 @@ class End:
     operations: int
 
 
+@dataclass(frozen=True)
+class Usual:
+    """A command when nothing disturbs it: how it ends, and what it writes, by output and file."""
+
+    command: Command
+    work: Path
+    end: End
+    expected: dict[str, dict[str, bytes]]
+
+    @property
+    def out(self) -> Path:
+        return self.work / "out"
+
+
 @dataclass
 class Found:
     """What one kind of fault did to one command."""
@@ -120,9 +136,13 @@ def run(
     `after` seconds; `file_size` limits the files it writes."""
     start = time.monotonic()
     counted = log.with_suffix(".operations")
+    err, said = os.pipe()  # no file: that would be limited, too
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     pid = os.fork()
     if pid == 0:
-        _child(arguments, out, log, counted, at, number, file_size)
+        _child(arguments, out, said, counted, at, number, file_size)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    os.close(said)
     if after is not None:
         while time.monotonic() - start < after:
             if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
@@ -130,37 +150,45 @@ def run(
             time.sleep(0.001)
         else:
             os.kill(pid, number)
+    with open(err, errors="replace") as f:
+        log.write_text(f.read())
     status = os.waitpid(pid, 0)[1]
     seconds = time.monotonic() - start
     operations = len(counted.read_bytes()) if counted.exists() else 0
-    return End(os.waitstatus_to_exitcode(status), log.read_text(errors="replace"), seconds, operations)
+    return End(os.waitstatus_to_exitcode(status), log.read_text(), seconds, operations)
 
 
 def _child(
-    arguments: list[str], out: Path, log: Path, counted: Path, at: int | None, number: int, file_size: int | None
+    arguments: list[str], out: Path, said: int, counted: Path, at: int | None, number: int, file_size: int | None
 ) -> None:
+    """What the forked process does: the command, its stderr into `said`. Does not return."""
     code = 99
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        where = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(where, 2)
+        os.dup2(said, 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-        _watch(str(out), counted, at, number)
-        if file_size is not None:
+        if file_size is None:
+            _watch(str(out), counted, at, number)
+        else:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
         sys.argv = ["spd-calib", *arguments]
         from spd_calib.cli.main import main
 
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         main()
         code = 0
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+    except KeyboardInterrupt:  # before or behind all that main does
+        os.write(2, f"{SENTENCE}interrupted.".encode())
+        code = 130
     except BaseException:
         import traceback
 
         traceback.print_exc()
     finally:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         sys.stderr.flush()
         os._exit(code)
 
@@ -211,15 +239,13 @@ def whole(name: str, data: bytes) -> bool:
         return False
 
 
-def judge(
-    command: Command, out: Path, old: bytes | None, expected: dict[str, dict[str, bytes]], found: Found, end: End,
-    allowed_codes: tuple[int, ...],
-) -> None:  # fmt: skip
-    """Add to `found` what a try left in `out`, and what is wrong with it."""
+def judge(usual: Usual, old: bytes | None, found: Found, end: End, codes: tuple[int, ...]) -> None:
+    """Add to `found` what a try left, and what is wrong with it; `codes` are the exit codes it may have besides 0."""
+    command, out, expected = usual.command, usual.out, usual.expected
     found.tries += 1
     wrong, hit = found.wrong, end.code != 0
     found.hit += hit
-    if end.code not in (0, *allowed_codes):
+    if end.code not in (0, *codes):
         wrong.append(f"exit code {end.code}: {end.err.strip().splitlines()[-1:]}")
     if hit and end.code >= 0:
         sentences = [line for line in end.err.splitlines() if line.startswith(SENTENCE)]
@@ -253,12 +279,13 @@ def judge(
         wrong.append(f"{litter} was left behind with exit code {end.code}")
 
 
-def again(command: Command, out: Path, work: Path, expected: dict[str, dict[str, bytes]], found: Found) -> None:
+def again(usual: Usual, found: Found) -> None:
     """The same command once more, undisturbed: it must end well, and its outputs be what they always are."""
+    command, out, expected = usual.command, usual.out, usual.expected
     found.resumed += any(p.name.endswith(STATE) for p in out.iterdir())
     if command.name == "recover" and (out / command.writes["-o"]).exists():
         return  # it was done
-    end = run(command.line(out), out, work / "again.log")
+    end = run(command.line(out), out, usual.work / "again.log")
     if end.code != 0:
         found.wrong.append(f"run again, exit code {end.code}: {end.err.strip()[-300:]}")
         return
@@ -310,35 +337,23 @@ def spread(n: int, count: int) -> list[int]:
     return sorted({round(1 + i * (n - 1) / max(1, count - 1)) for i in range(min(n, count))})
 
 
-def signals(command: Command, work: Path, count: int, timed: int, dice: random.Random) -> list[Found]:
-    """SIGKILL and SIGINT at `count` operations on files and `timed` random times each."""
-    out = work / "out"
-    out.mkdir(exist_ok=True)
-    prepare(out, command, None)
-    undisturbed = run(command.line(out), out, work / "first.log")
-    assert undisturbed.code == 0, undisturbed.err
-    expected = {name: content(out / name) or {} for name in command.writes.values()}
-    rows = []
-    for number, codes in ((signal.SIGKILL, (-signal.SIGKILL,)), (signal.SIGINT, (130,))):
-        found = Found(command.name, signal.Signals(number).name)
-        moments: list[tuple[int | None, float | None]] = [(k, None) for k in spread(undisturbed.operations, count)]
-        moments += [(None, dice.uniform(0.0, undisturbed.seconds)) for _ in range(timed)]
-        found.moments = [
-            f"before operation {k} of {undisturbed.operations}"
-            if k
-            else f"after {t:.2f} of {undisturbed.seconds:.2f} s"
-            for k, t in moments
-        ]
-        for i, (k, t) in enumerate(moments):
-            old = None if command.folder else (OLD, None)[i % 2]
-            prepare(out, command, old)
-            end = run(command.line(out), out, work / "try.log", k, number, t)
-            if command.name == "bench":
-                wait_for_ranks(out, found)
-            judge(command, out, old, expected, found, end, codes)
-            again(command, out, work, expected, found)
-        rows.append(found)
-    return rows
+def signals(usual: Usual, number: signal.Signals, count: int, timed: int, dice: random.Random) -> Found:
+    """A signal at `count` operations on files and at `timed` random times."""
+    command, out, undisturbed = usual.command, usual.out, usual.end
+    found = Found(command.name, number.name)
+    moments: list[tuple[int | None, float | None]] = [(k, None) for k in spread(undisturbed.operations, count)]
+    moments += [(None, dice.uniform(0.0, undisturbed.seconds)) for _ in range(timed)]
+    for i, (k, t) in enumerate(moments):
+        operation = f"before operation {k} of {undisturbed.operations}"
+        found.moments.append(operation if k else f"after {t:.2f} of {undisturbed.seconds:.2f} s")
+        old = None if command.folder else (OLD, None)[i % 2]
+        prepare(out, command, old)
+        end = run(command.line(out), out, usual.work / "try.log", k, number, t)
+        if command.name == "bench":
+            wait_for_ranks(out, found)
+        judge(usual, old, found, end, (130,) if number == signal.SIGINT else (-number,))
+        again(usual, found)
+    return found
 
 
 def wait_for_ranks(out: Path, found: Found, seconds: float = 15) -> None:
@@ -365,68 +380,59 @@ def processes_naming(word: str) -> list[int]:
     return found
 
 
-def full(command: Command, work: Path, count: int, mount: bool) -> Found:
+def full(usual: Usual, count: int, mount: bool) -> Found:
     """A disk with too little room, at `count` levels from none to almost enough."""
-    out = work / "out"
-    out.mkdir(exist_ok=True)
-    prepare(out, command, None)
-    assert run(command.line(out), out, work / "first.log").code == 0
-    expected = {name: content(out / name) or {} for name in command.writes.values()}
-    size = sum(len(data) for files in expected.values() for data in files.values())
-    largest = max(len(data) for files in expected.values() for data in files.values())
-    prepare(out, command, None)
+    command, out = usual.command, usual.out
+    sizes = [len(data) for files in usual.expected.values() for data in files.values()]
     found = Found(command.name, "full disk (tmpfs)" if mount else "full disk (RLIMIT_FSIZE)")
+    prepare(out, command, None)
     for i in range(count):
         share = 0.98 * i / max(1, count - 1)
         found.moments.append(f"room for {100 * share:.0f} % of the output")
         old = None if command.folder else (OLD, None)[i % 2]
-        if mount:
-            with small_disk(out, 4 * size + 2**21):
-                prepare(out, command, old)
-                free = shutil.disk_usage(out).free
-                filler = work / "filler"
-                with open(out / ".filler", "wb") as f:
-                    f.write(bytes(max(0, free - int(share * size))))
-                end = run(command.line(out), out, work / "try.log")
-                (out / ".filler").rename(out / "filler.journal")  # not judged
-                judge(command, out, old, expected, found, end, (1,))
-                (out / "filler.journal").unlink()
-                again(command, out, work, expected, found)
-                del filler
-        else:
+        if not mount:
             prepare(out, command, old)
-            end = run(command.line(out), out, work / "try.log", file_size=int(share * largest))
-            judge(command, out, old, expected, found, end, (1,))
-            again(command, out, work, expected, found)
+            end = run(command.line(out), out, usual.work / "try.log", file_size=int(share * max(sizes)))
+            judge(usual, old, found, end, (1,))
+            again(usual, found)
+            continue
+        with small_disk(out, 4 * sum(sizes) + 2**21):
+            prepare(out, command, old)
+            filler = out / f"filler{STATE[0]}"  # by that name it is not judged
+            filler.write_bytes(bytes(max(0, shutil.disk_usage(out).free - int(share * sum(sizes)))))
+            end = run(command.line(out), out, usual.work / "try.log")
+            judge(usual, old, found, end, (1,))
+            filler.unlink()
+            again(usual, found)
     return found
 
 
-def two_at_once(command: Command, work: Path, times: int, dice: random.Random) -> Found:
+def two_at_once(usual: Usual, times: int, dice: random.Random) -> Found:
     """Two of the same command on one output, the second begun at a random moment of the first."""
-    out = work / "out"
-    out.mkdir(exist_ok=True)
-    prepare(out, command, None)
-    first = run(command.line(out), out, work / "first.log")
-    expected = {name: content(out / name) or {} for name in command.writes.values()}
+    command, out, work, first = usual.command, usual.out, usual.work, usual.end
     found = Found(command.name, "two at once")
     for i in range(times):
         delay = 0.0 if i == 0 else dice.uniform(0, first.seconds)
         found.moments.append(f"the second {delay:.2f} of {first.seconds:.2f} s after the first")
         prepare(out, command, None)
-        pid = os.fork()
-        if pid == 0:
+        second: list[End] = []
+
+        def later(delay: float = delay, second: list[End] = second) -> None:
             time.sleep(delay)
-            _child(command.line(out), out, work / "second.log", work / "second.operations", None, 0, None)
+            second.append(run(command.line(out), out, work / "second.log"))
+
+        thread = threading.Thread(target=later)
+        thread.start()
         one = run(command.line(out), out, work / "try.log")
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        other = End(code, (work / "second.log").read_text(errors="replace"), 0.0, 0)
+        thread.join()
+        other = second[0]
         if one.code and other.code:
             found.wrong.append(f"both refused: {one.err[-200:]} {other.err[-200:]}")
         found.hit += bool(one.code or other.code)
         for end in (one, other):
             if end.code and ("Traceback" in end.err or SENTENCE not in end.err or end.code != 2):
                 found.wrong.append(f"exit code {end.code}: {end.err[-300:]}")
-        judge(command, out, None, expected, found, End(0, "", 0, 0), ())
+        judge(usual, None, found, End(0, "", 0, 0), ())
         left = [p.name for p in out.iterdir() if p.name.endswith(STATE)]
         if left:
             found.wrong.append(f"{left} is left")
@@ -457,6 +463,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         folder = inputs(work)
+        (work / "out").mkdir()
         for command in COMMANDS:
             if (options.only and command.name not in options.only) or (options.short and command.slow):
                 continue
@@ -465,10 +472,17 @@ def main() -> None:
             count, timed, levels, pairs = (3, 0, 2, 1) if options.short else (12, 12, 9, 5)
             if command.slow:
                 count, timed, levels, pairs = 3, 4, 3, 1
-            for found in (
-                *signals(command, work, count, timed, dice),
-                *(full(command, work, levels, on_tmpfs) for on_tmpfs in ([mount] if options.short else {mount, False})),
-                *([two_at_once(command, work, pairs, dice)] if not command.slow else []),
+            prepare(work / "out", command, None)
+            undisturbed = run(command.line(work / "out"), work / "out", work / "first.log")
+            assert undisturbed.code == 0, undisturbed.err
+            usual = Usual(
+                command, work, undisturbed, {n: content(work / "out" / n) or {} for n in command.writes.values()}
+            )
+            kinds = [mount] if options.short else [True, False] if mount else [False]
+            for found in itertools.chain(
+                (signals(usual, number, count, timed, dice) for number in (signal.SIGKILL, signal.SIGINT)),
+                (full(usual, levels, on_tmpfs) for on_tmpfs in kinds),
+                (two_at_once(usual, pairs, dice) for _ in range(not command.slow)),
             ):
                 rows.append(found)
                 print(
