@@ -5,13 +5,20 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test fuzz test-vllm .venv-vllm lint format pipeline results latency bench docs generated schemas tutorial dist release-check clean FORCE
+.PHONY: demo test coverage fuzz test-vllm .venv-vllm lint format pipeline results latency bench docs generated schemas tutorial dist release-check clean FORCE
 
 demo: $(READY)
 	$(BIN)/spd-calib demo -o runs/demo
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/with_vllm
+
+# Lines of spd_calib that the tests run, in processes they start, too; fails below 90 %.
+coverage: $(READY)
+	rm -rf runs/coverage && mkdir -p runs/coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest tests --ignore tests/with_vllm
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report --fail-under 90
 
 # An hour of files that no reader may half accept; make test runs a hundred of each kind.
 FUZZ_EXAMPLES ?= 60000
