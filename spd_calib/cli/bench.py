@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Json, Recipe
+from .options import Device, Dtype, Json, Recipe
 
 
 def register(app: typer.Typer) -> None:
@@ -20,7 +20,7 @@ def bench(
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded behind it, each timed.")] = 16,
     device: Device = "auto",
-    dtype: Annotated[str | None, typer.Option(help="[default: the plan's].")] = None,
+    dtype: Dtype = None,
     json: Json = False,
     recipe: Recipe = None,
 ) -> None:

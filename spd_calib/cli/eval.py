@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import BatchSize, Device, Json, Recipe
+from .options import BatchSize, Device, Dtype, Json, Recipe
 
 
 def register(app: typer.Typer) -> None:
@@ -20,7 +20,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Documents a task.")] = None,
     batch_size: BatchSize = 8,
     device: Device = "auto",
-    dtype: Annotated[str | None, typer.Option(help="[default: the plan's].")] = None,
+    dtype: Dtype = None,
     json: Json = False,
     recipe: Recipe = None,
 ) -> None:

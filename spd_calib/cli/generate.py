@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Recipe
+from .options import Device, Dtype, Recipe, Seed
 
 
 def register(app: typer.Typer) -> None:
@@ -18,10 +18,10 @@ def generate(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens written, at most.")] = 64,
     sample: Annotated[bool, typer.Option("--sample", help="Draw tokens at random, rather than the likeliest.")] = False,
     temperature: Annotated[float, typer.Option(min=1e-3, help="With --sample.")] = 1.0,
-    seed: int = 0,
+    seed: Seed = 0,
     dense: Annotated[bool, typer.Option("--dense", help="The dense model's text, too.")] = False,
     device: Device = "auto",
-    dtype: Annotated[str | None, typer.Option(help="[default: the plan's].")] = None,
+    dtype: Dtype = None,
     recipe: Recipe = None,
 ) -> None:
     """Continue prompts with the planned model, on simulated ranks or, under torchrun, on real ones."""

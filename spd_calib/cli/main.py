@@ -7,6 +7,7 @@ import typer
 from spd_calib.ranks import ending_together
 
 from . import bench, check, demo, eval, generate, lm_eval, plan, profile, recover, report
+from .help import Command
 
 app = typer.Typer(
     name="spd-calib",
@@ -19,6 +20,8 @@ app = typer.Typer(
 )
 for module in (profile, plan, recover, eval, check, bench, generate, report, demo, lm_eval):
     module.register(app)
+for command in app.registered_commands:
+    command.cls = Command
 
 
 def main() -> None:

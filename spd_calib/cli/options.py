@@ -9,10 +9,16 @@ import typer
 
 from spd_calib.errors import InputError
 
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N; auto takes CUDA where there is one.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Sequences run at a time.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the file that is written to stdout, too.")]
+COMMON = "As in other commands"  # the group of --help that takes little room
 DTYPES = ("float32", "bfloat16", "float16")
+BatchSize = Annotated[int, typer.Option(min=1, help="sequences run at a time", rich_help_panel=COMMON)]
+Seed = Annotated[int, typer.Option(metavar="N", rich_help_panel=COMMON)]
+Device = Annotated[str, typer.Option(metavar="cpu|cuda|cuda:N", rich_help_panel=COMMON)]
+Dtype = Annotated[
+    str | None,
+    typer.Option(metavar="|".join(DTYPES), help="[as before]", rich_help_panel=COMMON),
+]
+Json = Annotated[bool, typer.Option("--json", help="also on stdout", rich_help_panel=COMMON)]
 MAX_RECIPE_BYTES = 2**20
 WRITTEN = ("output", "pareto", "png")  # options that name what is written
 
@@ -27,7 +33,11 @@ def _load_recipe(ctx: typer.Context, value: Path | None) -> Path | None:
 Recipe = Annotated[
     Path | None,
     typer.Option(
-        callback=_load_recipe, is_eager=True, help="YAML whose section of this command's name gives defaults."
+        callback=_load_recipe,
+        is_eager=True,
+        metavar="FILE",
+        help="YAML of defaults",
+        rich_help_panel=COMMON,
     ),
 ]
 

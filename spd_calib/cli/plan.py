@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-from .options import BatchSize, Device, Json, Recipe
+from .options import BatchSize, Device, Dtype, Json, Recipe
+
+BUDGET, EVAL, LATENCY = "Budget, exactly one", "lm-eval", "Latency model"
 
 
 def register(app: typer.Typer) -> None:
@@ -14,49 +16,65 @@ def register(app: typer.Typer) -> None:
 
 def plan(
     profile: Annotated[Path, typer.Argument(help="Written by spd-calib profile.")],
-    output: Annotated[Path, typer.Option("--output", "-o")] = Path("plan.json"),
-    max_kl: Annotated[str | None, typer.Option(help="Budget: KL(dense || planned), nats per token.")] = None,
-    max_ppl_increase: Annotated[str | None, typer.Option(help="Budget: relative, e.g. 1%.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The plan.")] = Path("plan.json"),
+    max_kl: Annotated[
+        str | None, typer.Option(metavar="X", help="KL(dense || planned), nats per token.", rich_help_panel=BUDGET)
+    ] = None,
+    max_ppl_increase: Annotated[
+        str | None, typer.Option(metavar="X", help="Relative, e.g. 1%.", rich_help_panel=BUDGET)
+    ] = None,
     max_accuracy_drop: Annotated[
         str | None,
-        typer.Option(help="Budget: accuracy lost, e.g. 1% for one point; of next tokens, or of --tasks on average."),
+        typer.Option(metavar="X", help="1% is one point; of next tokens, or of --tasks.", rich_help_panel=BUDGET),
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="lm-eval tasks for --max-accuracy-drop: every second document verifies.")
+        str | None,
+        typer.Option(
+            metavar="NAMES", help="For --max-accuracy-drop: every 2nd document verifies.", rich_help_panel=EVAL
+        ),
     ] = None,
-    include_path: Annotated[Path | None, typer.Option(help="Folder with further lm-eval tasks.")] = None,
-    limit: Annotated[int | None, typer.Option(min=2, help="Documents a task.")] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder with further lm-eval tasks.", rich_help_panel=EVAL)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="Documents a task.", rich_help_panel=EVAL)] = None,
     max_logprob_diff: Annotated[
-        str | None, typer.Option(help="Budget: largest |delta log p| of any token of the vocabulary, anywhere.")
+        str | None,
+        typer.Option(metavar="X", help="Largest |delta log p| of any token, anywhere.", rich_help_panel=BUDGET),
     ] = None,
     min_speedup: Annotated[
-        str | None, typer.Option(help="Budget: at least this share of a step's time saved, modelled, e.g. 10%.")
+        str | None,
+        typer.Option(metavar="X", help="Share of a step's time saved, modelled, e.g. 10%.", rich_help_panel=BUDGET),
     ] = None,
     hardware: Annotated[
+        str | None, typer.Option(help="hardware.json, a CSV, or a name such as h100-nvlink.", rich_help_panel=LATENCY)
+    ] = None,
+    phase: Annotated[
+        str, typer.Option(help="decode or prefill, for --min-speedup.", rich_help_panel=LATENCY)
+    ] = "decode",
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences in a modelled step [1].", rich_help_panel=LATENCY)
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Their tokens [at most 2048].", rich_help_panel=LATENCY)
+    ] = None,
+    drop: Annotated[
         str | None,
-        typer.Option(help="Predict latency: hardware.json of spd-calib bench, a CSV, or a name such as h100-nvlink."),
+        typer.Option(metavar="N", help="Sync points dropped, or a share such as 60%.", rich_help_panel=BUDGET),
     ] = None,
-    phase: Annotated[str, typer.Option(help="decode or prefill: the step --min-speedup speaks of.")] = "decode",
-    batch: Annotated[int | None, typer.Option(min=1, help="Sequences in a modelled step [default: 1].")] = None,
-    context: Annotated[int | None, typer.Option(min=1, help="Their tokens [default: at most 2048].")] = None,
-    drop: Annotated[str | None, typer.Option(help="Drop that many sync points, or a share such as 60%.")] = None,
     tau1: Annotated[
-        float | None, typer.Option(min=0, help="The paper's rule: drop up to this sensitivity (ppl).")
+        float | None, typer.Option(min=0, help="The paper's rule: drop up to this (ppl).", rich_help_panel=BUDGET)
     ] = None,
-    tau2: Annotated[float | None, typer.Option(min=0, help="With --tau1: extremely sensitive above this.")] = None,
+    tau2: Annotated[
+        float | None, typer.Option(min=0, help="With --tau1: extremely sensitive above this.", rich_help_panel=BUDGET)
+    ] = None,
     strategy: Annotated[
-        list[str] | None, typer.Option(help="block_drop or plain_drop; repeatable [default: those profiled].")
+        list[str] | None, typer.Option(help="block_drop or plain_drop; repeatable [as profiled].")
     ] = None,
-    compare: Annotated[
-        bool, typer.Option("--compare", help="Measure what anyone would try first at the same number of drops.")
-    ] = False,
-    pareto: Annotated[
-        Path | None,
-        typer.Option(help="Write the cheapest set of every size to this file; without a budget nothing is measured."),
-    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Measure the obvious sets of the same size, too.")] = False,
+    pareto: Annotated[Path | None, typer.Option(help="The cheapest set of every size, written here.")] = None,
     batch_size: BatchSize = 8,
     device: Device = "auto",
-    dtype: Annotated[str | None, typer.Option(help="[default: the profile's].")] = None,
+    dtype: Dtype = None,
     json: Json = False,
     recipe: Recipe = None,
 ) -> None:

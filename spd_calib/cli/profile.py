@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from .options import BatchSize, Device, Json, Recipe
+from .options import COMMON, DTYPES, BatchSize, Device, Json, Recipe, Seed
 
+TEXT, METHOD, RUN = "Text", "What is measured", "How it runs"
 NAMES = {"attention": "attention", "mlp": "MLP"}
 TARGET_STDERR = 0.08
 
@@ -21,56 +22,63 @@ def profile(
     model: Annotated[str, typer.Argument(help="Hub id, local folder, or 'demo'.")],
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel size: the number of ranks.")],
     data: Annotated[
-        str, typer.Option(help="'demo', a .jsonl (key text), .txt or .parquet, or a hub dataset NAME[:CONFIG[:SPLIT]].")
+        str,
+        typer.Option(metavar="TEXT", help="'demo', .jsonl (key text), .txt, .parquet, or a hub NAME[:CONFIG[:SPLIT]]."),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o")] = Path("profile.json"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The profile.")] = Path("profile.json"),
     seq_len: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a document used [default: 2048, or the model's limit].")
+        int | None,
+        typer.Option(min=2, help="Tokens of a document used [2048, or the model's limit].", rich_help_panel=TEXT),
     ] = None,
     min_len: Annotated[
-        int | None, typer.Option(min=2, help="Leave out shorter documents [default: --seq-len].")
+        int | None, typer.Option(min=2, help="Leave out shorter documents [--seq-len].", rich_help_panel=TEXT)
     ] = None,
-    max_samples: Annotated[int, typer.Option(min=1, help="Sequences measured on.")] = 128,
-    verify_samples: Annotated[int, typer.Option(min=1, help="Sequences after those, kept for verifying plans.")] = 64,
-    pack: Annotated[bool, typer.Option("--pack", help="Glue documents together and cut them at --seq-len.")] = False,
+    max_samples: Annotated[int, typer.Option(min=1, help="Sequences measured on.", rich_help_panel=TEXT)] = 128,
+    verify_samples: Annotated[
+        int, typer.Option(min=1, help="Sequences after those, kept for verifying.", rich_help_panel=TEXT)
+    ] = 64,
+    pack: Annotated[
+        bool, typer.Option("--pack", help="Glue documents together, cut them at --seq-len.", rich_help_panel=TEXT)
+    ] = False,
     strategy: Annotated[
-        list[str] | None, typer.Option(help="block_drop or plain_drop; repeatable [default: both].")
+        list[str] | None, typer.Option(help="block_drop or plain_drop; repeatable [both].", rich_help_panel=METHOD)
     ] = None,
     sync_points: Annotated[
-        str, typer.Option(help="Which sync points: attention, mlp, or both with a comma between them.")
+        str, typer.Option(metavar="KINDS", help="attention, mlp, or both with a comma.", rich_help_panel=METHOD)
     ] = "attention",
     method: Annotated[
-        str,
-        typer.Option(
-            help="single: one at a time; cumulative: the paper's; fisher: predicted, for models of many blocks."
-        ),
+        str, typer.Option(help="single, cumulative or fisher (fast).", rich_help_panel=METHOD)
     ] = "single",
     target_stderr: Annotated[
-        float | None, typer.Option(help="fisher: relative error of a KL that sampling may leave [default: 0.08].")
+        float | None, typer.Option(help="fisher: relative error of sampling [0.08].", rich_help_panel=METHOD)
     ] = None,
     confidence: Annotated[
-        float | None,
-        typer.Option(help="single: measure a sync point only until its tier is as certain, say 0.95 [default: off]."),
+        float | None, typer.Option(help="single: stop once a tier is as certain, say 0.95.", rich_help_panel=METHOD)
     ] = None,
     rank_by: Annotated[
-        str | None, typer.Option(help="accuracy, kl or ppl [default: accuracy; fisher knows kl alone].")
+        str | None,
+        typer.Option(metavar="METRIC", help="accuracy, kl or ppl [accuracy; fisher: kl].", rich_help_panel=METHOD),
     ] = None,
-    tasks: Annotated[str | None, typer.Option(help="Rank by accuracy on these lm-eval tasks, comma-separated.")] = None,
-    include_path: Annotated[Path | None, typer.Option(help="Folder with further lm-eval tasks.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents a task.")] = None,
-    batch_size: BatchSize = 8,
-    seed: int = 0,
-    device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    stream: Annotated[
-        bool,
+    tasks: Annotated[
+        str | None,
         typer.Option(
-            "--stream",
-            help="Read each block from disk when it runs [default: where half the memory is too small].",
+            metavar="NAMES", help="Rank by accuracy on lm-eval tasks, comma-separated.", rich_help_panel=METHOD
         ),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder with further lm-eval tasks.", rich_help_panel=METHOD)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents a task.", rich_help_panel=METHOD)] = None,
+    batch_size: BatchSize = 8,
+    seed: Seed = 0,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(metavar="|".join(DTYPES), rich_help_panel=COMMON)] = "float32",
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read each block from disk when it runs.", rich_help_panel=RUN)
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be run, how long and in how much memory; write nothing.")
+        bool,
+        typer.Option("--dry-run", help="Say what would be run, how long and in how much memory.", rich_help_panel=RUN),
     ] = False,
     json: Json = False,
     recipe: Recipe = None,

@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-from .options import BatchSize, Device, Json, Recipe
+from .options import BatchSize, Device, Dtype, Json, Recipe, Seed
+
+TEXT, TREAT = "Text", "Treatments"
 
 
 def register(app: typer.Typer) -> None:
@@ -17,44 +19,61 @@ def register(app: typer.Typer) -> None:
 def recover(
     plan: Annotated[Path, typer.Argument(help="Written by spd-calib plan.")],
     data: Annotated[
-        str, typer.Option(help="'demo', a .jsonl (key text), .txt or .parquet, or a hub dataset NAME[:CONFIG[:SPLIT]].")
+        str,
+        typer.Option(metavar="TEXT", help="'demo', .jsonl (key text), .txt, .parquet, or a hub NAME[:CONFIG[:SPLIT]]."),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the checkpoint; must not exist.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the checkpoint; must not exist.")
+    ],
     methods: Annotated[
-        str, typer.Option(help="Any of grouping, compensation, distillation, comma-separated.")
+        str,
+        typer.Option(metavar="NAMES", help="What is tried, comma-separated."),
     ] = "grouping,compensation,distillation",
     max_rank: Annotated[
-        int | None, typer.Option(min=0, help="Bound on the predictor; 0: the mean shift only [default: up to full].")
+        int | None,
+        typer.Option(min=0, help="Bound on the predictor; 0: the mean shift only [full].", rich_help_panel=TREAT),
     ] = None,
     exchange: Annotated[
-        float, typer.Option(min=0, help="Share of the missing that 1 % more weights must explain, in %.")
+        float, typer.Option(min=0, help="% of the missing that 1 % more weights explain.", rich_help_panel=TREAT)
     ] = 1.0,
     tau1: Annotated[
-        float | None, typer.Option(min=0, help="Blocks up to this KL are left alone [default: see docs].")
+        float | None, typer.Option(min=0, help="Blocks up to this KL are left alone [see docs].", rich_help_panel=TREAT)
     ] = None,
-    tau2: Annotated[float | None, typer.Option(min=0, help="Blocks above this KL are regrouped, too.")] = None,
-    seq_len: Annotated[int | None, typer.Option(min=2, help="[default: the plan's].")] = None,
+    tau2: Annotated[
+        float | None, typer.Option(min=0, help="Blocks above this KL are regrouped, too.", rich_help_panel=TREAT)
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(min=2, help="Tokens of a document used [the plan's].", rich_help_panel=TEXT)
+    ] = None,
     min_len: Annotated[
-        int | None, typer.Option(min=2, help="Leave out shorter documents [default: the plan's].")
+        int | None, typer.Option(min=2, help="Leave out shorter documents [the plan's].", rich_help_panel=TEXT)
     ] = None,
     max_samples: Annotated[
-        int, typer.Option(min=1, help="Sequences to fit on and, a fifth of them, to judge by.")
+        int, typer.Option(min=1, help="To fit on and, a fifth of them, to judge by.", rich_help_panel=TEXT)
     ] = 512,
-    verify_samples: Annotated[int, typer.Option(min=1, help="Sequences after those, to verify on.")] = 64,
-    pack: Annotated[bool, typer.Option("--pack", help="Glue documents together and cut them at --seq-len.")] = False,
-    steps: Annotated[int, typer.Option(min=1, help="Of training, a block.")] = 200,
-    final_steps: Annotated[int, typer.Option(min=1, help="Of training all treated blocks together, at the end.")] = 200,
-    rate: Annotated[float, typer.Option(min=0, help="Of training, relative to each weight's size.")] = 0.01,
+    verify_samples: Annotated[
+        int, typer.Option(min=1, help="Sequences after those, to verify on.", rich_help_panel=TEXT)
+    ] = 64,
+    pack: Annotated[
+        bool, typer.Option("--pack", help="Glue documents together, cut them at --seq-len.", rich_help_panel=TEXT)
+    ] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Of training, a block.", rich_help_panel=TREAT)] = 200,
+    final_steps: Annotated[
+        int, typer.Option(min=1, help="Of training all blocks together, at the end.", rich_help_panel=TREAT)
+    ] = 200,
+    rate: Annotated[
+        float, typer.Option(min=0, help="Of training, relative to each weight's size.", rich_help_panel=TREAT)
+    ] = 0.01,
     batch_size: BatchSize = 16,
-    seed: int = 0,
+    seed: Seed = 0,
     device: Device = "auto",
-    dtype: Annotated[str | None, typer.Option(help="[default: the plan's].")] = None,
+    dtype: Dtype = None,
     json: Json = False,
     recipe: Recipe = None,
 ) -> None:
-    """Regroup, compensate and distil the blocks a plan drops. Whatever does not make the whole plan better is refused.
+    """Regroup, compensate and distil the blocks a plan drops; keep what makes the whole plan better.
 
-    A run that was killed goes on when the same command is given again. Under torchrun, processes train together.
+    A killed run goes on when given again. Under torchrun, processes train together.
     """
     from spd_calib.errors import InputError
     from spd_calib.formats.files import dumps, read, sha256_of
