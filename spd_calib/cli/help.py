@@ -16,7 +16,7 @@ class Command(TyperCommand):
     def format_options(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
         groups: dict[str, list[Any]] = {}
         for param in self.get_params(ctx):
-            if isinstance(param, TyperArgument | TyperOption) and param.name != "help":
+            if isinstance(param, TyperArgument | TyperOption) and not param.hidden and param.name != "help":
                 groups.setdefault(param.rich_help_panel or "Options [and their defaults]", []).append(param)
         common = groups.pop(COMMON, [])
         formatter.write_paragraph()
