@@ -58,7 +58,7 @@ def read(kind: type[F], path: Path) -> F:
         return kind.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as e:
         first = e.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        where = ".".join(map(str, first["loc"])).encode("unicode_escape").decode() or "the whole"  # one line
         raise InputError(f"{path} is not a valid {name}: {where}: {first['msg']}.") from None
 
 
