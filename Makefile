@@ -16,7 +16,7 @@ test: $(READY)
 # Lines of spd_calib that the tests run, in processes they start, too; fails below 90 %.
 coverage: $(READY)
 	rm -rf runs/coverage && mkdir -p runs/coverage
-	OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest tests --ignore tests/with_vllm
+	COVERAGE_FILE=$(CURDIR)/runs/coverage/data OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest tests --ignore tests/with_vllm
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report --fail-under 90
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Recipe
+from .options import COMMON, Device, Recipe
 
 PROMPTS = [
     "One day Mia and Tom meet in the park. Mia has a red ball.",
@@ -23,12 +23,10 @@ def check(
     runtime: Annotated[
         str | None, typer.Option(help="torchrun or vllm: start it, and compare it with the simulation.")
     ] = None,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="Run this there; repeatable [default: three short ones].")
-    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Run this there; repeatable [three short ones].")] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated after each prompt.")] = 16,
     device: Device = "auto",
-    json: Annotated[bool, typer.Option("--json", help="Print the rows to stdout, too.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="the rows on stdout", rich_help_panel=COMMON)] = False,
     recipe: Recipe = None,
 ) -> None:
     """Check a plan against its schema, its model's form and weights and, with --runtime, against real ranks."""
@@ -41,7 +39,7 @@ def check(
     from spd_calib.runtimes.checks import Row
 
     from .options import resolve_device, resolve_model
-    from .terminal import print_json, table
+    from .terminal import print_json, table, working
 
     if runtime not in (None, "torchrun", "vllm"):
         raise InputError(f"--runtime {runtime!r} is neither torchrun nor vllm.")
@@ -51,11 +49,13 @@ def check(
     if runtime == "torchrun":
         from spd_calib.runtimes.torchrun.check import run as on_torchrun
 
-        rows += on_torchrun(plan, prompts, resolve_model(planned.model.id), new_tokens, resolve_device(device))
+        with working(f"check on {planned.tensor_parallel.size} ranks"):
+            rows += on_torchrun(plan, prompts, resolve_model(planned.model.id), new_tokens, resolve_device(device))
     elif runtime == "vllm":
         from spd_calib.runtimes.vllm.check import run as on_vllm
 
-        rows += on_vllm(plan, prompts, resolve_model(planned.model.id), new_tokens)
+        with working(f"check on vLLM, {planned.tensor_parallel.size} ranks"):
+            rows += on_vllm(plan, prompts, resolve_model(planned.model.id), new_tokens)
     columns = ["check", "expected", "found", ""]
     found: list[Row] = rows
     table(str(plan), columns, [[r.what, r.expected, r.found, "ok" if r.ok else "NO"] for r in found], left=3)

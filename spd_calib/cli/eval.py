@@ -73,7 +73,7 @@ def print_results(document) -> None:
 
     table(
         f"{len(document.dropped)} attention all-reduces dropped, TP {document.tensor_parallel.size}",
-        ["task", "metric", "documents", "dense", "planned", "planned - dense"],
+        ["task", "metric", "docs", "dense", "planned", "planned - dense"],
         [
             [
                 r.task,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Device, Dtype, Recipe, Seed
+from .options import Device, Dtype, Json, Recipe, Seed
 
 
 def register(app: typer.Typer) -> None:
@@ -22,9 +22,12 @@ def generate(
     dense: Annotated[bool, typer.Option("--dense", help="The dense model's text, too.")] = False,
     device: Device = "auto",
     dtype: Dtype = None,
+    json: Json = False,
     recipe: Recipe = None,
 ) -> None:
     """Continue prompts with the planned model, on simulated ranks or, under torchrun, on real ones."""
+    from json import dumps
+
     from spd_calib.errors import InputError
     from spd_calib.formats.files import read
     from spd_calib.formats.plan import Plan
@@ -33,7 +36,7 @@ def generate(
     from spd_calib.parallel.session import open_session
 
     from .options import check_dtype, resolve_device, resolve_model
-    from .terminal import print_json, say
+    from .terminal import print_json, say, working
 
     planned = read(Plan, plan)
     device, dtype = resolve_device(device), check_dtype(dtype or planned.provenance.dtype)
@@ -49,13 +52,21 @@ def generate(
             )
     compensation = load_compensation(planned, plan)
     lm = session.load(device, dtype, seed)
-    for name in ("dense", "plan") if dense else ("plan",):
-        if name == "plan":
-            lm.set_strategies(planned.strategies, planned.mlp_strategies)
-            lm.set_compensation(compensation)
-        for text in prompt:
-            if dense:
-                say(f"{name}:")
-            print_json(
-                continue_text(lm, session.tokenizer, text, new_tokens, temperature if sample else 0, seed) + "\n"
-            )
+    models = ("dense", "plan") if dense else ("plan",)
+    written = []
+    with working("generate", len(models) * len(prompt)) as work:
+        for name in models:
+            if name == "plan":
+                lm.set_strategies(planned.strategies, planned.mlp_strategies)
+                lm.set_compensation(compensation)
+            for text in prompt:
+                found = continue_text(lm, session.tokenizer, text, new_tokens, temperature if sample else 0, seed)
+                written.append({"model": name, "prompt": text, "text": found})
+                work.step()
+    if json:
+        print_json(dumps(written, indent=1) + "\n")
+        return
+    for row in written:
+        if dense:
+            say(f"{row['model']}:")
+        print_json(row["text"] + "\n")

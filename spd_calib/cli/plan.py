@@ -113,6 +113,8 @@ def plan(
             write_text(pareto, dumps(front))
             print_front(front)
             say(f"written: {pareto}; next: spd-calib plan {profile} --drop {front.knee} -o plan.json")
+            if json:
+                print_json(dumps(front))
             return
     budget = asked = budget_from(measured, *budgets, strategy, min_speedup)
     if asked.kind == "min_speedup":
@@ -140,7 +142,7 @@ def plan(
     else:
         lm = session.load(device, dtype, made.seed)
     losses = [suite.losing(lm, dense or lm, session.tokenizer, batch_size) for suite in suites]
-    with working("measure whole plans", None) as work:
+    with working("measure whole plans") as work:
         result, choice, compared = make_plan(
             lm,
             measured,
@@ -156,6 +158,7 @@ def plan(
             dense,
             beside,
             (losses[0], losses[1]) if losses else None,
+            work.expect,
         )
     drops = len(result.dropped) + len(result.mlp_dropped)
     result = result.model_copy(update={"budget": asked, "latency": [m.latency(drops) for m in models.values()]})

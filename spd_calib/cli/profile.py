@@ -84,6 +84,8 @@ def profile(
     recipe: Recipe = None,
 ) -> None:
     """Measure what dropping each block's sync points costs, and rank the blocks."""
+    import json as jsonlib
+
     from spd_calib.errors import InputError
     from spd_calib.formats.common import TensorParallel
     from spd_calib.formats.files import check_writable, dumps, write_text
@@ -139,7 +141,11 @@ def profile(
     if recovered:
         say(recovered.said(skip))
     if dry_run:
-        _print_estimate(lm, text, method, strategies, kinds, target_stderr or TARGET_STDERR, batch_size, bool(tasks))
+        found = _print_estimate(
+            lm, text, method, strategies, kinds, target_stderr or TARGET_STDERR, batch_size, bool(tasks)
+        )
+        if json:
+            print_json(jsonlib.dumps(found, indent=1) + "\n")
         return
     journal = Journal(
         output.with_name(output.name + ".journal"),
@@ -163,9 +169,16 @@ def profile(
     measurements: list = []
     fisher = alone = None
     if method == "fisher":
-        with working("profile", None) as work:
+        with working("profile") as work:
+
+            def step() -> None:
+                if work.done == work.total:  # the error found asks for another pass
+                    work.expect(batches)
+                work.step()
+
+            work.expect(batches)
             baseline, fisher = predict(
-                lm, text.calibration, kinds, target_stderr or TARGET_STDERR, batch_size, seed, work.step, journal
+                lm, text.calibration, kinds, target_stderr or TARGET_STDERR, batch_size, seed, step, journal
             )
     else:
         plan = list(profiling.drops(method, strategies, lm.num_blocks, kinds, profiling.settled_points(lm)))  # type: ignore[arg-type]
@@ -225,7 +238,10 @@ def profile(
         print_json(dumps(document))
 
 
-def _print_estimate(lm, text, method, strategies, kinds, target_stderr, batch_size, tasks) -> None:
+def _print_estimate(lm, text, method, strategies, kinds, target_stderr, batch_size, tasks) -> dict[str, float]:
+    """Says what would be run, and returns it."""
+    from dataclasses import asdict
+
     from spd_calib.sensitivity.estimate import estimate, estimate_fisher
     from spd_calib.sensitivity.profile import drops, experiments_of
 
@@ -247,6 +263,7 @@ def _print_estimate(lm, text, method, strategies, kinds, target_stderr, batch_si
     if tasks:
         say(f"not counted: the lm-eval tasks, once for the dense model and once for each of {len(plan)} experiments")
     say("nothing was written")
+    return asdict(e)
 
 
 def _strategies(names: list[str] | None, method: str):

@@ -125,7 +125,7 @@ def recover(
     run = {"plan": sha256_of(plan), "text": text.calibration_ref().sha256, "options": repr(options), "dtype": dtype,
            "tiers": repr(block_tiers)}  # fmt: skip
     journal = Journal(output.absolute().parent / f"{output.name}.partial", run)
-    with working("recover", None) as work:
+    with working("recover", _ticks(block_tiers, chosen, options)) as work:
         report = treat(
             model, fitting, held_out, block_tiers, options, journal, work.step,
             Distributed() if world_size() > 1 else None,
@@ -155,3 +155,13 @@ def recover(
     say(f"written: {output}, with plan.json and recovery.json in it; next: spd-calib check {output / 'plan.json'}")
     if json:
         print_json(dumps(made))
+
+
+def _ticks(block_tiers, methods, options) -> int:
+    """Steps of the progress bar, at most: training may end early, and treatments are left out where they do nothing."""
+    treated = sum(t != "insensitive" for t in block_tiers.values())
+    if not treated:
+        return 0
+    per_block, end = (-(-s.steps // s.check_every) + 1 for s in (options.block_schedule, options.whole_schedule))
+    trained = treated * per_block + end if "distillation" in methods else 0
+    return treated * len(set(methods) - {"distillation"}) + trained

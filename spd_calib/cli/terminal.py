@@ -6,9 +6,10 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 console = Console(stderr=True, highlight=False)
+NARROW = 80  # columns; below it, less air
 COLOURS = {"keep_sync": "cyan", "block_drop": "green", "plain_drop": "yellow"}
 
 
@@ -17,39 +18,69 @@ def say(message: str) -> None:
 
 
 class Work:
-    """A progress bar with time left; where stderr is no terminal, its first and last line."""
+    """A progress bar with time left; nothing where stderr is no terminal."""
 
     def __init__(self, progress: Progress, what: str, total: int | None):
         self.progress, self.task = progress, progress.add_task(what, total=total)
-        self.what = what
+        self.what, self.done, self.total = what, 0, total or 0
+
+    def expect(self, steps: int) -> None:
+        """So many more steps are to come than were known of."""
+        self.total += steps
+        self.progress.update(self.task, total=self.total)
 
     def step(self, note: str = "") -> None:
-        self.progress.update(self.task, advance=1, description=f"{self.what} {note}".strip())
+        self.done += 1
+        self.progress.update(self.task, completed=self.done, description=f"{self.what} {note}".strip())
 
 
 @contextmanager
-def working(what: str, total: int | None) -> Iterator[Work]:
+def working(what: str, total: int | None = None) -> Iterator[Work]:
+    """`total`: the steps there will be; None where that shows only on the way."""
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+        BarColumn(10 if console.width < NARROW else 30),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True, expand=True, disable=not console.is_terminal) as progress:
         yield Work(progress, what, total)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
-    """Print rows of text: the first `left` columns and the last aligned left, numbers between them right."""
+    """Print rows of text: the first `left` columns and those of words aligned left, numbers right.
+
+    Where the terminal is narrow the words go to further lines, the numbers stay whole as long as there is room.
+    """
     console.print(f"\n{title}", style="bold", markup=False)
-    t = Table(box=None, pad_edge=False, header_style="dim")
-    for i, column in enumerate(columns):
-        words = i < left or not any(row[i][:1] in "+-0123456789" for row in rows if row[i])
-        t.add_column(column, justify="left" if words else "right", overflow="fold")
+    gap = 1 if console.width < NARROW else 2
+    t = Table(box=None, pad_edge=False, header_style="dim", padding=(0, gap, 0, 0))
+    numbers = [i >= left and any(row[i][:1] in "+-0123456789" for row in rows if row[i]) for i, _ in enumerate(columns)]
+    widths = _widths(columns, rows, numbers, console.width - gap * (len(columns) - 1))
+    for column, number, width in zip(columns, numbers, widths, strict=True):
+        t.add_column(column, justify="right" if number else "left", overflow="fold", width=width)
     for row in rows:
         t.add_row(*(f"[{COLOURS[cell]}]{cell}[/]" if cell in COLOURS else cell.replace("[", "\\[") for cell in row))
     console.print(t)
+
+
+def _widths(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[bool], room: int
+) -> Sequence[int | None]:
+    """Of each column, in all at most `room`: everything on one line, else numbers and words whole, else words alone."""
+    everything = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    if sum(everything) <= room:
+        return everything
+    words = [max(len(w) for c in cells for w in c.split() or [""]) for cells in zip(columns, *rows, strict=True)]
+    figures = [max(map(len, cells)) for cells in zip(*rows, strict=True)] or words
+    for least in ([max(w, f if number else 0) for w, f, number in zip(words, figures, numbers, strict=True)], words):
+        if (spare := room - sum(least)) >= 0:
+            for i in sorted(range(len(least)), key=lambda i: everything[i] - least[i]):
+                more = min(spare, everything[i] - least[i])
+                least[i], spare = least[i] + more, spare - more
+            return least
+    return [None] * len(columns)
 
 
 def print_json(text: str) -> None:

@@ -1,5 +1,6 @@
 """The plan file: what was chosen, why, what was predicted, and what the whole measures on held-out text."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
@@ -35,6 +36,7 @@ def make_plan(
     recovered_from: TensorParallelLM | None = None,
     compensation: CompensationFile | None = None,
     tasks: tuple[TaskLoss, TaskLoss] | None = None,
+    expect: Callable[[int], None] = lambda ticks: None,
 ) -> tuple[Plan, Choice, dict[str, Comparison]]:
     """Choose, verify and, where needed, repair. Raises SpdError where the budget cannot be met.
 
@@ -42,10 +44,12 @@ def make_plan(
     they and the plan cost on the calibration text, by name. Of a profile of a recovered checkpoint: `recovered` is the
     checkpoint's plan, `recovered_from` the dense model it was made from, `compensation` the predictors beside the plan.
     A budget of lm-eval tasks needs `tasks`: what `lm`, as it is set, loses on documents to choose by, and on others.
+    `expect` is told of every `tick` to come, as soon as it is known.
     """
 
     def measured_on(sequences: Sequence[Sequence[int]], task_loss: TaskLoss | None):
         def measured(sets: Sequence[Drops]) -> list[Comparison]:
+            expect(len(sets) * math.ceil(len(sequences) / batch_size))
             found = measure_sets(lm, sets, sequences, batch_size, tick, recovered_from)
             return found if task_loss is None else list(map(partial(_with_tasks, lm, task_loss), sets, found))
 
