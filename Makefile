@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test coverage fuzz test-vllm .venv-vllm lint format pipeline results latency bench docs generated schemas tutorial dist release-check clean FORCE
+.PHONY: demo test coverage mutation fuzz test-vllm .venv-vllm lint format pipeline results latency bench docs generated schemas tutorial dist release-check clean FORCE
 
 demo: $(READY)
 	$(BIN)/spd-calib demo -o runs/demo
@@ -19,6 +19,11 @@ coverage: $(READY)
 	COVERAGE_FILE=$(CURDIR)/runs/coverage/data OMP_NUM_THREADS=1 $(BIN)/python -m coverage run -m pytest tests --ignore tests/with_vllm
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report --fail-under 90
+
+# Which changes of the code the tests would not notice, in results/mutation/ (most of an hour; EVERY=4: a quarter of them).
+EVERY ?= 1
+mutation: $(READY)
+	$(BIN)/python benchmarks/mutation.py --every $(EVERY)
 
 # An hour of files that no reader may half accept; make test runs a hundred of each kind.
 FUZZ_EXAMPLES ?= 60000
