@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -189,16 +190,18 @@ def share_of_floor(blocks: int, width: int, tp: int, sequences: int, length: int
 
 
 def _grown(connection, what: str, blocks: int, width: int, vocabulary: int) -> None:
-    """Send by how many bytes the process's peak grows while `what` runs."""
+    """Send by how many bytes the process's peak grows: transformers' model, its simulation, or a profile."""
     torch.set_num_threads(1)
-    lm = TensorParallelLM.simulated(random_llama(blocks, width, vocabulary), 4)
-    sequences = random_tokens(2 * BATCH, 128, vocabulary)
-    lm(torch.tensor(sequences[:1]))
+    model, sequences = random_llama(blocks, width, vocabulary), random_tokens(2 * BATCH, 128, vocabulary)
+    forward: Callable = partial(torch.no_grad()(model), use_cache=False)
+    if what != "dense":
+        forward = lm = TensorParallelLM.simulated(model, 4)
+    forward(torch.tensor(sequences[:1]))
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    if what == "dense":
-        for input_ids, _ in batches(sequences, BATCH, lm.device):
-            lm(input_ids)
+    if what != "profile":
+        for input_ids, _ in batches(sequences, BATCH, torch.device("cpu")):
+            forward(input_ids)
     else:
         profile(lm, sequences, "single", DROP, BATCH, lambda i, t: None)
     connection.send(_status("VmHWM") - before)
@@ -212,7 +215,7 @@ def _status(name: str) -> int:
 def memory(blocks: int, width: int, vocabulary: int) -> dict:
     grown = {}
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    for what in ("dense", "profile"):
+    for what in ("dense", "simulated", "profile"):
         here, there = multiprocessing.Pipe()
         process = multiprocessing.get_context("spawn").Process(
             target=_grown, args=(there, what, blocks, width, vocabulary)
@@ -227,6 +230,7 @@ def memory(blocks: int, width: int, vocabulary: int) -> dict:
         "width": width,
         "vocabulary": vocabulary,
         "dense_forward_mib": round(grown["dense"] / 2**20, 1),
+        "simulated_forward_every_sync_kept_mib": round(grown["simulated"] / 2**20, 1),
         "hidden_states_of_a_batch_mib": round(hidden / 2**20, 1),
         "profile_mib": round(grown["profile"] / 2**20, 1),
         "profile_of_allowed": round(grown["profile"] / (grown["dense"] + hidden), 3),

@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -74,10 +74,11 @@ class Block(nn.Module):
     def feed(self, s: Streams) -> list[Tensor]:
         """Each rank's partial sum of the MLP [B, T, d] (bias left out), without compensation."""
         self.read_weights(self.index)
-        return self._fed(s)
+        return list(self._fed(s))
 
-    def _fed(self, s: Streams) -> list[Tensor]:
-        return [mlp(u) for mlp, u in zip(self.mlps, self._inputs(self.norm2, s), strict=True)]
+    def _fed(self, s: Streams) -> Iterator[Tensor]:
+        # map, unlike a generator, keeps no tensor of one rank while it makes the next one's
+        return map(lambda mlp, u: mlp(u), self.mlps, self._inputs(self.norm2, s))
 
     def attend(self, s: Streams, **kwargs) -> tuple[list[Tensor], list[Tensor]]:
         """Each rank's partial sum of the attention [B, T, d] (bias left out), and its head outputs [B, T, d_rank]."""
@@ -95,9 +96,9 @@ class Block(nn.Module):
     def _inputs(self, norm: nn.Module, s: Streams) -> Iterator[Tensor]:
         """What each rank's sub-layer reads, n(x + w_i + p_i), one after the other."""
         ranks = range(len(self.attentions))
-        yield from itertools.repeat(norm(s.shared), len(ranks)) if s.agree else (norm(s.read(i)) for i in ranks)
+        return itertools.repeat(norm(s.shared), len(ranks)) if s.agree else map(norm, map(s.read, ranks))
 
-    def _sync_point(self, strategy: Strategy, s: Streams, partials: list[Tensor], bias: Tensor | None) -> Streams:
+    def _sync_point(self, strategy: Strategy, s: Streams, partials: Iterable[Tensor], bias: Tensor | None) -> Streams:
         if strategy == Strategy.KEEP_SYNC:
             return keep(s, partials, bias, self.comm)
         if strategy == Strategy.BLOCK_DROP:

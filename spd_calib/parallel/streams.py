@@ -5,9 +5,10 @@ same, bit for bit, on all ranks; what a rank knows and the others do not is kept
 and subtracted out again, which would let rounding pull the ranks apart.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .comm import Comm
@@ -36,23 +37,23 @@ class Streams:
         return x
 
 
-def keep(s: Streams, partials: Sequence[Tensor], bias: Tensor | None, comm: Comm) -> Streams:
+def keep(s: Streams, partials: Iterable[Tensor], bias: Tensor | None, comm: Comm) -> Streams:
     """A sync point that is kept: x <- x + AR(p_i + partial_i) + bias, p_i <- 0."""
-    owed = partials if s.debt is None else (p + partial for p, partial in zip(s.debt, partials, strict=True))
+    owed = partials if s.debt is None else map(torch.add, s.debt, partials)
     return Streams(_add(s.shared + comm.all_reduce(owed), bias), None, s.written_off)
 
 
-def defer(s: Streams, partials: Sequence[Tensor], bias: Tensor | None) -> Streams:
+def defer(s: Streams, partials: Iterable[Tensor], bias: Tensor | None) -> Streams:
     """A sync point left to the next one kept: p_i <- p_i + partial_i, x <- x + bias."""
     return Streams(_add(s.shared, bias), _sums(s.debt, partials), s.written_off)
 
 
-def write_off(s: Streams, partials: Sequence[Tensor], bias: Tensor | None) -> Streams:
+def write_off(s: Streams, partials: Iterable[Tensor], bias: Tensor | None) -> Streams:
     """A sync point dropped for good: the partial stays with its rank and is never reduced."""
     return Streams(_add(s.shared, bias), s.debt, _sums(s.written_off, partials))
 
 
-def _sums(held: list[Tensor] | None, partials: Sequence[Tensor]) -> list[Tensor]:
+def _sums(held: list[Tensor] | None, partials: Iterable[Tensor]) -> list[Tensor]:
     return list(partials) if held is None else [h + p for h, p in zip(held, partials, strict=True)]
 
 
