@@ -33,10 +33,11 @@ def bench(
     from spd_calib.formats.hardware import Hardware
     from spd_calib.formats.plan import Plan
     from spd_calib.ranks import is_main_rank, world_size
+    from spd_calib.report import tables
     from spd_calib.runtimes.torchrun.launch import torchrun
 
     from .options import check_dtype, resolve_device
-    from .terminal import print_json, say, working
+    from .terminal import print_json, say, table, working
 
     planned = read(Plan, plan)
     check_writable(output)
@@ -55,7 +56,8 @@ def bench(
     if not is_main_rank():  # it has written nothing, and has nothing to show
         return
     measured = read(Hardware, output)
-    print_hardware(measured)
+    for found in tables.hardware(measured):
+        table(*found)
     say(f"written: {output}")
     if json:
         print_json(dumps(measured))
@@ -103,39 +105,3 @@ def _on_this_rank(
         provenance=provenance(0, device, dtype),
     )
     write_text(output, dumps(document))
-
-
-def print_hardware(document) -> None:
-    from .terminal import table
-
-    ranks = f"{document.tensor_parallel.size} ranks, {document.backend}, {document.device}"
-    gathered = {c.bytes: c.seconds for c in document.collectives if c.method == "all_gather_and_sum"}
-    table(
-        f"sum over {ranks}: median (10 % to 90 %), microseconds",
-        ["bytes", "all-reduce", "all-gather and sum"],
-        [
-            [f"{c.bytes}", _spread(c.seconds, 1e6), _spread(gathered[c.bytes], 1e6)]
-            for c in document.collectives
-            if c.method == "all_reduce"
-        ],
-    )
-    dense = {s.phase: s.seconds.median for s in document.steps if s.blocks == "dense"}
-    table(
-        f"forward on {ranks}: median (10 % to 90 %), milliseconds",
-        ["phase", "sync points", "dropped", "time", "of dense"],
-        [
-            [
-                s.phase,
-                s.blocks.replace("_", " "),
-                str(s.dropped),
-                _spread(s.seconds, 1e3),
-                f"{100 * s.seconds.median / dense[s.phase]:.1f} %",
-            ]
-            for s in document.steps
-        ],
-        left=2,
-    )
-
-
-def _spread(seconds, unit: float) -> str:
-    return f"{seconds.median * unit:.1f} ({seconds.p10 * unit:.1f} to {seconds.p90 * unit:.1f})"

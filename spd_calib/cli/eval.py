@@ -32,11 +32,12 @@ def evaluate(
     from spd_calib.formats.results import Results
     from spd_calib.parallel.compensation import load_compensation
     from spd_calib.parallel.session import open_session
+    from spd_calib.report import tables
 
     from .options import check_dtype, provenance, resolve_device, resolve_model
     from .recovered import load_original
     from .shared import resolve_tasks
-    from .terminal import print_json, say, working
+    from .terminal import print_json, say, table, working
 
     planned = read(Plan, plan)
     check_writable(output)
@@ -62,28 +63,7 @@ def evaluate(
         provenance=provenance(made.seed, device, dtype),
     )
     write_text(output, dumps(document))
-    print_results(document)
+    table(*tables.tasks(document))
     say(f"written: {output}")
     if json:
         print_json(dumps(document))
-
-
-def print_results(document) -> None:
-    from .terminal import table
-
-    table(
-        f"{len(document.dropped)} attention all-reduces dropped, TP {document.tensor_parallel.size}",
-        ["task", "metric", "docs", "dense", "planned", "planned - dense"],
-        [
-            [
-                r.task,
-                r.metric,
-                str(r.documents),
-                f"{r.dense:.4f}",
-                f"{r.planned:.4f}",
-                f"{r.difference:+.4f}" + ("" if r.difference_stderr is None else f" ± {r.difference_stderr:.4f}"),
-            ]
-            for r in document.tasks
-        ],
-        left=2,
-    )

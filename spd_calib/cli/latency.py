@@ -41,26 +41,6 @@ def latency_models(
     return models, found
 
 
-def print_latency(models: dict[str, LatencyModel], dropped: int) -> None:
-    step = models["decode"].step
-    name = models["decode"].hardware
-    table(
-        f"modelled latency on {name}, batch {step.batch}, context {step.context}: no promise",
-        ["phase", "all-reduce, us", "dense, ms", "planned, ms", "saved", "ceiling: every sync point dropped"],
-        [
-            [
-                phase,
-                f"{1e6 * m.all_reduce:.1f}",
-                f"{1e3 * m.seconds(0):.3f}",
-                f"{1e3 * m.seconds(dropped):.3f}",
-                f"{100 * m.saved(dropped):.1f} %",
-                f"{100 * m.ceiling:.1f} %",
-            ]
-            for phase, m in models.items()
-        ],
-    )
-
-
 def print_held_against(models: dict[str, LatencyModel], hardware: Hardware) -> None:
     """The model against the steps that `bench` timed with sync points dropped."""
     table(

@@ -86,12 +86,13 @@ def plan(
     from spd_calib.planning.front import front_of
     from spd_calib.planning.plan import make_plan
     from spd_calib.planning.search import candidates
+    from spd_calib.report import tables
 
-    from .latency import latency_models, print_held_against, print_latency, say_ceiling
+    from .latency import latency_models, print_held_against, say_ceiling
     from .options import check_dtype, provenance, resolve_device, resolve_model
     from .recovered import find_recovered
     from .shared import budget_from, reload_text, resolve_tasks
-    from .terminal import print_json, say, working
+    from .terminal import print_json, say, table, working
 
     measured = read(Profile, profile)
     made = measured.provenance
@@ -111,7 +112,7 @@ def plan(
         if not any(b is not None for b in (*budgets, min_speedup)):
             front = front_of(measured, strategy, provenance(made.seed, device, dtype), {}, models)
             write_text(pareto, dumps(front))
-            print_front(front)
+            table(*tables.front_points(front))
             say(f"written: {pareto}; next: spd-calib plan {profile} --drop {front.knee} -o plan.json")
             if json:
                 print_json(dumps(front))
@@ -165,7 +166,7 @@ def plan(
     write_text(output, dumps(result))
     print_plan(result)
     if models:
-        print_latency(models, drops)
+        table(*tables.latencies(result.latency))
     if choice.repaired:
         say(f"repaired: {choice.repaired} given back, the held-out text showed the budget broken with them")
     if compared:
@@ -173,7 +174,7 @@ def plan(
     if pareto:
         front = front_of(measured, strategy, result.provenance, choice.measured, models)
         write_text(pareto, dumps(front))
-        print_front(front)
+        table(*tables.front_points(front))
         say(f"written: {pareto}")
     say(f"written: {output}; next: spd-calib eval {output} --tasks ... -o results.json")
     if json:
@@ -195,55 +196,15 @@ def _check_latency(
 
 def print_plan(result) -> None:
     """The plan block by block, then predicted and verified side by side."""
-    from spd_calib.planning.budget import describe
+    from spd_calib.report import tables
 
     from .terminal import say, table
 
-    mlps = any(b.mlp_kl is not None for b in result.blocks)
-    columns = ["block", "strategy", *(["MLP"] if mlps else []), "KL alone", *(["MLP alone"] if mlps else []), "why"]
-    rows = []
-    for b in result.blocks:
-        kls = ["" if kl is None else f"{kl:.4f}" for kl in (b.kl, b.mlp_kl)]
-        rows.append(
-            [str(b.index), b.strategy, b.mlp_strategy, *kls, b.reason]
-            if mlps
-            else [str(b.index), b.strategy, kls[0], b.reason]
-        )
-    table(
-        f"plan for {result.model.id} at TP {result.tensor_parallel.size}, asked for: {describe(result.budget)}",
-        columns,
-        rows,
-        left=3 if mlps else 2,
-    )
-    p, v = result.predicted, result.verified
-    table(
-        "the whole plan",
-        ["", "KL", "ppl", "top-1 lost, points"],
-        [
-            [
-                "predicted from the profile",
-                f"{p.kl:.4f}",
-                "" if p.ppl_increase is None else f"{100 * p.ppl_increase:+.2f} %",
-                "" if p.accuracy_drop is None else f"{100 * p.accuracy_drop:+.2f}",
-            ],
-            [
-                "verified, held-out text",
-                f"{v.kl:.4f} ± {v.kl_stderr:.4f}",
-                f"{100 * v.ppl_increase:+.2f} %",
-                f"{100 * v.accuracy_drop:+.2f} ± {100 * v.accuracy_drop_stderr:.2f}",
-            ],
-        ],
-    )
-    if result.budget.tasks:
-        lost = [
-            f"{t} {100 * d:+.2f} ± {100 * v.task_accuracy_drop_stderr[t]:.2f}" for t, d in v.task_accuracy_drop.items()
-        ]
-        say("lm-eval accuracy lost on documents not used to choose, points: " + ", ".join(lost))
-    n, m, before = len(result.dropped), len(result.mlp_dropped), 2 * len(result.blocks)
-    what = f"{n} of {len(result.blocks)} attention all-reduces"
-    if m:
-        what += f" and {m} of {len(result.blocks) - 1} of the MLPs"
-    say(f"{what} dropped: {before} a forward and rank become {before - n - m}")
+    table(*tables.blocks(result))
+    table(*tables.whole_plan(result))
+    if lost := tables.task_losses(result):
+        say(lost)
+    say(tables.saving(result))
 
 
 def print_comparison(compared, drops: int) -> None:
@@ -257,31 +218,3 @@ def print_comparison(compared, drops: int) -> None:
             for name, m in compared.items()
         ],
     )
-
-
-def print_front(front) -> None:
-    from .terminal import table
-
-    phases = list(front.points[0].saved)
-    table(
-        f"the cheapest set of every size; the knee is at {front.knee}",
-        ["drops", "KL predicted", "measured", *[f"{phase} saved" for phase in phases], "dropped beyond those above"],
-        [
-            [
-                str(p.drops),
-                f"{p.predicted_kl:.4f}",
-                "" if p.measured_kl is None else f"{p.measured_kl:.4f}",
-                *[f"{100 * p.saved[phase]:.1f} %" for phase in phases],
-                _beyond(p.dropped, front.points[i - 1].dropped if i else []),
-            ]
-            for i, p in enumerate(front.points)
-        ],
-    )
-
-
-def _beyond(dropped, before) -> str:
-    def names(points) -> list[str]:
-        return [f"{p.block}{' MLP' if p.sync_point == 'mlp' else ''}" for p in points]
-
-    back = names(p for p in before if p not in dropped)
-    return ", ".join(names(p for p in dropped if p not in before)) + (f"; not {', '.join(back)}" if back else "")

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from spd_calib.report.table import numeric
+
 console = Console(stderr=True, highlight=False)
 NARROW = 80  # columns; below it, less air
 COLOURS = {"keep_sync": "cyan", "block_drop": "green", "plain_drop": "yellow"}
@@ -56,7 +58,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], lef
     console.print(f"\n{title}", style="bold", markup=False)
     gap = 1 if console.width < NARROW else 2
     t = Table(box=None, pad_edge=False, header_style="dim", padding=(0, gap, 0, 0))
-    numbers = [i >= left and any(row[i][:1] in "+-0123456789" for row in rows if row[i]) for i, _ in enumerate(columns)]
+    numbers = numeric(columns, rows, left)
     widths = _widths(columns, rows, numbers, console.width - gap * (len(columns) - 1))
     for column, number, width in zip(columns, numbers, widths, strict=True):
         t.add_column(column, justify="right" if number else "left", overflow="fold", width=width)

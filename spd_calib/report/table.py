@@ -1,0 +1,18 @@
+"""A table as text, whatever shows it: the terminal, or the page of `report`."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class Table(NamedTuple):
+    """`left`: how many columns, from the first, are words even where they begin with a digit."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: int = 1
+
+
+def numeric(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[bool]:
+    """Which columns hold numbers, and are aligned right."""
+    return [i >= left and any(row[i][:1] in "+-0123456789" for row in rows if row[i]) for i, _ in enumerate(columns)]

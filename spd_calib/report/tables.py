@@ -1,0 +1,216 @@
+"""What the files say, as tables of text: the terminal and the page show the same rows."""
+
+from collections.abc import Sequence
+
+from spd_calib.formats.common import Strategy
+from spd_calib.formats.front import Front
+from spd_calib.formats.hardware import Hardware, Timing
+from spd_calib.formats.plan import Latency, Plan
+from spd_calib.formats.profile import Point, Profile, SyncPoint
+from spd_calib.formats.results import Results
+from spd_calib.planning.budget import describe
+
+from .table import Table
+
+NAMES = {"attention": "attention", "mlp": "MLP"}
+
+
+def rankings(profile: Profile) -> list[Table]:
+    """A table for each strategy and kind of sync point that was profiled, the least sensitive block first."""
+    one = _predicted if profile.fisher else _ranking
+    return [one(profile, s, kind) for s in profile.strategies for kind in profile.sync_points if profile.kl(s, kind)]
+
+
+def _predicted(profile: Profile, strategy: Strategy, kind: SyncPoint) -> Table:
+    kl = profile.kl(strategy, kind)
+    return Table(
+        f"{NAMES[kind]}: {strategy}, least sensitive block first, predicted",
+        ["block", "KL"],
+        [[str(block), f"{kl[block][0]:.4f} ± {kl[block][1]:.4f}"] for block in profile.ranking(strategy, "kl", kind)],
+    )
+
+
+def _ranking(profile: Profile, strategy: Strategy, kind: SyncPoint) -> Table:
+    by_block = profile.of(strategy, kind)
+    value = profile.sensitivity(strategy, sync_point=kind)
+    unit = {"accuracy": "accuracy lost", "kl": "KL", "ppl": "perplexity"}[profile.rank_by]
+    order = profile.ranking(strategy, sync_point=kind)
+    rows = [
+        [
+            str(block),
+            f"{value[block]:.4f}",
+            f"{by_block[block].kl:.4f} ± {by_block[block].kl_stderr:.4f}",
+            f"{100 * by_block[block].ppl_increase:+.2f} %",
+            f"{100 * by_block[block].accuracy_drop:+.2f} ± {100 * by_block[block].accuracy_drop_stderr:.2f}",
+            f"{100 * by_block[block].top1_agreement:.1f} %",
+        ]
+        for block in order
+    ]
+    columns = ["block", unit, "KL", "ppl", "top-1 lost, points", "agreement"]
+    if any(m.stopped_early for m in by_block.values()):
+        from spd_calib.sensitivity.tiers import tiers  # imports torch
+
+        tier = tiers(profile.sensitivity(strategy, "kl", kind))
+        columns[-1:] = ["sequences", "tier"]
+        for row, block in zip(rows, order, strict=True):
+            row[-1:] = [str(by_block[block].sequences), tier[block]]
+    cumulative = "" if profile.method == "single" else " (blocks dropped from here to the last)"
+    return Table(f"{NAMES[kind]}: {strategy}, least sensitive block first{cumulative}", columns, rows)
+
+
+def blocks(plan: Plan) -> Table:
+    """The plan block by block."""
+    mlps = any(b.mlp_kl is not None for b in plan.blocks)
+    columns = ["block", "strategy", *(["MLP"] if mlps else []), "KL alone", *(["MLP alone"] if mlps else []), "why"]
+    rows = []
+    for b in plan.blocks:
+        kls = ["" if kl is None else f"{kl:.4f}" for kl in (b.kl, b.mlp_kl)]
+        words = [str(b.index), b.strategy]
+        rows.append([*words, b.mlp_strategy, *kls, b.reason] if mlps else [*words, kls[0], b.reason])
+    title = f"plan for {plan.model.id} at TP {plan.tensor_parallel.size}, asked for: {describe(plan.budget)}"
+    return Table(title, columns, rows, 3 if mlps else 2)
+
+
+def whole_plan(plan: Plan) -> Table:
+    """Predicted and verified side by side."""
+    p, v = plan.predicted, plan.verified
+    return Table(
+        "the whole plan",
+        ["", "KL", "ppl", "top-1 lost, points"],
+        [
+            [
+                "predicted from the profile",
+                f"{p.kl:.4f}",
+                "" if p.ppl_increase is None else f"{100 * p.ppl_increase:+.2f} %",
+                "" if p.accuracy_drop is None else f"{100 * p.accuracy_drop:+.2f}",
+            ],
+            [
+                "verified, held-out text",
+                f"{v.kl:.4f} ± {v.kl_stderr:.4f}",
+                f"{100 * v.ppl_increase:+.2f} %",
+                f"{100 * v.accuracy_drop:+.2f} ± {100 * v.accuracy_drop_stderr:.2f}",
+            ],
+        ],
+    )
+
+
+def task_losses(plan: Plan) -> str:
+    """Of a budget of lm-eval tasks, a sentence; else nothing."""
+    if not plan.budget.tasks:
+        return ""
+    v = plan.verified
+    lost = [f"{t} {100 * d:+.2f} ± {100 * v.task_accuracy_drop_stderr[t]:.2f}" for t, d in v.task_accuracy_drop.items()]
+    return "lm-eval accuracy lost on documents not used to choose, points: " + ", ".join(lost)
+
+
+def saving(plan: Plan) -> str:
+    """How many all-reduces are gone, and how many are left."""
+    n, m, before = len(plan.dropped), len(plan.mlp_dropped), 2 * len(plan.blocks)
+    what = f"{n} of {len(plan.blocks)} attention all-reduces"
+    if m:
+        what += f" and {m} of {len(plan.blocks) - 1} of the MLPs"
+    return f"{what} dropped: {before} a forward and rank become {before - n - m}"
+
+
+def front_points(front: Front) -> Table:
+    phases = list(front.points[0].saved)
+    return Table(
+        f"the cheapest set of every size; the knee is at {front.knee}",
+        ["drops", "KL predicted", "measured", *[f"{phase} saved" for phase in phases], "dropped beyond those above"],
+        [
+            [
+                str(p.drops),
+                f"{p.predicted_kl:.4f}",
+                "" if p.measured_kl is None else f"{p.measured_kl:.4f}",
+                *[f"{100 * p.saved[phase]:.1f} %" for phase in phases],
+                _beyond(p.dropped, front.points[i - 1].dropped if i else []),
+            ]
+            for i, p in enumerate(front.points)
+        ],
+    )
+
+
+def _beyond(dropped: Sequence[Point], before: Sequence[Point]) -> str:
+    back = _names([p for p in before if p not in dropped])
+    return ", ".join(_names([p for p in dropped if p not in before])) + (f"; not {', '.join(back)}" if back else "")
+
+
+def _names(points: Sequence[Point]) -> list[str]:
+    return [f"{p.block}{' MLP' if p.sync_point == 'mlp' else ''}" for p in points]
+
+
+def tasks(results: Results) -> Table:
+    return Table(
+        f"{len(results.dropped)} attention all-reduces dropped, TP {results.tensor_parallel.size}",
+        ["task", "metric", "docs", "dense", "planned", "planned - dense"],
+        [
+            [
+                r.task,
+                r.metric,
+                str(r.documents),
+                f"{r.dense:.4f}",
+                f"{r.planned:.4f}",
+                f"{r.difference:+.4f}" + ("" if r.difference_stderr is None else f" ± {r.difference_stderr:.4f}"),
+            ]
+            for r in results.tasks
+        ],
+        2,
+    )
+
+
+def latencies(found: Sequence[Latency]) -> Table:
+    """Of one plan, by phase."""
+    return Table(
+        f"modelled latency on {found[0].hardware}, batch {found[0].batch}, context {found[0].context}: no promise",
+        ["phase", "all-reduce, us", "dense, ms", "planned, ms", "saved", "ceiling: every sync point dropped"],
+        [
+            [
+                m.phase,
+                f"{1e6 * m.all_reduce_seconds:.1f}",
+                f"{1e3 * m.dense_seconds:.3f}",
+                f"{1e3 * m.planned_seconds:.3f}",
+                f"{100 * m.saved:.1f} %",
+                f"{100 * m.ceiling:.1f} %",
+            ]
+            for m in found
+        ],
+    )
+
+
+def hardware(measured: Hardware) -> list[Table]:
+    """Sums by size, and steps."""
+    ranks = f"{measured.tensor_parallel.size} ranks, {measured.backend}, {measured.device}"
+    gathered = {c.bytes: c.seconds for c in measured.collectives if c.method == "all_gather_and_sum"}
+    sums = [
+        [f"{c.bytes}", _spread(c.seconds, 1e6), _spread(gathered[c.bytes], 1e6)]
+        for c in measured.collectives
+        if c.method == "all_reduce"
+    ]
+    dense = {s.phase: s.seconds.median for s in measured.steps if s.blocks == "dense"}
+    steps = [
+        [
+            s.phase,
+            s.blocks.replace("_", " "),
+            str(s.dropped),
+            _spread(s.seconds, 1e3),
+            f"{100 * s.seconds.median / dense[s.phase]:.1f} %",
+        ]
+        for s in measured.steps
+    ]
+    return [
+        Table(
+            f"sum over {ranks}: median (10 % to 90 %), microseconds",
+            ["bytes", "all-reduce", "all-gather and sum"],
+            sums,
+        ),
+        Table(
+            f"forward on {ranks}: median (10 % to 90 %), milliseconds",
+            ["phase", "sync points", "dropped", "time", "of dense"],
+            steps,
+            2,
+        ),
+    ]
+
+
+def _spread(seconds: Timing, unit: float) -> str:
+    return f"{seconds.median * unit:.1f} ({seconds.p10 * unit:.1f} to {seconds.p90 * unit:.1f})"
