@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import tiny
+from plans import write_plan
 
+WITHOUT_O = ("check", "generate", "report", "diff")
 BAD = [
     (["profile", "{llama}", "--tp", "3", "--data", "{text}"], "8 query heads"),
     (["profile", "{llama}", "--tp", "0", "--data", "{text}"], "--tp"),
@@ -109,6 +111,11 @@ BAD = [
     (["report", "{truncated}", "--png", "{tmp}/f.png"], "not valid JSON"),
     (["report", "{profile}", "--png", "{tmp}/no/f.png"], "does not exist"),
     (["report", "{profile}", "--plan", "{profile}", "--png", "{tmp}/f.png"], "not a plan"),
+    (["diff", "{profile}", "{plan}"], "is a profile and"),
+    (["diff", "{profile}", "{other_model}"], "4 blocks and B of one with 8"),
+    (["diff", "{profile}", "{tmp}/none.json"], "`spd-calib profile or plan` writes one"),
+    (["diff", "{truncated}", "{profile}"], "not valid JSON"),
+    (["diff", "{profile}", "{hardware}"], "not a profile or plan file"),
     (["demo", "-o", "{text}"], "stories.jsonl"),
 ]
 
@@ -136,6 +143,10 @@ def places(tmp_path_factory, llama, text, profile_file) -> dict[str, Path]:
     changed["text"]["source"] = str(other)
     (tmp / "changed.json").write_text(json.dumps(changed))
     out["changed"] = tmp / "changed.json"
+    out["plan"] = write_plan(tmp / "plan.json", llama, 4, ["keep_sync"] * 4)
+    out["other_model"] = Path(__file__).parent.parent / "results/demo/profile.json"
+    out["hardware"] = tmp / "hardware.json"
+    out["hardware"].write_text('{"format": "spd-calib/hardware"}')
     return {**out, **cruel_files(tmp, profile_file), **cruel_models(tmp, llama)}
 
 
@@ -185,7 +196,7 @@ def cruel_models(tmp: Path, llama: Path) -> dict[str, Path]:
 @pytest.mark.parametrize(("arguments", "word"), BAD, ids=[f"{a[0]}-{w}" for a, w in BAD])
 def test_bad_input_is_one_sentence_and_exit_2(spd, places, arguments, word, tmp_path):
     arguments = [a.format(**places) for a in arguments]
-    if "-o" not in arguments and arguments[0] not in ("check", "generate", "report") and "--recipe" not in arguments:
+    if "-o" not in arguments and arguments[0] not in WITHOUT_O and "--recipe" not in arguments:
         arguments += ["-o", str(tmp_path / "out.json")]
     outcome = spd(*arguments)
     assert outcome.code == 2, outcome.err

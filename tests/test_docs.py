@@ -180,6 +180,8 @@ def folder(tmp_path_factory) -> Path:
     sizes = {"seq_len": 48, "max_samples": 8, "verify_samples": 8, "device": "cpu"}
     profile("demo", tp=2, data=data, output=place / "profile.json", **sizes)
     plan(place / "profile.json", output=place / "plan.json", drop="4", device="cpu")
+    for name in ("profile", "plan"):
+        shutil.copy(place / f"{name}.json", place / f"other-{name}.json")
     return place
 
 

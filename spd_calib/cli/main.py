@@ -6,7 +6,7 @@ import typer
 
 from spd_calib.ranks import ending_together
 
-from . import bench, check, demo, eval, generate, lm_eval, plan, profile, recover, report
+from . import bench, check, demo, diff, eval, generate, lm_eval, plan, profile, recover, report
 from .help import Command
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
     help="Find out which all-reduces of a tensor-parallel language model can go; plan, verify and evaluate it.",
     epilog="A first try: spd-calib demo. Any command takes --debug to show a traceback with an error.",
 )
-for module in (profile, plan, recover, eval, check, bench, generate, report, demo, lm_eval):
+for module in (profile, plan, recover, eval, check, bench, generate, report, diff, demo, lm_eval):
     module.register(app)
 for command in app.registered_commands:
     command.cls = Command

@@ -5,8 +5,9 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -34,18 +35,7 @@ F = TypeVar("F", bound=BaseModel)
 def read(kind: type[F], path: Path) -> F:
     """Read one of the travelling files. Raises InputError naming the file and what is wrong with it."""
     name = kind.__name__.lower()
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{path} is larger than {MAX_BYTES >> 20} MiB: it is no {name} file.")
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"There is no file {path}; `spd-calib {_writer(name)}` writes one.") from None
-    except OSError as e:
-        raise InputError(f"{path} cannot be read: {e.strerror}.") from None
-    except (ValueError, RecursionError):
-        raise InputError(
-            f"{path} is not valid JSON, it may be cut off; write it again with `spd-calib {_writer(name)}`."
-        ) from None
+    data = _load(path, name)
     expected = f"spd-calib/{name}"
     if not isinstance(data, dict) or data.get("format") != expected:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
@@ -60,6 +50,32 @@ def read(kind: type[F], path: Path) -> F:
         first = e.errors()[0]
         where = ".".join(map(str, first["loc"])).encode("unicode_escape").decode() or "the whole"  # one line
         raise InputError(f"{path} is not a valid {name}: {where}: {first['msg']}.") from None
+
+
+def name_of(path: Path, names: Sequence[str]) -> str:
+    """Which of the travelling files it is, of `names`: 'profile', by its format. Raises InputError for any other."""
+    data = _load(path, " or ".join(names))
+    found = data.get("format") if isinstance(data, dict) else type(data).__name__
+    for name in names:
+        if found == f"spd-calib/{name}":
+            return name
+    raise InputError(f"{path} is not a {' or '.join(names)} file: its format is {found!r}.")
+
+
+def _load(path: Path, name: str) -> Any:
+    """The JSON in a file that should be a `name`."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"{path} is larger than {MAX_BYTES >> 20} MiB: it is no {name} file.")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"There is no file {path}; `spd-calib {_writer(name)}` writes one.") from None
+    except OSError as e:
+        raise InputError(f"{path} cannot be read: {e.strerror}.") from None
+    except (ValueError, RecursionError):
+        raise InputError(
+            f"{path} is not valid JSON, it may be cut off; write it again with `spd-calib {_writer(name)}`."
+        ) from None
 
 
 def _writer(name: str) -> str:

@@ -1,0 +1,123 @@
+"""spd-calib diff: two profiles or two plans, side by side."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import COMMON, Recipe
+
+
+def register(app: typer.Typer) -> None:
+    app.command("diff", epilog="Example: spd-calib diff profile.json other-profile.json")(diff)
+
+
+def diff(
+    a: Annotated[Path, typer.Argument(help="A profile or a plan.")],
+    b: Annotated[Path, typer.Argument(help="Another of the same kind.")],
+    json: Annotated[bool, typer.Option("--json", help="all of it on stdout", rich_help_panel=COMMON)] = False,
+    recipe: Recipe = None,
+) -> None:
+    """Say what differs between two profiles or two plans, and why; of two texts, whether the data matters.
+
+    The exit code is 0 wherever the two can be compared, alike or not.
+    """
+    from dataclasses import asdict
+    from json import dumps
+
+    from spd_calib.errors import InputError
+    from spd_calib.formats.files import name_of, read
+    from spd_calib.formats.plan import Plan
+    from spd_calib.formats.profile import Profile
+    from spd_calib.report.diff import ProfileDiff, diff_plans, diff_profiles
+
+    from .terminal import print_json, say
+
+    kinds = [name_of(path, ("profile", "plan")) for path in (a, b)]
+    if kinds[0] != kinds[1]:
+        raise InputError(f"{a} is a {kinds[0]} and {b} a {kinds[1]}: compare two profiles or two plans.")
+    say(f"A: {a}\nB: {b}")
+    found = (
+        diff_plans(read(Plan, a), read(Plan, b))
+        if kinds[0] == "plan"
+        else diff_profiles(read(Profile, a), read(Profile, b))
+    )
+    if isinstance(found, ProfileDiff):
+        _print_profiles(found)
+    else:
+        _print_plans(found)
+    for sentence in found.answer:
+        say(sentence)
+    if json:
+        print_json(dumps(asdict(found), indent=1, default=lambda part: part.model_dump(mode="json")) + "\n")
+
+
+def _print_differing(title: str, rows) -> None:
+    from .terminal import say, table
+
+    if rows:
+        table(title, ["", "A", "B"], [[r.what, r.a, r.b] for r in rows], left=3)
+    else:
+        say(f"{title}: nothing")
+
+
+def _print_profiles(found) -> None:
+    from spd_calib.report.agreement import measured
+
+    from .terminal import say, table
+
+    _print_differing("what differs in what was measured", found.differing)
+    for g in found.agreements:
+        rows = [
+            [
+                str(r.block),
+                measured(r.a, r.a_stderr),
+                measured(r.b, r.b_stderr),
+                *(
+                    ["" if r.apart is None else f"{r.apart:+.1f}{' *' if r.beyond else ''}"]
+                    if found.p is not None
+                    else []
+                ),
+                f"{r.a_rank}" if r.a_rank == r.b_rank else f"{r.a_rank} -> {r.b_rank}",
+            ]
+            for r in g.rows
+        ]
+        apart = ["apart, s.e."] if found.p is not None else []
+        table(
+            f"{g.sync_point.replace('mlp', 'MLP')}: {g.strategy}, KL alone", ["block", "A", "B", *apart, "rank"], rows
+        )
+        if found.p is not None:
+            beyond = sum(r.beyond for r in g.rows)
+            say(
+                f"more than 2 standard errors apart (*): {beyond} of {len(g.rows)}; by chance alone it would be "
+                f"{g.beyond_by_chance:.1f}"
+            )
+        if g.spearman is not None:
+            within = ""
+            if g.spearman_range is not None:
+                within = f" ({g.spearman_range[0]:.2f} to {g.spearman_range[1]:.2f} within the errors)"
+            say(f"rank correlation: Spearman {g.spearman:.2f}{within}, Kendall {g.kendall:.2f}")
+        for sentence in g.changed:
+            say(sentence)
+    say("")
+
+
+def _print_plans(found) -> None:
+    from .terminal import say, table
+
+    def kl(value: float | None) -> str:
+        return "" if value is None else f"{value:.3g}"
+
+    _print_differing("what differs around the plans", found.differing)
+    _print_differing("the whole plans", found.whole)
+    if found.strategies:
+        names = [f"{s.point.block}{' MLP' if s.point.sync_point == 'mlp' else ''}" for s in found.strategies]
+        table(
+            "sync points that are treated differently",
+            ["block", "A", "B", "KL alone, A", "B"],
+            [[name, s.a, s.b, kl(s.a_kl), kl(s.b_kl)] for name, s in zip(names, found.strategies, strict=True)],
+            left=3,
+        )
+        for name, s in zip(names, found.strategies, strict=True):
+            say(f"block {name}: A: {s.a_reason}; B: {s.b_reason}")
+    say("")
