@@ -71,7 +71,8 @@ def of_model(folder: Path, source: Path, length: int, budgets: int) -> dict:
         )  # fmt: skip
 
     def plan(profile: Profile, budget: Budget):
-        return make_plan(lm, profile, budget, text.calibration, verification, text.verification_ref(), made, BATCH)
+        texts = [(text.calibration, verification)]
+        return make_plan(lm, profile, budget, texts, text.verification_ref(), made, BATCH)
 
     both = profile([DROP, PLAIN], ["attention", "mlp"])
     dice, rows = random.Random(0), []

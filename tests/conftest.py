@@ -62,5 +62,5 @@ def profile_file(tmp_path_factory, llama, text) -> Path:
     from spd_calib.cli.profile import profile
 
     path = tmp_path_factory.mktemp("profile") / "profile.json"
-    profile(str(llama), tp=4, data=str(text), output=path, seq_len=32, max_samples=12, verify_samples=8, device="cpu")
+    profile(str(llama), tp=4, data=[str(text)], output=path, seq_len=32, max_samples=12, verify_samples=8, device="cpu")
     return path

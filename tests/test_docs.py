@@ -28,7 +28,8 @@ GROUP = typer.main.get_command(app)
 
 SUBSTITUTIONS = (
     (r"\b(meta-llama/\S+|MODEL)\b", "demo"),
-    (r"--data (wikitext|DATA|demo|\S+\.jsonl)", f"--data {data_file('calibration')}"),
+    (r"--data other\.jsonl", f"--data {data_file('heldout')}"),
+    (r"--data (wikitext|DATA|demo|(?!/)\S+\.jsonl)", f"--data {data_file('calibration')}"),
     (r"--tp \d+", "--tp 2"),
     (r"--nproc-per-node \d+", "--nproc-per-node 2"),
     (r"--tasks arc_easy,hellaswag|--tasks arc_easy(?! --limit)|\.\.\.$", "--tasks demo"),
@@ -176,7 +177,7 @@ def folder(tmp_path_factory) -> Path:
     from spd_calib.cli.profile import profile
 
     place = tmp_path_factory.mktemp("docs")
-    data = str(data_file("calibration"))
+    data = [str(data_file("calibration"))]
     sizes = {"seq_len": 48, "max_samples": 8, "verify_samples": 8, "device": "cpu"}
     profile("demo", tp=2, data=data, output=place / "profile.json", **sizes)
     plan(place / "profile.json", output=place / "plan.json", drop="4", device="cpu")

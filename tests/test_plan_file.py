@@ -43,7 +43,7 @@ def profile(**changes):
 
 def made(b, p=None, **options):
     p = p or profile()
-    return make_plan(LM, p, b, CALIBRATION, VERIFICATION, p.verify_text, p.provenance, **options)  # type: ignore[arg-type]
+    return make_plan(LM, p, b, [(CALIBRATION, VERIFICATION)], p.verify_text, p.provenance, **options)  # type: ignore[arg-type]
 
 
 def test_every_block_says_what_is_done_and_why(asked):

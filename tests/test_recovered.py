@@ -27,7 +27,7 @@ def folder(tmp_path_factory, llama, text) -> Path:
 
     path = tmp_path_factory.mktemp("recovered")
     (path / "all.jsonl").write_text(Path(text).read_text())
-    profile(str(llama), tp=4, data=str(path / "all.jsonl"), output=path / "p.json", seq_len=24, max_samples=12,
+    profile(str(llama), tp=4, data=[str(path / "all.jsonl")], output=path / "p.json", seq_len=24, max_samples=12,
             verify_samples=8, strategy=["block_drop", "plain_drop"], device="cpu")  # fmt: skip
     plan(path / "p.json", drop="2", output=path / "plan.json", device="cpu", strategy=["block_drop"])
     raw = json.loads((path / "plan.json").read_text())

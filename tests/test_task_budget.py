@@ -25,7 +25,7 @@ def demo_profile(tmp_path_factory):
     from spd_calib.cli.profile import profile
 
     path = tmp_path_factory.mktemp("tasks") / "p.json"
-    profile("demo", tp=4, data="demo", output=path, seq_len=48, max_samples=8, verify_samples=8, device="cpu",
+    profile("demo", tp=4, data=["demo"], output=path, seq_len=48, max_samples=8, verify_samples=8, device="cpu",
             strategy=["block_drop"])  # fmt: skip
     return path
 
@@ -86,6 +86,7 @@ def test_the_mean_over_tasks_and_its_error():
         "tokens": 1,
         "sequences": 1,
         "accuracy_drop": 9.0,
+        "per_text": [],
     }
     found = Comparison(**zeros | {"task_accuracy_drop": {"a": 0.03, "b": -0.01},
                                   "task_accuracy_drop_stderr": {"a": 0.003, "b": 0.004}})  # fmt: skip

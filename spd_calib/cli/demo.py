@@ -37,7 +37,7 @@ def demo(
         raise InputError(f"The folder {output} cannot be made: {e.strerror}; choose another with -o.") from None
     profile_file, plan_file, results_file = (output / f"{name}.json" for name in ("profile", "plan", "results"))
     say("1/5 profile: what does dropping each sync point cost?")
-    profile("demo", tp=4, data="demo", output=profile_file, seq_len=96)
+    profile("demo", tp=4, data=["demo"], output=profile_file, seq_len=96)
     say("\n2/5 plan: which can go, if perplexity may rise by 1 %?")
     plan(profile_file, output=plan_file, max_ppl_increase="1%")
     say("\n3/5 check: is the plan valid, and of this model?")

@@ -54,6 +54,9 @@ def section(path: Path, command: str, ctx: typer.Context) -> dict[str, Any]:
         raise InputError(f"{path}: {command} takes no {unknown[0]!r}; it takes {', '.join(sorted(map(str, known)))}.")
     for key, value in values.items():
         _check_value(path, key, value)
+    for p in ctx.command.params:
+        if getattr(p, "multiple", False) and p.name in values and not isinstance(values[p.name], list):
+            values[p.name] = [values[p.name]]
     return {k: str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for k, v in values.items()}
 
 

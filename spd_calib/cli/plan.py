@@ -67,6 +67,10 @@ def plan(
     tau2: Annotated[
         float | None, typer.Option(min=0, help="With --tau1: extremely sensitive above this.", rich_help_panel=BUDGET)
     ] = None,
+    each_text: Annotated[
+        bool,
+        typer.Option("--each-text", help="Kept on each --data of the profile, not their mean.", rich_help_panel=BUDGET),
+    ] = False,
     strategy: Annotated[
         list[str] | None, typer.Option(help="block_drop or plain_drop; repeatable [as profiled].")
     ] = None,
@@ -91,7 +95,7 @@ def plan(
     from .latency import latency_models, print_held_against, say_ceiling
     from .options import check_dtype, provenance, resolve_device, resolve_model
     from .recovered import find_recovered
-    from .shared import budget_from, reload_text, resolve_tasks
+    from .shared import budget_from, reload_texts, resolve_tasks
     from .terminal import print_json, say, table, working
 
     measured = read(Profile, profile)
@@ -117,7 +121,7 @@ def plan(
             if json:
                 print_json(dumps(front))
             return
-    budget = asked = budget_from(measured, *budgets, strategy, min_speedup)
+    budget = asked = budget_from(measured, *budgets, strategy, min_speedup, each_text)
     if asked.kind == "min_speedup":
         settled = len(measured.settled)
         needed = models[phase].drops_for(asked.value, settled + len(candidates(measured, asked)))
@@ -128,11 +132,13 @@ def plan(
 
         if budget.kind != "max_accuracy_drop":
             raise InputError("--tasks belongs to --max-accuracy-drop: leave it out, or give that budget.")
+        if each_text:
+            raise InputError("--tasks are of no text, so there is nothing to keep on each: leave --each-text out.")
         suites = [TaskSuite(*resolve_tasks(tasks, include_path), limit, made.seed, half) for half in (0, 1)]
         budget = asked = asked.model_copy(update={"tasks": list(suites[0].loaded["tasks"])})
     check_writable(output)
     session = session or open_session(resolve_model(measured.model.id), measured.tensor_parallel.size, measured.model)
-    text = reload_text(session, measured.text, measured.verify_text)
+    texts = reload_texts(session, measured)
     recovered, dense, beside = None, None, None
     if measured.recovered:
         recovered = find_recovered(session)
@@ -148,8 +154,7 @@ def plan(
             lm,
             measured,
             budget,
-            text.calibration,
-            text.verification,
+            [(text.calibration, text.verification) for text in texts],
             measured.verify_text,
             provenance(made.seed, device, dtype),
             batch_size,
@@ -202,6 +207,8 @@ def print_plan(result) -> None:
 
     table(*tables.blocks(result))
     table(*tables.whole_plan(result))
+    for shown in tables.verified_by_text(result):
+        table(*shown)
     if lost := tables.task_losses(result):
         say(lost)
     say(tables.saving(result))

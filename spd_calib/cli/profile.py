@@ -8,7 +8,6 @@ import typer
 from .options import COMMON, DTYPES, BatchSize, Device, Json, Recipe, Seed
 
 TEXT, METHOD, RUN = "Text", "What is measured", "How it runs"
-NAMES = {"attention": "attention", "mlp": "MLP"}
 TARGET_STDERR = 0.08
 
 
@@ -22,8 +21,8 @@ def profile(
     model: Annotated[str, typer.Argument(help="Hub id, local folder, or 'demo'.")],
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel size: the number of ranks.")],
     data: Annotated[
-        str,
-        typer.Option(metavar="TEXT", help="'demo', .jsonl (key text), .txt, .parquet, or a hub NAME[:CONFIG[:SPLIT]]."),
+        list[str],
+        typer.Option(metavar="TEXT", help="'demo', .jsonl, .txt, .parquet, hub NAME[:CONFIG[:SPLIT]]; repeatable."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The profile.")] = Path("profile.json"),
     seq_len: Annotated[
@@ -92,14 +91,17 @@ def profile(
     from spd_calib.formats.profile import Profile
     from spd_calib.parallel.session import open_session, versions
     from spd_calib.ranks import world_size
+    from spd_calib.report import tables
     from spd_calib.sensitivity import profile as profiling
     from spd_calib.sensitivity.fisher import fisher as predict
     from spd_calib.sensitivity.journal import Journal
+    from spd_calib.sensitivity.texts import average_profile, joint_ref
 
+    from .estimate import print_estimate
     from .options import check_dtype, provenance, resolve_device, resolve_model
     from .recovered import find_recovered
     from .shared import load_text_for, note_of, resolve_tasks
-    from .terminal import print_json, say, working
+    from .terminal import print_json, say, table, working
 
     if method not in ("single", "cumulative", "fisher"):
         raise InputError(f"--method {method!r} is none of single, cumulative, fisher.")
@@ -109,6 +111,7 @@ def profile(
     elif target_stderr is not None:
         raise InputError(f"--target-stderr belongs to --method fisher, not to {method}; leave it out.")
     _check_confidence(confidence, method)
+    _check_texts(data, method, confidence)
     rank_by = rank_by or ("kl" if method == "fisher" else "accuracy")
     if rank_by not in ("accuracy", "kl", "ppl"):
         raise InputError(f"--rank-by {rank_by!r} is none of accuracy, kl, ppl.")
@@ -117,11 +120,14 @@ def profile(
     session = open_session(resolve_model(model), tp)
     recovered, skip = find_recovered(session), 0
     if recovered:
-        recovered.check_profiling(method, confidence, tasks)
-        skip, seq_len, min_len, pack = recovered.beyond_fitted(data, seq_len, min_len, pack)
-    text = load_text_for(session, data, seq_len, min_len, max_samples, verify_samples, pack, skip)
-    if text.note:
-        say(text.note)
+        recovered.check_profiling(method, confidence, tasks, data)
+        skip, seq_len, min_len, pack = recovered.beyond_fitted(data[0], seq_len, min_len, pack)
+    texts = [load_text_for(session, d, seq_len, min_len, max_samples, verify_samples, pack, skip) for d in data]
+    for text in texts:
+        if text.note:
+            say(text.note)
+    text_ref = joint_ref([t.calibration_ref() for t in texts])
+    verify_ref = joint_ref([t.verification_ref() for t in texts])
     suite = None
     if tasks:
         from spd_calib.evaluation.harness import TaskSuite
@@ -135,14 +141,14 @@ def profile(
     if lm.streamed:
         say("the weights are read from disk, block by block, as they are needed")
     say(
-        f"{session.ref.architecture}, {lm.num_blocks} blocks, TP {tp}: {len(text.calibration)} sequences to measure "
-        f"on, {len(text.verification)} kept for verifying"
+        f"{session.ref.architecture}, {lm.num_blocks} blocks, TP {tp}: {text_ref.sequences} sequences to measure on, "
+        f"{verify_ref.sequences} kept for verifying"
     )
     if recovered:
         say(recovered.said(skip))
     if dry_run:
-        found = _print_estimate(
-            lm, text, method, strategies, kinds, target_stderr or TARGET_STDERR, batch_size, bool(tasks)
+        found = print_estimate(
+            lm, texts, method, strategies, kinds, target_stderr or TARGET_STDERR, batch_size, bool(tasks)
         )
         if json:
             print_json(jsonlib.dumps(found, indent=1) + "\n")
@@ -151,7 +157,7 @@ def profile(
         output.with_name(output.name + ".journal"),
         {
             "model": session.ref.model_dump(mode="json", exclude={"id"}),
-            "text": text.calibration_ref().sha256,
+            "text": text_ref.sha256,
             "tensor parallel size": tp,
             "method": [method, target_stderr, confidence],
             "list of experiments": [strategies, kinds],
@@ -165,7 +171,7 @@ def profile(
     )
     if journal.finished:
         say(f"going on from {journal.path}: {journal.finished} measurements are finished")
-    batches = -(-len(text.calibration) // batch_size)
+    batches = sum(-(-len(t.calibration) // batch_size) for t in texts)
     measurements: list = []
     fisher = alone = None
     if method == "fisher":
@@ -178,7 +184,7 @@ def profile(
 
             work.expect(batches)
             baseline, fisher = predict(
-                lm, text.calibration, kinds, target_stderr or TARGET_STDERR, batch_size, seed, step, journal
+                lm, texts[0].calibration, kinds, target_stderr or TARGET_STDERR, batch_size, seed, step, journal
             )
     else:
         plan = list(profiling.drops(method, strategies, lm.num_blocks, kinds, profiling.settled_points(lm)))  # type: ignore[arg-type]
@@ -194,26 +200,30 @@ def profile(
                     say(f"first batch: {note}")
                 work.step(note)
 
-            baseline, measurements, alone = profiling.profile(
-                lm,
-                text.calibration,
-                method,  # type: ignore[arg-type]
-                strategies,
-                batch_size,
-                tick,
-                (lambda: suite.accuracy(lm, session.tokenizer, batch_size)) if suite else None,
-                kinds,
-                journal,
-                confidence,
-                dense,
-            )
+            each = []
+            for number, text in enumerate(texts):
+                of_baseline, of_text, alone = profiling.profile(
+                    lm,
+                    text.calibration,
+                    method,  # type: ignore[arg-type]
+                    strategies,
+                    batch_size,
+                    tick,
+                    (lambda: suite.accuracy(lm, session.tokenizer, batch_size)) if suite and number == 0 else None,
+                    kinds,
+                    journal if len(texts) == 1 else journal.of_text(number),
+                    confidence,
+                    dense,
+                )
+                each.append((of_baseline, of_text))
+            baseline, measurements = average_profile(each)
     document = Profile(
         model=session.ref.model_copy(update={"id": model}),
         tensor_parallel=TensorParallel(size=tp),
         method=method,  # type: ignore[arg-type]
         rank_by=rank_by,  # type: ignore[arg-type]
-        text=text.calibration_ref(),
-        verify_text=text.verification_ref(),
+        text=text_ref,
+        verify_text=verify_ref,
         baseline=baseline,
         measurements=measurements,
         fisher=fisher,
@@ -229,41 +239,11 @@ def profile(
     journal.remove()
     if fisher:
         say(f"{fisher.samples} samples a sequence, which leave {100 * fisher.sampling_error:.1f} % of error in a KL")
-    for s in document.strategies:
-        for kind in document.sync_points:
-            if document.kl(s, kind):
-                (_print_predicted if fisher else _print_ranking)(document, s, kind)
+    for shown in (*tables.rankings(document), *tables.by_text(document)):
+        table(*shown)
     say(f"written: {output}; next: spd-calib plan {output} --max-ppl-increase 1% -o plan.json")
     if json:
         print_json(dumps(document))
-
-
-def _print_estimate(lm, text, method, strategies, kinds, target_stderr, batch_size, tasks) -> dict[str, float]:
-    """Says what would be run, and returns it."""
-    from dataclasses import asdict
-
-    from spd_calib.sensitivity.estimate import estimate, estimate_fisher
-    from spd_calib.sensitivity.profile import drops, experiments_of
-
-    from .terminal import say
-
-    if method == "fisher":
-        e, samples = estimate_fisher(lm, text.calibration, kinds, target_stderr, batch_size)
-        what = f"one pass forward and backward with {samples} samples a sequence, more where the error asks for it"
-    else:
-        plan = list(drops(method, strategies, lm.num_blocks, kinds))
-        e = estimate(lm, text.calibration, experiments_of(plan, lm.num_blocks), batch_size)
-        what = f"{len(plan)} experiments and the dense model"
-    say(
-        f"would be run: {what}, on {e.batches} batches, {e.tokens} tokens; as much as {e.forwards:.1f} forwards of them"
-    )
-    hours, seconds = divmod(round(e.seconds), 3600)
-    say(f"time: about {hours} h {seconds // 60} min {seconds % 60} s (timed on the first sequences)")
-    say(f"memory: about {e.peak / 2**20:,.0f} MiB at most, of which weights {e.weights / 2**20:,.0f} MiB")
-    if tasks:
-        say(f"not counted: the lm-eval tasks, once for the dense model and once for each of {len(plan)} experiments")
-    say("nothing was written")
-    return asdict(e)
 
 
 def _strategies(names: list[str] | None, method: str):
@@ -305,6 +285,17 @@ def _check_fisher(target_stderr: float | None, rank_by: str | None, tasks: str |
         raise InputError("--method fisher runs on simulated ranks alone; start it without torchrun.")
 
 
+def _check_texts(data: list[str], method: str, confidence: float | None) -> None:
+    from spd_calib.errors import InputError
+
+    if len(set(data)) < len(data):
+        raise InputError("--data names one text twice; name each once.")
+    if len(data) > 1 and (method == "fisher" or confidence is not None):
+        raise InputError(
+            "Several texts are measured to their end: take --method single or cumulative, without --confidence."
+        )
+
+
 def _check_confidence(confidence: float | None, method: str) -> None:
     from spd_calib.errors import InputError
 
@@ -312,47 +303,3 @@ def _check_confidence(confidence: float | None, method: str) -> None:
         raise InputError(f"--confidence belongs to --method single, not to {method}; leave it out.")
     if confidence is not None and not 0.5 <= confidence < 1:
         raise InputError(f"--confidence {confidence} is no probability from 0.5 to below 1; 0.95 is a good one.")
-
-
-def _print_predicted(document, strategy, kind) -> None:
-    from .terminal import table
-
-    kl = document.kl(strategy, kind)
-    table(
-        f"{NAMES[kind]}: {strategy}, least sensitive block first, predicted",
-        ["block", "KL"],
-        [[str(block), f"{kl[block][0]:.4f} ± {kl[block][1]:.4f}"] for block in document.ranking(strategy, "kl", kind)],
-    )
-
-
-def _print_ranking(document, strategy, kind) -> None:
-    from spd_calib.sensitivity.tiers import tiers
-
-    from .terminal import table
-
-    by_block = document.of(strategy, kind)
-    value = document.sensitivity(strategy, sync_point=kind)
-    unit = {"accuracy": "accuracy lost", "kl": "KL", "ppl": "perplexity"}[document.rank_by]
-    rows = [
-        [
-            str(block),
-            f"{value[block]:.4f}",
-            f"{by_block[block].kl:.4f} ± {by_block[block].kl_stderr:.4f}",
-            f"{100 * by_block[block].ppl_increase:+.2f} %",
-            f"{100 * by_block[block].accuracy_drop:+.2f} ± {100 * by_block[block].accuracy_drop_stderr:.2f}",
-            f"{100 * by_block[block].top1_agreement:.1f} %",
-        ]
-        for block in document.ranking(strategy, sync_point=kind)
-    ]
-    columns = ["block", unit, "KL", "ppl", "top-1 lost, points", "agreement"]
-    if any(m.stopped_early for m in by_block.values()):
-        tier = tiers(document.sensitivity(strategy, "kl", kind))
-        columns[-1:] = ["sequences", "tier"]
-        for row, block in zip(rows, document.ranking(strategy, sync_point=kind), strict=True):
-            row[-1:] = [str(by_block[block].sequences), tier[block]]
-    cumulative = "" if document.method == "single" else " (blocks dropped from here to the last)"
-    table(
-        f"{NAMES[kind]}: {strategy}, least sensitive block first{cumulative}",
-        columns,
-        rows,
-    )

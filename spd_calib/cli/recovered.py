@@ -35,11 +35,11 @@ class Recovered:
         lm.settle(self.plan.strategies, self.plan.mlp_strategies)
         return lm, load_original(self.plan, device, dtype, seed, stream)
 
-    def check_profiling(self, method: str, confidence: float | None, tasks: str | None) -> None:
-        if method != "single" or confidence is not None or tasks:
+    def check_profiling(self, method: str, confidence: float | None, tasks: str | None, data: list[str]) -> None:
+        if method != "single" or confidence is not None or tasks or len(data) > 1:
             raise InputError(
-                "A recovered checkpoint is profiled by --method single, without --confidence and --tasks: leave them "
-                "out."
+                "A recovered checkpoint is profiled by --method single on one --data, without --confidence and "
+                "--tasks: leave them out."
             )
 
     def beyond_fitted(

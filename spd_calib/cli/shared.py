@@ -37,8 +37,12 @@ def load_text_for(
     )
 
 
-def reload_text(session: Session, calibration: TextRef, verification: TextRef) -> Text:
-    """The very sequences a profile speaks of. Raises InputError where the text has changed since."""
+def reload_texts(session: Session, profile: Profile) -> list[Text]:
+    """The very sequences a profile speaks of, text by text. Raises InputError where one has changed since."""
+    return [_reload(session, *refs) for refs in zip(profile.text.each, profile.verify_text.each, strict=True)]
+
+
+def _reload(session: Session, calibration: TextRef, verification: TextRef) -> Text:
     options = TextOptions(
         resolve_data(calibration.source),
         calibration.seq_len,
@@ -82,6 +86,7 @@ def budget_from(
     tau2: float | None,
     strategies: list[str] | None,
     min_speedup: str | None = None,
+    each_text: bool = False,
 ) -> Budget:
     """The one budget given. Raises InputError for none, two, or one that makes no sense."""
     given = {
@@ -101,6 +106,10 @@ def budget_from(
         raise InputError("--tau1 and --tau2 go together: the paper's rule has two thresholds.")
     if tau1 is not None and tau2 is not None and tau2 < tau1:
         raise InputError(f"--tau2 {tau2} is below --tau1 {tau1}; swap them.")
+    if each_text and (chosen[0] in ("--drop", "--tau1", "--min-speedup") or not profile.text.parts):
+        raise InputError(
+            "--each-text needs a budget of a cost, such as --max-kl, and a profile of several --data; leave it out."
+        )
     if wrong := [s for s in strategies or [] if s not in list(Strategy)]:
         raise InputError(f"--strategy {wrong[0]!r} is none of {', '.join(Strategy)}.")
     usable = list(dict.fromkeys(map(Strategy, strategies or profile.strategies)))
@@ -119,7 +128,8 @@ def budget_from(
     if option == "--tau1":
         return Budget(kind="tau", value=float(tau1 or 0), tau2=tau2, strategies=usable)
     kind = option[2:].replace("-", "_")
-    return Budget(kind=kind, value=fraction(str(given[option]), option), strategies=usable)  # type: ignore[arg-type]
+    value = fraction(str(given[option]), option)
+    return Budget(kind=kind, value=value, strategies=usable, each_text=each_text)  # type: ignore[arg-type]
 
 
 def resolve_tasks(tasks: str, include_path: Path | None) -> tuple[list[str], Path | None]:

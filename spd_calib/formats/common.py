@@ -1,7 +1,7 @@
 """What the travelling files share: strategies, references to models and text, provenance."""
 
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,6 +17,11 @@ class Strategy(StrEnum):
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def left_out_if_empty(description: str) -> Any:
+    """A list that is in the file only where it holds something."""
+    return Field(default_factory=list, exclude_if=lambda value: not value, description=description)
 
 
 class Part(BaseModel):
@@ -39,14 +44,20 @@ class ModelRef(Part):
 class TextRef(Part):
     """Which token sequences a measurement was made on."""
 
-    source: str = Field(min_length=1, description="As given to --data")
+    source: str = Field(min_length=1, description="As given to --data; of several texts all, with commas")
     seq_len: int = Field(ge=2, description="Tokens of a document that are used, at most")
     min_len: int = Field(ge=2, description="Documents with fewer tokens are left out")
     pack: bool = Field(description="Documents glued together and cut into sequences of seq_len tokens")
     first: Count = Field(description="Index of the first sequence used, among those long enough, in file order")
     sequences: int = Field(gt=0)
     tokens: int = Field(gt=0, description="Tokens in these sequences, special tokens included")
-    sha256: Sha256 = Field(description="Of the token ids, sequence by sequence")
+    sha256: Sha256 = Field(description="Of the token ids, sequence by sequence; of several texts, of their sha256")
+    parts: list["TextRef"] = left_out_if_empty("Each text, where there are several; the rest then speaks of all")
+
+    @property
+    def each(self) -> list["TextRef"]:
+        """The texts, one or several."""
+        return self.parts or [self]
 
 
 class TensorParallel(Part):

@@ -25,6 +25,7 @@ class Budget(Part):
         default_factory=list,
         description="For `max_accuracy_drop`: of these lm-eval tasks, on average; else of next tokens",
     )
+    each_text: bool = Field(default=False, description="On each of the profile's texts; else on their mean")
 
 
 class CompensationFile(Part):

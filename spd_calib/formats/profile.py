@@ -7,7 +7,18 @@ from pydantic import Field, model_validator
 
 from spd_calib.errors import InputError
 
-from .common import Count, Finite, ModelRef, Part, Provenance, Sha256, Strategy, TensorParallel, TextRef
+from .common import (
+    Count,
+    Finite,
+    ModelRef,
+    Part,
+    Provenance,
+    Sha256,
+    Strategy,
+    TensorParallel,
+    TextRef,
+    left_out_if_empty,
+)
 
 Metric = Literal["kl", "ppl", "accuracy"]
 SyncPoint = Literal["attention", "mlp"]
@@ -21,6 +32,7 @@ class Baseline(Part):
     top1_accuracy: Finite = Field(ge=0, le=1)
     tokens: int = Field(gt=0, description="Predicted tokens")
     task_accuracy: dict[str, Finite] = Field(default_factory=dict, description="lm-eval accuracy, task by task")
+    per_text: list["Baseline"] = left_out_if_empty("Of several texts: each; the rest is then their mean")
 
 
 class Comparison(Part):
@@ -45,6 +57,9 @@ class Comparison(Part):
     )
     tokens: int = Field(gt=0)
     sequences: int = Field(gt=0)
+    per_text: list["Comparison"] = left_out_if_empty(
+        "Of several texts: each; the rest is then their mean, `max_abs_logprob_diff` the largest"
+    )
 
 
 class Measurement(Comparison):
@@ -137,6 +152,11 @@ class Profile(Part):
                 raise ValueError(f"a measurement speaks of block {m.block}, dropped {m.dropped}")
             if m.strategy == Strategy.KEEP_SYNC:
                 raise ValueError(f"the measurement of block {m.block} drops nothing")
+        for found in (len(self.baseline.per_text), *(len(m.per_text) for m in self.measurements)):
+            if found != len(self.text.parts):
+                raise ValueError(f"{found} texts' own results were found, of {len(self.text.parts)} texts")
+        if len(self.verify_text.parts) != len(self.text.parts):
+            raise ValueError("the texts to measure on and to verify on are not the same number")
         return self
 
     @property

@@ -52,7 +52,12 @@ def blocks(text: str, available: int, what: str = "blocks") -> int:
 
 
 def cost(budget: Budget, measured: Comparison) -> float:
-    """What `measured` spends of the budget, in the budget's own unit; KL for the budgets that have none."""
+    """What `measured` spends of the budget, in the budget's own unit; KL for the budgets that have none.
+
+    Of a budget to be kept on each text: on the one that costs most.
+    """
+    if budget.each_text:
+        return max(cost(_on_one(budget), one) for one in measured.per_text)
     if budget.tasks:
         return sum(measured.task_accuracy_drop.values()) / len(measured.task_accuracy_drop)
     return {
@@ -67,8 +72,14 @@ def kept(budget: Budget, measured: Comparison, certain: bool = False) -> bool:
 
     With `certain` it must do so with MARGIN standard errors to spare: other text of the kind will agree.
     """
+    if budget.each_text:
+        return all(kept(_on_one(budget), one, certain) for one in measured.per_text)
     spare = MARGIN * stderr(budget, measured) if certain else 0.0
     return budget.kind in ("drop", "tau") or cost(budget, measured) + spare <= budget.value
+
+
+def _on_one(budget: Budget) -> Budget:
+    return budget.model_copy(update={"each_text": False})
 
 
 def stderr(budget: Budget, measured: Comparison) -> float:
@@ -85,7 +96,7 @@ def stderr(budget: Budget, measured: Comparison) -> float:
 def describe(budget: Budget, value: float | None = None) -> str:
     """'KL 0.05', 'perplexity +1 %': the budget, or `value` in its unit."""
     v = budget.value if value is None else value
-    return {
+    return ("on each text, " if budget.each_text else "") + {
         "max_kl": f"KL {v:.4g}",
         "max_ppl_increase": f"perplexity {100 * v:+.3g} %",
         "max_accuracy_drop": f"accuracy {-100 * v:+.3g} points"

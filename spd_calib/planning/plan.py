@@ -10,10 +10,12 @@ from spd_calib.formats.plan import Budget, CompensationFile, Plan, PlannedBlock,
 from spd_calib.formats.profile import Comparison, Point, Profile
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.sensitivity.measure import Experiment, Tick, measure
+from spd_calib.sensitivity.texts import average
 
 from .obvious import back_to_front_sets, obvious_sets, paper_order
 from .search import Candidate, Choice, Drops, candidates, choose, tier
 
+Sequences = Sequence[Sequence[int]]
 TaskLoss = Callable[[], tuple[dict[str, float], dict[str, float]]]  # by task: accuracy lost, and its standard error
 RECOVERY: dict[str, Literal["distillation", "grouping+distillation"]] = {
     "sensitive": "distillation",
@@ -25,8 +27,7 @@ def make_plan(
     lm: TensorParallelLM,
     profile: Profile,
     budget: Budget,
-    calibration: Sequence[Sequence[int]],
-    verification: Sequence[Sequence[int]],
+    texts: Sequence[tuple[Sequences, Sequences]],
     verification_ref: TextRef,
     provenance: Provenance,
     batch_size: int = 8,
@@ -40,6 +41,7 @@ def make_plan(
 ) -> tuple[Plan, Choice, dict[str, Comparison]]:
     """Choose, verify and, where needed, repair. Raises SpdError where the budget cannot be met.
 
+    `texts`: token ids to choose by and to verify on, of each of the profile's texts. What is measured is their mean.
     With `compare` the obvious sets of the same size are measured, too, and may be chosen; the third value holds what
     they and the plan cost on the calibration text, by name. Of a profile of a recovered checkpoint: `recovered` is the
     checkpoint's plan, `recovered_from` the dense model it was made from, `compensation` the predictors beside the plan.
@@ -47,15 +49,16 @@ def make_plan(
     `expect` is told of every `tick` to come, as soon as it is known.
     """
 
-    def measured_on(sequences: Sequence[Sequence[int]], task_loss: TaskLoss | None):
+    def measured_on(which: Sequence[Sequences], task_loss: TaskLoss | None):
         def measured(sets: Sequence[Drops]) -> list[Comparison]:
-            expect(len(sets) * math.ceil(len(sequences) / batch_size))
-            found = measure_sets(lm, sets, sequences, batch_size, tick, recovered_from)
+            expect(len(sets) * sum(math.ceil(len(sequences) / batch_size) for sequences in which))
+            each = [measure_sets(lm, sets, sequences, batch_size, tick, recovered_from) for sequences in which]
+            found = list(map(average, zip(*each, strict=True)))
             return found if task_loss is None else list(map(partial(_with_tasks, lm, task_loss), sets, found))
 
         return measured
 
-    calibrate, verify = map(measured_on, (calibration, verification), tasks or (None, None))
+    calibrate, verify = map(measured_on, zip(*texts, strict=True), tasks or (None, None))
     named = Obvious(candidates(profile, budget), calibrate) if compare else None
     obvious = (lambda n: list(named(n).values())) if named else (lambda n: [])
     choice = choose(profile, budget, calibrate, verify, obvious)

@@ -6,7 +6,7 @@ from spd_calib.formats.common import Strategy
 from spd_calib.formats.front import Front
 from spd_calib.formats.hardware import Hardware, Timing
 from spd_calib.formats.plan import Latency, Plan
-from spd_calib.formats.profile import Point, Profile, SyncPoint
+from spd_calib.formats.profile import Comparison, Point, Profile, SyncPoint
 from spd_calib.formats.results import Results
 from spd_calib.planning.budget import describe
 
@@ -58,6 +58,47 @@ def _ranking(profile: Profile, strategy: Strategy, kind: SyncPoint) -> Table:
     return Table(f"{NAMES[kind]}: {strategy}, least sensitive block first{cumulative}", columns, rows)
 
 
+def by_text(profile: Profile) -> list[Table]:
+    """Of several texts: the dense model on each, and how far the order of sync points there is the mean's."""
+    if not profile.text.parts:
+        return []
+    from scipy.stats import spearmanr
+
+    rows = []
+    for i, text in enumerate(profile.text.parts):
+        dense = profile.baseline.per_text[i]
+        correlations = []
+        for s in profile.strategies:
+            own = [(m.per_text[i].kl, m.kl) for m in profile.measurements if m.strategy == s]
+            correlations.append(f"{spearmanr(own).statistic:.2f}" if len(own) > 2 else "")
+        cells = [text.source, str(text.sequences), f"{dense.ppl:.2f}", f"{100 * dense.top1_accuracy:.1f} %"]
+        rows.append([*cells, *correlations])
+    return [
+        Table(
+            "text by text: the dense model; Spearman's rank correlation of each text's KLs with their mean's",
+            ["text", "sequences", "ppl", "top-1", *profile.strategies],
+            rows,
+        )
+    ]
+
+
+def verified_by_text(plan: Plan) -> list[Table]:
+    """Of a profile of several texts: what the whole plan costs on each."""
+    v = plan.verified
+    if not v.per_text:
+        return []
+    rows = [[text.source, *_costs(one)] for text, one in zip(v.text.parts, v.per_text, strict=True)]
+    return [Table("verified, text by text", ["text", "KL", "ppl", "top-1 lost, points"], rows)]
+
+
+def _costs(measured: Comparison) -> list[str]:
+    return [
+        f"{measured.kl:.4f} ± {measured.kl_stderr:.4f}",
+        f"{100 * measured.ppl_increase:+.2f} %",
+        f"{100 * measured.accuracy_drop:+.2f} ± {100 * measured.accuracy_drop_stderr:.2f}",
+    ]
+
+
 def blocks(plan: Plan) -> Table:
     """The plan block by block."""
     mlps = any(b.mlp_kl is not None for b in plan.blocks)
@@ -84,12 +125,7 @@ def whole_plan(plan: Plan) -> Table:
                 "" if p.ppl_increase is None else f"{100 * p.ppl_increase:+.2f} %",
                 "" if p.accuracy_drop is None else f"{100 * p.accuracy_drop:+.2f}",
             ],
-            [
-                "verified, held-out text",
-                f"{v.kl:.4f} ± {v.kl_stderr:.4f}",
-                f"{100 * v.ppl_increase:+.2f} %",
-                f"{100 * v.accuracy_drop:+.2f} ± {100 * v.accuracy_drop_stderr:.2f}",
-            ],
+            ["verified, held-out text", *_costs(v)],
         ],
     )
 

@@ -41,6 +41,19 @@ def estimate(
     return _estimate(lm, sequences, batch_size, 1 + sum(suffixes), seconds * scale, blocks + 2)
 
 
+def one_after_another(each: Sequence[Estimate]) -> Estimate:
+    """The same experiments on several texts."""
+    tokens = sum(e.tokens for e in each)
+    return Estimate(
+        batches=sum(e.batches for e in each),
+        tokens=tokens,
+        forwards=sum(e.forwards * e.tokens for e in each) / tokens,
+        seconds=sum(e.seconds for e in each),
+        weights=each[0].weights,
+        peak=max(e.peak for e in each),
+    )
+
+
 def estimate_fisher(
     lm: TensorParallelLM,
     sequences: Sequence[Sequence[int]],

@@ -51,6 +51,10 @@ class Journal:
             self._append({"key": list(key), "value": value})
         return value
 
+    def of_text(self, number: int) -> "OfText":
+        """The part of it that is about one of several texts."""
+        return OfText(self, number)
+
     def remove(self) -> None:
         """The run is done."""
         if is_main_rank():
@@ -131,7 +135,18 @@ class Journal:
             raise unwritable(self.path, e) from None
 
 
-def once(journal: Journal | None, key: Key, measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+class OfText:
+    """A journal's measurements on one of several texts."""
+
+    def __init__(self, journal: Journal, number: int):
+        self.journal, self.number = journal, number
+
+    def once(self, key: Key, measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Journal.once, under a key of this text's own."""
+        return self.journal.once(["text", self.number, *key], measured)
+
+
+def once(journal: Journal | OfText | None, key: Key, measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Journal.once, where a journal is kept."""
     return measured() if journal is None else journal.once(key, measured)
 

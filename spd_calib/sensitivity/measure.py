@@ -17,7 +17,7 @@ from spd_calib.formats.profile import Baseline, Comparison, Point, SyncPoint
 from spd_calib.parallel.finite import refuse_not_finite
 from spd_calib.parallel.model import Recording, TensorParallelLM
 
-from .journal import Journal, once
+from .journal import Journal, OfText, once
 from .metrics import Tally, log_prob_metrics
 from .tiers import Stopping
 from .together import at_a_time, run_together
@@ -65,7 +65,7 @@ def measure(
     experiments: Sequence[Experiment],
     batch_size: int = 8,
     tick: Tick = lambda experiment, tally: None,
-    journal: Journal | None = None,
+    journal: Journal | OfText | None = None,
     stopping: Stopping | None = None,
     dense: TensorParallelLM | None = None,
 ) -> tuple[Baseline, list[Comparison]]:

@@ -7,7 +7,7 @@ from spd_calib.formats.common import Strategy
 from spd_calib.formats.profile import Baseline, Comparison, Measurement, Point, SyncPoint
 from spd_calib.parallel.model import TensorParallelLM
 
-from .journal import Journal, once
+from .journal import Journal, OfText, once
 from .measure import Experiment, Tick, measure
 from .tiers import Stopping
 
@@ -78,7 +78,7 @@ def profile(
     tick: Tick,
     task_accuracy: TaskAccuracy | None = None,
     sync_points: Sequence[SyncPoint] = ("attention",),
-    journal: Journal | None = None,
+    journal: Journal | OfText | None = None,
     confidence: float | None = None,
     recovered_from: TensorParallelLM | None = None,
 ) -> tuple[Baseline, list[Measurement], Comparison | None]:

@@ -1,0 +1,73 @@
+"""Several calibration texts: each is measured by itself; what is ranked and budgeted is the mean over the texts.
+
+A text counts as one, however long it is (a macro average), and its own results are kept beside the mean.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+from spd_calib.formats.common import TextRef
+from spd_calib.formats.profile import Baseline, Comparison, Measurement
+
+
+def joint_ref(refs: Sequence[TextRef]) -> TextRef:
+    """All of `refs` as one; of one text, that text."""
+    if len(refs) == 1:
+        return refs[0]
+    return TextRef(
+        source=", ".join(r.source for r in refs),
+        seq_len=max(r.seq_len for r in refs),
+        min_len=min(r.min_len for r in refs),
+        pack=any(r.pack for r in refs),
+        first=min(r.first for r in refs),
+        sequences=sum(r.sequences for r in refs),
+        tokens=sum(r.tokens for r in refs),
+        sha256=hashlib.sha256("".join(r.sha256 for r in refs).encode()).hexdigest(),
+        parts=list(refs),
+    )
+
+
+def average(each: Sequence[Comparison]) -> Comparison:
+    """The mean over texts, its standard error that of independent texts; of one text, its comparison.
+
+    Tokens and sequences are summed, the largest |delta log p| is the largest of all; lm-eval tasks, which belong to
+    no text, are the first one's.
+    """
+    if len(each) == 1:
+        return each[0]
+    values: dict = {}
+    for name in ("kl", "nll_increase", "ppl", "ppl_increase", "accuracy_drop", "top1_agreement"):
+        values[name] = _mean([getattr(c, name) for c in each])
+    for name in ("kl_stderr", "nll_increase_stderr", "accuracy_drop_stderr", "top1_agreement_stderr"):
+        values[name] = math.hypot(*(getattr(c, name) for c in each)) / len(each)
+    return Comparison(
+        **values,
+        max_abs_logprob_diff=max(c.max_abs_logprob_diff for c in each),
+        task_accuracy_drop=each[0].task_accuracy_drop,
+        task_accuracy_drop_stderr=each[0].task_accuracy_drop_stderr,
+        tokens=sum(c.tokens for c in each),
+        sequences=sum(c.sequences for c in each),
+        per_text=[Comparison(**{name: getattr(c, name) for name in Comparison.model_fields}) for c in each],
+    )
+
+
+def average_profile(each: Sequence[tuple[Baseline, list[Measurement]]]) -> tuple[Baseline, list[Measurement]]:
+    """Of the same experiments on each text; of one text, its own."""
+    if len(each) == 1:
+        return each[0]
+    baselines = [baseline for baseline, _ in each]
+    baseline = Baseline(
+        nll=_mean([b.nll for b in baselines]),
+        ppl=_mean([b.ppl for b in baselines]),
+        top1_accuracy=_mean([b.top1_accuracy for b in baselines]),
+        tokens=sum(b.tokens for b in baselines),
+        task_accuracy=baselines[0].task_accuracy,
+        per_text=baselines,
+    )
+    rows = zip(*(measurements for _, measurements in each), strict=True)
+    return baseline, [row[0].model_copy(update=dict(average(row))) for row in rows]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

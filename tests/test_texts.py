@@ -1,0 +1,155 @@
+"""Several calibration texts: each by itself, their mean, and plans that hold on each."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from test_planning import DROP, a, budget, comparison, make_profile
+
+from spd_calib.formats.files import read
+from spd_calib.formats.plan import Plan
+from spd_calib.formats.profile import Comparison, Profile
+from spd_calib.planning.search import choose
+
+LENGTHS = ("--seq-len", 16, "--max-samples", 5, "--verify-samples", 3)
+
+
+@pytest.fixture(scope="module")
+def other_text(tmp_path_factory, text) -> Path:
+    """The same documents with their characters in reverse: text of another kind."""
+    lines = [json.loads(line)["text"] for line in text.read_text().splitlines()]
+    path = tmp_path_factory.mktemp("other") / "other.jsonl"
+    path.write_text("".join(json.dumps({"text": line[::-1]}) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def both_file(tmp_path_factory, llama, text, other_text) -> Path:
+    from spd_calib.cli.profile import profile
+
+    path = tmp_path_factory.mktemp("both") / "both.json"
+    data = [str(text), str(other_text)]
+    profile(str(llama), tp=2, data=data, output=path, seq_len=16, max_samples=5, verify_samples=3, device="cpu")
+    return path
+
+
+def of_one(spd, llama, text, path) -> Profile:
+    outcome = spd("profile", llama, "--tp", 2, "--data", text, *LENGTHS, "--device", "cpu", "-o", path)
+    assert outcome.code == 0, outcome.err
+    return read(Profile, path)
+
+
+def test_the_profile_holds_each_text_as_measured_alone_and_their_mean(
+    spd, llama, text, other_text, both_file, tmp_path
+):
+    alone = [of_one(spd, llama, t, tmp_path / "one.json") for t in (text, other_text)]
+    both = read(Profile, both_file)
+    assert both.text.parts == [p.text for p in alone] and both.verify_text.parts == [p.verify_text for p in alone]
+    assert (both.text.sequences, both.text.tokens) == (10, 160) and both.text.source == f"{text}, {other_text}"
+    assert both.baseline.per_text == [p.baseline for p in alone]
+    assert both.baseline.nll == pytest.approx(sum(p.baseline.nll for p in alone) / 2)
+    assert both.baseline.ppl == pytest.approx(sum(p.baseline.ppl for p in alone) / 2)
+    for m, x, y in zip(both.measurements, *(p.measurements for p in alone), strict=True):
+        assert (m.block, m.strategy, m.dropped) == (x.block, x.strategy, x.dropped)
+        alike = [{name: getattr(of_one, name) for name in Comparison.model_fields} for of_one in (x, y)]
+        assert [vars(own) for own in m.per_text] == alike
+        assert m.kl == pytest.approx((x.kl + y.kl) / 2) and m.ppl == pytest.approx((x.ppl + y.ppl) / 2)
+        assert m.kl_stderr == pytest.approx(math.sqrt(x.kl_stderr**2 + y.kl_stderr**2) / 2)
+        assert m.accuracy_drop == pytest.approx((x.accuracy_drop + y.accuracy_drop) / 2)
+        assert m.max_abs_logprob_diff == max(x.max_abs_logprob_diff, y.max_abs_logprob_diff)
+        assert (m.tokens, m.sequences) == (x.tokens + y.tokens, 10)
+
+
+def test_one_text_leaves_no_trace_of_several(profile_file):
+    assert "per_text" not in profile_file.read_text() and "parts" not in profile_file.read_text()
+
+
+def test_the_terminal_shows_each_text(spd, llama, text, other_text, both_file, tmp_path):
+    outcome = spd("plan", both_file, "--max-kl", "9", "--each-text", "-o", tmp_path / "plan.json")
+    assert outcome.code == 0, outcome.err
+    assert "verified, text by text" in outcome.err and "on each text, KL 9" in " ".join(outcome.err.split())
+    plan = read(Plan, tmp_path / "plan.json")
+    assert plan.budget.each_text and [t.source for t in plan.verified.text.parts] == [str(text), str(other_text)]
+    own = plan.verified.per_text
+    assert len(own) == 2 and plan.verified.kl == pytest.approx((own[0].kl + own[1].kl) / 2) and own[0] != own[1]
+    dry = spd("profile", llama, "--tp", 2, "--data", text, "--data", other_text, *LENGTHS, "--dry-run", "--json")
+    assert json.loads(dry.out)["batches"] == 2 and json.loads(dry.out)["tokens"] == 160
+
+
+def of_texts(*kls: float) -> Comparison:
+    parts = [comparison(kl) for kl in kls]
+    return comparison(sum(kls) / len(kls)).model_copy(update={"per_text": parts})
+
+
+def test_a_budget_on_each_text_is_stricter_than_on_their_mean():
+    """On the second text block 2 costs far more than on the first, and block 1 a little more."""
+    costs = {0: (0.01, 0.01), 1: (0.02, 0.03), 2: (0.0, 0.09)}
+    p = make_profile([sum(costs[b]) / 2 for b in range(3)])
+
+    def measure(sets):
+        return [of_texts(*(sum(costs[q.block][t] for q in drops) for t in (0, 1))) for drops in sets]
+
+    on_mean = choose(p, budget(value=0.085, strategies=[DROP]), measure, measure)
+    assert {c.point for c in on_mean.dropped} == {a(0), a(1), a(2)}
+    on_each = choose(p, budget(value=0.085, strategies=[DROP], each_text=True), measure, measure)
+    assert {c.point for c in on_each.dropped} == {a(0), a(1)}
+
+
+def test_a_resumed_profile_of_two_texts_is_the_same_file(spd, llama, text, other_text, tmp_path, monkeypatch):
+    from spd_calib.sensitivity import profile as profiling
+
+    command = ("profile", llama, "--tp", 2, "--data", text, "--data", other_text, *LENGTHS, "-o", tmp_path / "p.json")
+    assert spd(*command).code == 0
+    whole = (tmp_path / "p.json").read_bytes()
+    real, calls = profiling.measure, []
+
+    def stops_on_the_second_text(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(profiling, "measure", stops_on_the_second_text)
+    assert spd(*command).code != 0
+    assert len((tmp_path / "p.json.journal").read_text().splitlines()) == 1 + 9  # of the first text: dense, 2 x 4
+    calls[0][5].journal.close()  # as the end of a process does
+    monkeypatch.setattr(profiling, "measure", real)
+    outcome = spd(*command)
+    assert outcome.code == 0 and "9 measurements are finished" in " ".join(outcome.err.split())
+    assert (tmp_path / "p.json").read_bytes() == whole
+
+
+@pytest.mark.parametrize("data", ["one", ["one"], ["one", "two"]])
+def test_a_recipe_names_one_text_or_several(spd, llama, text, other_text, tmp_path, data):
+    for name, path in (("one", text), ("two", other_text)):
+        shutil.copy(path, tmp_path / f"{name}.jsonl")
+    named = [str(tmp_path / f"{name}.jsonl") for name in ([data] if isinstance(data, str) else data)]
+    section = {"model": str(llama), "tp": 2, "data": named[0] if isinstance(data, str) else named, "seq_len": 16}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"profile": {**section, "max_samples": 2, "verify_samples": 2}}))
+    outcome = spd("profile", "--recipe", tmp_path / "r.yaml", "-o", tmp_path / "p.json")
+    assert outcome.code == 0, outcome.err
+    assert [t.source for t in read(Profile, tmp_path / "p.json").text.each] == named
+
+
+def test_what_several_texts_do_not_go_with(spd, llama, text, other_text, both_file, profile_file):
+    two = ("profile", llama, "--tp", 2, "--data", text, "--data")
+    for command, words in [
+        ((*two, text), "names one text twice"),
+        ((*two, other_text, "--method", "fisher"), "measured to their end"),
+        ((*two, other_text, "--confidence", "0.9"), "measured to their end"),
+        (("plan", both_file, "--drop", "1", "--each-text"), "--each-text needs a budget of a cost"),
+        (("plan", profile_file, "--max-kl", "1", "--each-text"), "profile of several --data"),
+        (("plan", both_file, "--max-accuracy-drop", "1", "--each-text", "--tasks", "demo"), "leave --each-text out"),
+    ]:
+        outcome = spd(*command)
+        assert outcome.code == 2 and words in outcome.err.replace("\n", " "), outcome.err
+
+
+def test_a_profile_that_lacks_one_texts_results_is_refused(both_file, tmp_path):
+    document = json.loads(both_file.read_text())
+    document["measurements"][0]["per_text"].pop()
+    with pytest.raises(ValueError, match="1 texts' own results were found, of 2 texts"):
+        Profile.model_validate(document)
