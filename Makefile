@@ -58,14 +58,14 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,docs]'
 	touch $@
 
-# make pipeline RECIPE=recipes/demo.yaml: profile, plan, eval and figure into results/demo, only what is out of date.
+# make pipeline RECIPE=recipes/demo.yaml: profile, plan, eval and report into results/demo, only what is out of date.
 # Each step depends on its own section of the recipe and on the step before.
 RECIPE ?= recipes/demo.yaml
 OUT ?= $(patsubst recipes/%.yaml,results/%,$(RECIPE))
 SECTIONS := runs/sections/$(patsubst recipes/%.yaml,%,$(RECIPE))
-STEPS := $(OUT)/sensitivity.png $(if $(shell grep -s '^eval:' $(RECIPE)),$(OUT)/results.json)
+RESULTS := $(if $(shell grep -s '^eval:' $(RECIPE)),$(OUT)/results.json)
 
-pipeline: $(STEPS)
+pipeline: $(OUT)/report.html
 
 $(SECTIONS)/%.yaml: FORCE | $(READY)
 	@$(BIN)/python recipes/section.py $(RECIPE) $* $@
@@ -80,8 +80,8 @@ $(OUT)/plan.json: $(OUT)/profile.json $(SECTIONS)/plan.yaml
 $(OUT)/results.json: $(OUT)/plan.json $(SECTIONS)/eval.yaml
 	$(BIN)/spd-calib eval $< --recipe $(RECIPE) -o $@
 
-$(OUT)/sensitivity.png: $(OUT)/profile.json $(OUT)/plan.json
-	$(BIN)/spd-calib report $< --plan $(OUT)/plan.json --png $@
+$(OUT)/report.html: $(OUT)/profile.json $(OUT)/plan.json $(RESULTS)
+	$(BIN)/spd-calib report $(OUT) -o $@ --png $(OUT)/sensitivity.png
 
 # Everything in results/ that needs no GPU and no model beyond the shipped one and ../shared.
 results: $(READY)

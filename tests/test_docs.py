@@ -105,6 +105,8 @@ def spd_calib(words: list[str], spd) -> None:
     if command == "lm-eval":
         words = [*words, "--include_path", str(tasks_dir()), "--limit", "2"]
         words[words.index("--tasks") + 1] = "spd_demo_who"
+    if command == "report":  # the lines before left a plan of another profile
+        assert spd("plan", "profile.json", "--drop", "2", "-o", "plan.json", "--device", "cpu").code == 0
     if command == "recover":
         for folder in ("recovered", "recovered.partial"):
             shutil.rmtree(folder, ignore_errors=True)

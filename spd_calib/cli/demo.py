@@ -1,4 +1,4 @@
-"""spd-calib demo: profile, plan, eval and a figure on the model this package ships."""
+"""spd-calib demo: profile, plan, eval and a report on the model this package ships."""
 
 from pathlib import Path
 from typing import Annotated
@@ -45,7 +45,7 @@ def demo(
     say("\n4/5 eval: what does it do to tasks?")
     evaluate(plan_file, tasks="demo", output=results_file, batch_size=32)
     say("\n5/5 report")
-    report(profile_file, png=output / "sensitivity.png", plan=plan_file)
+    report(output, output=output / "report.html", png=output / "sensitivity.png")
     if json:
         files = (profile_file, plan_file, results_file)
         print_json(dumps({f.stem: loads(f.read_text(encoding="utf-8")) for f in files}, indent=1) + "\n")

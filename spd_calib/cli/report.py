@@ -1,35 +1,55 @@
-"""spd-calib report: a profile, and the plan made from it, as a figure."""
+"""spd-calib report: what a run measured, planned and verified, as one page and as a figure."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .options import Recipe
+from .options import Json, Recipe
 
 
 def register(app: typer.Typer) -> None:
-    app.command("report", epilog="Example: spd-calib report profile.json --plan plan.json --png sensitivity.png")(
-        report
-    )
+    app.command("report", epilog="Example: spd-calib report . -o report.html --png sensitivity.png")(report)
 
 
 def report(
-    profile: Annotated[Path, typer.Argument(help="Written by spd-calib profile.")],
-    png: Annotated[Path, typer.Option(help="The figure to write.")],
-    plan: Annotated[Path | None, typer.Option(help="The plan made from it: colours the blocks.")] = None,
+    run: Annotated[Path, typer.Argument(help="Folder with profile.json and what was made from it, or a profile.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The page, one HTML file.")] = None,
+    png: Annotated[Path | None, typer.Option(help="The sensitivity figure alone.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="The plan made from the profile [plan.json in RUN].")] = None,
+    json: Json = False,
     recipe: Recipe = None,
 ) -> None:
-    """Draw the sensitivity of every block with its error bar, one colour a strategy."""
-    from spd_calib.formats.files import check_writable, read
-    from spd_calib.formats.plan import Plan
-    from spd_calib.formats.profile import Profile
-    from spd_calib.report.figures import sensitivity_figure
+    """Show a run: sensitivity by block, the plan, its front, evaluation and latency, as a page that loads nothing."""
+    from functools import partial
+    from json import dumps
 
-    from .terminal import say
+    from spd_calib.errors import InputError
+    from spd_calib.formats.files import check_writable, write_bytes, write_text
+    from spd_calib.report import draw, figures
+    from spd_calib.report.page import page, sections
+    from spd_calib.report.run import find
 
-    measured = read(Profile, profile)
-    planned = read(Plan, plan) if plan else None
-    check_writable(png)
-    sensitivity_figure(measured, planned, png)
-    say(f"written: {png}")
+    from .terminal import print_json, say
+
+    if output is None and png is None:
+        raise InputError("Nothing is asked for: give -o report.html for the page, --png for the figure, or both.")
+    found = find(run, plan)
+    for path in (output, png):
+        if path:
+            check_writable(path)
+    left_out = []
+    if output:
+        shown = sections(found)
+        left_out = [s.name for s in shown if s.left_out]
+        write_text(output, page(found, shown))
+        for s in shown:
+            if s.left_out:
+                say(f"{s.heading}: {s.said[0][0].lower()}{s.said[0][1:]}")
+        say(f"written: {output}")
+    if png:
+        write_bytes(png, draw.png(partial(figures.sensitivity, found.profile, found.plan, title=True)))
+        say(f"written: {png}")
+    if json:
+        written = [str(path) for path in (output, png) if path]
+        print_json(dumps({"written": written, "left_out": left_out}, indent=1) + "\n")

@@ -1,6 +1,7 @@
 """The whole front, from a profile alone: the cheapest set of every size, by the interactions."""
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from spd_calib.errors import InputError
 from spd_calib.formats.common import Provenance, Strategy
@@ -8,8 +9,10 @@ from spd_calib.formats.front import Front, FrontPoint
 from spd_calib.formats.plan import Budget
 from spd_calib.formats.profile import Comparison, Point, Profile
 
-from .latency import LatencyModel
 from .search import candidates, interactions_of
+
+if TYPE_CHECKING:  # which imports torch
+    from .latency import LatencyModel
 
 
 def front_of(
@@ -17,7 +20,7 @@ def front_of(
     strategies: Sequence[str] | None,
     provenance: Provenance,
     measured: Mapping[frozenset[Point], Comparison],
-    latency: Mapping[str, LatencyModel] | None = None,
+    latency: Mapping[str, "LatencyModel"] | None = None,
 ) -> Front:
     """`strategies` as given, None for all profiled; `measured`: whole sets on the calibration text.
 

@@ -1,26 +1,27 @@
-"""Figures: sensitivity per block with error bars, one colour a strategy."""
+"""What the files say, as figures: matplotlib's, neither written nor shown yet."""
 
-import io
-from pathlib import Path
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from spd_calib.formats.common import Strategy
-from spd_calib.formats.files import write_bytes
-from spd_calib.formats.plan import Plan
+from spd_calib.formats.front import Front
+from spd_calib.formats.plan import Latency, Plan
 from spd_calib.formats.profile import Profile
+from spd_calib.formats.results import Results
 
 # Okabe and Ito's palette: distinguishable with any colour vision, and in grey
 COLOURS = {Strategy.KEEP_SYNC: "#0072B2", Strategy.BLOCK_DROP: "#009E73", Strategy.PLAIN_DROP: "#E69F00"}
+PLAN, QUIET = "#CC79A7", "#808080"  # what the plan is, and what it is held against
+WIDEST = 12.0  # inches
 
 
-def sensitivity_figure(profile: Profile, plan: Plan | None, path: Path) -> None:
-    """Write a PNG: KL of dropping each block, one bar a strategy and kind of sync point; below, what a plan drops."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def sensitivity(profile: Profile, plan: Plan | None, title: bool = False) -> Figure:
+    """KL of dropping each block, one bar a strategy and kind of sync point; below, what a plan drops."""
     blocks = range(profile.model.num_blocks)
-    fig, ax = plt.subplots(figsize=(max(6.0, 0.35 * len(blocks) + 2), 4), layout="constrained")
+    fig, ax = _axes(min(max(6.0, 0.35 * len(blocks) + 2), WIDEST), 4.6)
     series = [(s, kind) for kind in profile.sync_points for s in profile.strategies if profile.kl(s, kind)]
     width = 0.8 / len(series)
     what = {"single": "dropped alone", "cumulative": "added cost", "fisher": "predicted"}[profile.method]
@@ -45,27 +46,105 @@ def sensitivity_figure(profile: Profile, plan: Plan | None, path: Path) -> None:
             ax.plot([], [], "s", color=COLOURS[strategy], label=f"plan: {strategy} ({plan.strategies.count(strategy)})")
         if plan.mlp_dropped:
             ax.plot(plan.mlp_dropped, [0] * len(plan.mlp_dropped), "kv", ms=4, label="plan: MLP dropped", clip_on=False)
-    ax.set(
-        xlabel="block",
-        ylabel="KL(dense || dropped), nats a token (± 2 s.e.)",
-    )
-    ax.set_title(
-        f"{profile.model.id}, TP {profile.tensor_parallel.size}: cost of dropping a sync point",
-        fontsize="medium",
-    )
-    heights = sorted(
-        value for strategy, kind in series for value, _ in profile.kl(strategy, kind).values() if value > 0
-    )
-    if heights and heights[-1] > 100 * heights[len(heights) // 2]:  # one block would hide all others
+    ax.set(xlabel="block", ylabel="KL(dense || dropped), nats a token (± 2 s.e.)")
+    heights = [value for strategy, kind in series for value, _ in profile.kl(strategy, kind).values() if value > 0]
+    if _spread_out(heights):
         ax.set_yscale("log")
-        ax.set_ylim(bottom=max(heights[0], 1e-5) / 2)
+        ax.set_ylim(bottom=max(min(heights), 1e-5) / 2)
     else:
         ax.set_ylim(bottom=0)
     ax.tick_params(axis="x", length=0, pad=8)
     ax.set_xticks(range(0, len(blocks), max(1, len(blocks) // 20)))
-    ax.legend(frameon=False, fontsize="small")
+    _plain_ticks(ax)
+    if title:
+        name = f"{printable(profile.model.id)}, TP {profile.tensor_parallel.size}"
+        ax.set_title(f"{name}: cost of dropping a sync point", fontsize="medium")
+    _legend(fig)
+    return fig
+
+
+def front(found: Front, plan: Plan | None) -> Figure:
+    """KL by the number of drops: predicted, measured where it was, the knee, and the plan as predicted and verified."""
+    fig, ax = _axes(6, 4)
+    drops = [p.drops for p in found.points]
+    predicted = [p.predicted_kl for p in found.points]
+    ax.plot(drops, predicted, "o-", ms=4, color=COLOURS[Strategy.KEEP_SYNC], label="cheapest set, predicted")
+    measured = [(p.drops, p.measured_kl) for p in found.points if p.measured_kl is not None]
+    if measured:
+        ax.plot(*zip(*measured, strict=True), "x", color="black", label="measured, calibration text")
+    ax.axvline(found.knee, color=QUIET, linestyle=":", label=f"knee, {found.knee} dropped")
+    heights = [*predicted, *(kl for _, kl in measured)]
+    if plan is not None:
+        n, v = len(plan.dropped) + len(plan.mlp_dropped), plan.verified
+        ax.plot([n], [plan.predicted.kl], "D", ms=9, mfc="none", color=PLAN, label="the plan, predicted")
+        ax.errorbar([n], [v.kl], 2 * v.kl_stderr, fmt="D", color=PLAN, capsize=3, label="verified (± 2 s.e.)")
+        heights += [plan.predicted.kl, v.kl]
+    positive = [h for h in heights if h > 0]
+    if _spread_out(positive):
+        ax.set_yscale("symlog", linthresh=max(min(positive), 1e-5))  # no drop costs 0, which a logarithm has not
+    ax.set_ylim(bottom=min(0, *heights))
+    ax.set(xlabel="sync points dropped", ylabel="KL, nats a token")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _plain_ticks(ax)
+    _legend(fig)
+    return fig
+
+
+def tasks(results: Results) -> Figure:
+    """Planned less dense, task by task, with two standard errors; a loss is to the left."""
+    rows = list(reversed(results.tasks))
+    fig, ax = _axes(6, 1.2 + 0.35 * len(rows))
+    errors = [2 * (r.difference_stderr or 0) for r in rows]
+    differences = [r.difference if r.higher_is_better else -r.difference for r in rows]
+    ax.axvline(0, color=QUIET, linewidth=1)
+    ax.errorbar(differences, range(len(rows)), xerr=errors, fmt="D", color=PLAN, capsize=3)
+    ax.set_yticks(range(len(rows)), [f"{printable(r.task)}, {printable(r.metric)}" for r in rows])
+    ax.set(xlabel="planned - dense (± 2 s.e.), worse to the left", ylim=(-0.6, len(rows) - 0.4))
+    ax.margins(x=0.1)
+    return fig
+
+
+def latency(found: Sequence[Latency]) -> Figure:
+    """A step as planned and with every droppable sync point dropped, as shares of the dense one."""
+    fig, ax = _axes(6, 1.4 + 0.8 * len(found))
+    kinds = {
+        "every sync point kept": (COLOURS[Strategy.KEEP_SYNC], [1.0 for _ in found]),
+        "as planned": (PLAN, [1 - m.saved for m in found]),
+        "every sync point dropped: the ceiling": (QUIET, [1 - m.ceiling for m in found]),
+    }
+    for i, (label, (colour, shares)) in enumerate(kinds.items()):
+        places = [place + 0.27 * (i - 1) for place in range(len(found))]
+        ax.barh(places, [100 * share for share in shares], 0.24, color=colour, label=label)
+    ax.set_yticks(range(len(found)), [m.phase for m in found])
+    ax.invert_yaxis()
+    ax.set(xlabel="time of a step, % of the dense model's", xlim=(0, 100))
+    _legend(fig)
+    return fig
+
+
+def printable(text: str) -> str:
+    """Words from a file without what no font shows and no XML holds."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+    fig = Figure(figsize=(width, height), layout="constrained")
+    ax = fig.add_subplot()
     ax.spines[["top", "right"]].set_visible(False)
-    image = io.BytesIO()
-    fig.savefig(image, format="png", dpi=150, metadata={"Software": None})
-    plt.close(fig)
-    write_bytes(path, image.getvalue())
+    return fig, ax
+
+
+def _legend(fig: Figure) -> None:
+    fig.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+
+
+def _spread_out(heights: Sequence[float]) -> bool:
+    """Would the highest hide all others?"""
+    return bool(heights) and max(heights) > 100 * sorted(heights)[len(heights) // 2]
+
+
+def _plain_ticks(ax: Axes) -> None:
+    """Plain numbers: text that a page can hold, not formulas."""
+    if ax.get_yscale() != "linear":
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.yaxis.set_minor_formatter(lambda value, _: "")
