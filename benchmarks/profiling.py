@@ -238,27 +238,39 @@ def memory(blocks: int, width: int, vocabulary: int) -> dict:
 
 
 def killed(times: int) -> dict:
-    """A profile of the demo model, killed with SIGKILL at a random moment and gone on with; that many times."""
+    """A profile of the demo model, killed with SIGKILL while it measures and gone on with; that many times.
+
+    The moment: a random number of measurements stands in the journal, and a random part of a second has gone by.
+    """
     dice = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "profile.json"
         command = [sys.executable, "-m", "spd_calib", "profile", "demo", "--tp", "4", "--data", "demo"]
         command += ["--seq-len", "64", "--max-samples", "48", "--sync-points", "attention,mlp", "-o", str(output)]
-        start = time.monotonic()
         subprocess.run(command, check=True, capture_output=True)
-        seconds, expected = time.monotonic() - start, output.read_bytes()
+        expected = output.read_bytes()
+        measurements = -(-48 // 8) * (
+            1 + len(json.loads(expected)["measurements"])
+        )  # batches of 8; the dense model, too
+        journal = output.with_name("profile.json.journal")
         same, resumed = 0, []
         for _ in range(times):
             output.unlink(missing_ok=True)
             running = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-            time.sleep(dice.uniform(0.2, 1.0) * seconds)
+            wanted = dice.randrange(measurements)
+            while running.poll() is None and _lines(journal) - 1 < wanted:
+                time.sleep(0.001)
+            time.sleep(dice.uniform(0.0, 0.02))
             running.kill()
             running.wait()
-            journal = output.with_name("profile.json.journal")
-            resumed.append(max(len(journal.read_bytes().splitlines()) - 1, 0) if journal.exists() else 0)
+            resumed.append(max(_lines(journal) - 1, 0))
             subprocess.run(command, check=True, capture_output=True)
             same += output.read_bytes() == expected
     return {"killed": times, "measurements_finished_by_then": resumed, "same_file": same}
+
+
+def _lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def main() -> None:

@@ -131,9 +131,10 @@ def test_streams_stay_bit_equal_in_bfloat16_over_512_decoded_tokens(ranks):
     assert all(digests == seen[LONG]["streams"][0] for digests in seen[LONG]["streams"])
 
 
-def test_a_profile_made_under_torchrun_is_the_one_made_in_simulation(folder, text, tmp_path, spd):
+@pytest.mark.parametrize("stopping", [[], ["--confidence", 0.5, "--max-samples", 24, "--batch-size", 4]])
+def test_a_profile_made_under_torchrun_is_the_one_made_in_simulation(folder, text, tmp_path, spd, stopping):
     arguments = ["profile", folder / "llama", "--tp", 2, "--data", text, "--seq-len", 32, "--max-samples", 4]
-    arguments += ["--verify-samples", 2, "--device", "cpu"]
+    arguments += ["--verify-samples", 2, "--device", "cpu", *stopping]
     done = torchrun(2, "-m", "spd_calib", *arguments, "-o", tmp_path / "real.json")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("written:") == 1
@@ -141,9 +142,10 @@ def test_a_profile_made_under_torchrun_is_the_one_made_in_simulation(folder, tex
     real, simulated = (read(Profile, tmp_path / f"{name}.json") for name in ("real", "simulated"))
     assert (real.model, real.text) == (simulated.model, simulated.text)
     for a, b in zip(real.measurements, simulated.measurements, strict=True):
-        assert (a.block, a.strategy) == (b.block, b.strategy)
+        assert (a.block, a.strategy, a.sequences) == (b.block, b.strategy, b.sequences)
         assert a.kl == pytest.approx(b.kl, abs=1e-6)
         assert a.nll_increase == pytest.approx(b.nll_increase, abs=1e-6)
+    assert bool(stopping) == any(m.stopped_early for m in real.measurements)
 
 
 def test_torchrun_with_another_number_of_ranks_is_refused_once(folder, text):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spd_calib.formats.common import Strategy
 from spd_calib.formats.profile import Baseline, Comparison, Point, SyncPoint
+from spd_calib.parallel.distributed import from_main_rank
 from spd_calib.parallel.finite import refuse_not_finite
 from spd_calib.parallel.model import Recording, TensorParallelLM
 
@@ -100,8 +101,8 @@ def measure(
                     seen[i] += 1
                     tick(i, tallies[i])
             if stopping is not None and first_pass:
-                active -= stopping.decided(tallies, active, number + 1, count)
-        active = set() if stopping is None else stopping.wanting(tallies, count)
+                active -= from_main_rank(stopping.decided(tallies, active, number + 1, count))  # never half the ranks
+        active = set() if stopping is None else from_main_rank(stopping.wanting(tallies, count))
         first_pass = False
     return unplanned.baseline(), [tally.comparison() for tally in tallies]
 
