@@ -125,6 +125,8 @@ def check_form(text: str, page: Page) -> None:
     assert not any("http" in value or "*" in value for value in directives.values())
     assert len(page.all("caption")) == len(page.all("table")) == len(page.all("thead"))
     assert all(a.get("scope") in ("row", "col") for a, _ in page.all("th"))
+    colours = re.findall(r"#[0-9a-f]{6}\b", " ".join(re.findall(r"<svg.*?</svg>", text, re.S)))
+    assert not colours, set(colours)  # the figures have the page's alone
     for attrs, _ in page.all("svg"):
         assert attrs["role"] == "img" and len(attrs["aria-labelledby"].split()) == 2
         assert attrs["viewbox"].startswith("0 0 ")
@@ -190,7 +192,7 @@ def test_a_profile_alone_says_which_command_makes_the_rest(spd, tmp_path):
 def evil(run: Path) -> None:
     """A model, texts and tasks whose names are markup; what refers to what stays whole."""
     profile, plan = read(Profile, run / "profile.json"), read(Plan, run / "plan.json")
-    model = profile.model.model_copy(update={"id": EVIL, "architecture": EVIL, "revision": EVIL})
+    model = profile.model.model_copy(update={"id": EVIL + 300 * "x", "architecture": EVIL, "revision": EVIL})
     texts = {name: getattr(profile, name).model_copy(update={"source": EVIL}) for name in ("text", "verify_text")}
     provenance = profile.provenance.model_copy(update={"command": EVIL, "versions": {EVIL: EVIL}})
     (run / "profile.json").write_text(
@@ -213,7 +215,7 @@ def test_names_in_files_are_no_markup(spd, run):
     text, page = made(spd, run, "--png", run.parent / "f.png")
     check_form(text, page)
     assert "<script" not in text.lower() and "\x00" not in text
-    assert f"Sync-Point Drop: {EVIL}, TP 4" in [t for _, t in page.all("h1")]
+    assert f"Sync-Point Drop: {EVIL}{300 * 'x'}, TP 4" in [t for _, t in page.all("h1")]
     assert page.rows("plan for")[0][-1] == EVIL
     shown = " ".join(text for _, text in page.all("svg"))
     assert f"{EVIL}\u4e2d, </svg>" in shown
@@ -322,7 +324,48 @@ def test_a_front_and_a_bench_beside_it_are_shown(spd, run):
     assert "front.json is there, but of another model. This one is from the profile alone." in page.all("main")[0][1]
 
 
+def luminance(colour: str) -> float:
+    """Of a hexadecimal colour (WCAG 2, relative luminance)."""
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * c for c in colour[1:])
+    shares = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    linear = [s / 12.92 if s <= 0.04045 else ((s + 0.055) / 1.055) ** 2.4 for s in shares]
+    return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(a: str, b: str) -> float:
+    high, low = sorted((luminance(a), luminance(b)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_words_and_bars_stand_out_in_light_dark_and_print(spd, run):
+    assert contrast("#000", "#ffffff") == pytest.approx(21) and contrast("#777777", "#fff") == pytest.approx(
+        4.48, abs=0.01
+    )
+    text, _ = made(spd, run)
+    schemes = [
+        dict(re.findall(r"--(\w+): (#[0-9a-f]+)", block)) for block in re.findall(r":root \{(.*?)\}", text, re.S)
+    ]
+    assert len(schemes) == 3 and len({frozenset(scheme) for scheme in schemes}) == 1
+    for scheme in schemes:
+        for ground in (scheme["ground"], scheme["band"]):
+            for words in ("text", "soft", "link"):
+                assert contrast(scheme[words], ground) >= 4.5, (words, scheme)
+        for bar in ("keep_sync", "block_drop", "plain_drop", "plan", "quiet"):
+            assert contrast(scheme[bar], scheme["ground"]) >= 3, (bar, scheme)
+    used = set(re.findall(r"var\(--(\w+)\)", text))
+    assert used == set(schemes[0])
+
+
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def browse(folder: Path, page: Path, *more: str) -> tuple[str, str]:
+    """The page as a browser holds it in the end, and what it had to say."""
+    words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'browser'}"]
+    words += ["--enable-logging=stderr", "--log-level=0", "--dump-dom", *more]
+    done = subprocess.run([*words, page.as_uri()], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium to look with")
@@ -330,14 +373,26 @@ def test_a_browser_shows_it_without_a_complaint(spd, run, tmp_path):
     evil(run)
     made(spd, run)
     page = run.parent / "report.html"
-    words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'browser'}"]
-    words += ["--enable-logging=stderr", "--log-level=0", "--window-size=360,800"]
-    done = subprocess.run([*words, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and done.stdout.count("<svg") == 4, done.stderr
-    assert "CONSOLE" not in done.stderr, done.stderr
-    # no element that the parser moved: what the browser made of it is what was written
-    assert [tag for tag, _, _ in Page(done.stdout).elements].count("table") == page.read_text().count("<table")
+    shown, said = browse(tmp_path, page)
+    assert shown.count("<svg") == 4 and shown.count("<table") == page.read_text().count("<table")
+    assert "CONSOLE" not in said, said
     broken = tmp_path / "broken.html"
     broken.write_text(page.read_text().replace("</body>", '<img src="https://example.invalid/x.png"></body>'))
-    done = subprocess.run([*words, "--dump-dom", broken.as_uri()], capture_output=True, text=True, timeout=120)
-    assert "CONSOLE" in done.stderr and "Content Security Policy" in done.stderr  # the check can fail, the policy holds
+    _, said = browse(tmp_path, broken)
+    assert "CONSOLE" in said and "Content Security Policy" in said  # the check can fail, and the policy holds
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium to look with")
+@pytest.mark.parametrize("width", [360, 800])
+def test_no_page_is_wider_than_its_screen(spd, run, tmp_path, width):
+    evil(run)
+    made(spd, run)
+    outer = tmp_path / "outer.html"
+    root = "this.contentDocument.documentElement"
+    measure = f"document.title = {root}.scrollWidth + ' of ' + {root}.clientWidth"
+    style = f"width: {width}px; height: 800px; border: 0"
+    page = (run.parent / "report.html").as_uri()
+    outer.write_text(f'<iframe src="{page}" style="{style}" onload="{measure}"></iframe>')
+    shown, said = browse(tmp_path, outer, "--allow-file-access-from-files")
+    found = re.search(r"<title>(\d+) of (\d+)</title>", shown)
+    assert found and found[1] == found[2] and width - 20 <= int(found[1]) <= width, (found, said)  # less its scroll bar

@@ -20,6 +20,7 @@ STYLES: Any = {  # keys are literals to matplotlib's types
     "svg.hashsalt": "spd-calib",
     "text.parse_math": False,  # a name with dollars is no formula
     "font.size": 10,
+    "axes.prop_cycle": "cycler(color=['black'])",  # no colour but those asked for
 }
 REFERENCE = re.compile(r"#([\w-]+)(?=\)|$)")
 IN_PAGE = {colour.lower(): f"var(--{name})" for name, colour in [*COLOURS.items(), ("plan", PLAN), ("quiet", QUIET)]}

@@ -1,5 +1,6 @@
 """What the files say, as figures: matplotlib's, neither written nor shown yet."""
 
+import math
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
@@ -15,7 +16,7 @@ from spd_calib.formats.results import Results
 # Okabe and Ito's palette: distinguishable with any colour vision, and in grey
 COLOURS = {Strategy.KEEP_SYNC: "#0072B2", Strategy.BLOCK_DROP: "#009E73", Strategy.PLAIN_DROP: "#E69F00"}
 PLAN, QUIET = "#CC79A7", "#808080"  # what the plan is, and what it is held against
-WIDEST = 12.0  # inches
+WIDEST = 10.0  # inches
 
 
 def sensitivity(profile: Profile, plan: Plan | None, title: bool = False) -> Figure:
@@ -55,6 +56,7 @@ def sensitivity(profile: Profile, plan: Plan | None, title: bool = False) -> Fig
         ax.set_ylim(bottom=0)
     ax.tick_params(axis="x", length=0, pad=8)
     ax.set_xticks(range(0, len(blocks), max(1, len(blocks) // 20)))
+    ax.set_xlim(-0.7, len(blocks) - 0.3)
     _plain_ticks(ax)
     if title:
         name = f"{printable(profile.model.id)}, TP {profile.tensor_parallel.size}"
@@ -82,7 +84,9 @@ def front(found: Front, plan: Plan | None) -> Figure:
     positive = [h for h in heights if h > 0]
     if _spread_out(positive):
         ax.set_yscale("symlog", linthresh=max(min(positive), 1e-5))  # no drop costs 0, which a logarithm has not
-    ax.set_ylim(bottom=min(0, *heights))
+        ax.set_ylim(min(0, *heights), 2 * max(heights))
+    else:
+        ax.set_ylim(bottom=min(0, *heights))
     ax.set(xlabel="sync points dropped", ylabel="KL, nats a token")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     _plain_ticks(ax)
@@ -91,15 +95,15 @@ def front(found: Front, plan: Plan | None) -> Figure:
 
 
 def tasks(results: Results) -> Figure:
-    """Planned less dense, task by task, with two standard errors; a loss is to the left."""
+    """Planned less dense, task by task, with two standard errors; a loss is to the left, whatever the metric."""
     rows = list(reversed(results.tasks))
     fig, ax = _axes(6, 1.2 + 0.35 * len(rows))
-    errors = [2 * (r.difference_stderr or 0) for r in rows]
+    errors = [math.nan if r.difference_stderr is None else 2 * r.difference_stderr for r in rows]
     differences = [r.difference if r.higher_is_better else -r.difference for r in rows]
     ax.axvline(0, color=QUIET, linewidth=1)
     ax.errorbar(differences, range(len(rows)), xerr=errors, fmt="D", color=PLAN, capsize=3)
     ax.set_yticks(range(len(rows)), [f"{printable(r.task)}, {printable(r.metric)}" for r in rows])
-    ax.set(xlabel="planned - dense (± 2 s.e.), worse to the left", ylim=(-0.6, len(rows) - 0.4))
+    ax.set(xlabel="planned against dense (± 2 s.e.): worse to the left", ylim=(-0.6, len(rows) - 0.4))
     ax.margins(x=0.1)
     return fig
 
