@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test coverage mutation fuzz test-vllm .venv-vllm lint format pipeline results latency bench docs generated schemas tutorial dist release-check clean FORCE
+.PHONY: demo test coverage mutation faults fuzz test-vllm .venv-vllm lint format pipeline results latency bench docs generated schemas tutorial dist release-check clean FORCE
 
 demo: $(READY)
 	$(BIN)/spd-calib demo -o runs/demo
@@ -24,6 +24,10 @@ coverage: $(READY)
 EVERY ?= 1
 mutation: $(READY)
 	$(BIN)/python benchmarks/mutation.py --every $(EVERY)
+
+# Every command killed, interrupted, out of disk, two at once, a rank dying, in results/reliability/ (most of an hour).
+faults: $(READY)
+	$(BIN)/python benchmarks/faults.py -o results/reliability/faults.json
 
 # An hour of files that no reader may half accept; make test runs a hundred of each kind.
 FUZZ_EXAMPLES ?= 60000

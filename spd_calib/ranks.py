@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ def ending_together(debug: bool = False) -> Iterator[None]:
     """
     if not is_main_rank():
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if world_size() > 1 and "TORCHELASTIC_RUN_ID" in os.environ:  # which torchrun sets
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     try:
         yield
     except SpdError as e:
@@ -48,6 +51,15 @@ def ending_together(debug: bool = False) -> Iterator[None]:
             raise
         what = f"spd-calib: unexpected {type(e).__name__}: {str(e).strip() or 'no message'}"
         _leave(traceback.format_exc() if debug else f"{what}; --debug shows where, please report it.", 1)
+
+
+def _end_with(torchrun: int) -> None:
+    """End this rank when the process that started it is gone: nobody else would, and ranks wait for one another."""
+    while os.getppid() == torchrun:
+        time.sleep(0.5)
+    if is_main_rank():
+        print("spd-calib: torchrun is gone, and its ranks end; start it again.", file=sys.__stderr__, flush=True)
+    os._exit(1)
 
 
 def _leave(message: str, code: int) -> NoReturn:

@@ -118,7 +118,8 @@ def write_bytes(path: Path, content: bytes) -> None:
 def unwritable(path: Path, error: Exception) -> SpdError:
     """What to raise where `error` keeps `path` from being written: that the disk is full is no fault of the input."""
     why = (isinstance(error, OSError) and error.strerror) or str(error).splitlines()[0]
-    if getattr(error, "errno", None) in FULL or os.strerror(errno.ENOSPC) in str(error):  # safetensors: words alone
+    words = map(os.strerror, FULL)  # all that safetensors gives
+    if getattr(error, "errno", None) in FULL or any(w in str(error) for w in words):
         return SpdError(f"{path} cannot be written: {why}; make room and run the same command again.")
     return InputError(f"{path} cannot be written: {why}; choose another output with -o.")
 

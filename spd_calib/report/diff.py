@@ -251,6 +251,10 @@ def _text(text: TextRef) -> str:
 
 
 def _shared_sequences(a: TextRef, b: TextRef) -> int:
+    return sum(_shared(x, y) for x in a.each for y in b.each)
+
+
+def _shared(a: TextRef, b: TextRef) -> int:
     if any(getattr(a, name) != getattr(b, name) for name in ("source", "seq_len", "min_len", "pack")):
         return 0
     return max(0, min(a.first + a.sequences, b.first + b.sequences) - max(a.first, b.first))

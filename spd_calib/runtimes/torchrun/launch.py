@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from spd_calib.errors import InputError, SpdError
 from spd_calib.ranks import world_size
 
+RANK = "spd_calib.runtimes.torchrun.rank"
 FROM_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -20,7 +21,7 @@ def torchrun(ranks: int, module: str, arguments: Sequence[str], timeout: float =
     if world_size() > 1:
         raise InputError("This command starts torchrun itself; run it without.")
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
-    command += ["--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", "-m", module, *arguments]
+    command += ["--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", "-m", RANK, module, *arguments]
     environment = {k: v for k, v in os.environ.items() if k not in FROM_TORCHRUN and not k.startswith("TORCHELASTIC")}
     environment.setdefault("OMP_NUM_THREADS", "1")
     process = subprocess.Popen(
