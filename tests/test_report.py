@@ -17,6 +17,7 @@ from spd_calib.formats.files import dumps, read, sha256_of
 from spd_calib.formats.plan import Latency, Plan
 from spd_calib.formats.profile import Point, Profile, Recovered
 from spd_calib.formats.results import Results
+from spd_calib.report.tables import rankings
 
 DEMO = Path(__file__).parent.parent / "results/demo"
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -266,6 +267,14 @@ def test_predictors_are_counted(spd, tmp_path, llama, profile_file):
     (folder / "plan.json").write_text(dumps(plan.model_copy(update={"verified": verified, "model": profile.model})))
     _, page = made(spd, folder)
     assert "3 blocks have a predictor in place of what their MLP misses: 2 mean, 1 full." in page.all("main")[0][1]
+
+
+def test_no_column_stands_twice():
+    (single,) = rankings(make_profile([0.3, 0.1]))
+    assert list(single.columns)[:3] == ["block", "KL", "ppl"] and single.rows[0][:2] == ["1", "0.1000 ± 0.0010"]
+    (cumulative,) = rankings(make_profile([0.7, 0.4, 0.1], method="cumulative"))
+    assert list(cumulative.columns)[:3] == ["block", "KL added", "KL"]
+    assert [row[1] for row in cumulative.rows] == ["0.1000", "0.3000", "0.3000"]
 
 
 def test_several_texts_are_shown_each(spd, llama, text, tmp_path):

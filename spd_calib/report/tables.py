@@ -33,7 +33,7 @@ def _predicted(profile: Profile, strategy: Strategy, kind: SyncPoint) -> Table:
 def _ranking(profile: Profile, strategy: Strategy, kind: SyncPoint) -> Table:
     by_block = profile.of(strategy, kind)
     value = profile.sensitivity(strategy, sync_point=kind)
-    unit = {"accuracy": "accuracy lost", "kl": "KL", "ppl": "perplexity"}[profile.rank_by]
+    unit = {"accuracy": "accuracy lost", "kl": "KL added", "ppl": "perplexity"}[profile.rank_by]
     order = profile.ranking(strategy, sync_point=kind)
     rows = [
         [
@@ -54,6 +54,8 @@ def _ranking(profile: Profile, strategy: Strategy, kind: SyncPoint) -> Table:
         columns[-1:] = ["sequences", "tier"]
         for row, block in zip(rows, order, strict=True):
             row[-1:] = [str(by_block[block].sequences), tier[block]]
+    if [value[b] for b in order] == [by_block[b].kl for b in order]:  # the same column twice
+        columns, rows = [columns[0], *columns[2:]], [[row[0], *row[2:]] for row in rows]
     cumulative = "" if profile.method == "single" else " (blocks dropped from here to the last)"
     return Table(f"{NAMES[kind]}: {strategy}, least sensitive block first{cumulative}", columns, rows)
 
