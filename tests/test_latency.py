@@ -167,6 +167,22 @@ def test_a_measured_step_calibrates_and_is_held_against_the_others():
         latency.as_measured(measured, shape, "prefill", "h")
 
 
+def test_predictors_take_their_time_in_every_step_but_the_dense_one():
+    shape, step = Shape.of(tiny.build("llama")), Step("decode", 1, 8, 2)
+    without, with_them = (latency.on_machine(machine(memory=1e6), shape, 4, step, n) for n in (0, 5))
+    assert with_them.seconds(0) == without.seconds(0) and with_them.ceiling == without.ceiling
+    assert with_them.seconds(3) - without.seconds(3) == pytest.approx(5 * 2 / (0.8 * 1e6))  # memory is the slower here
+    assert with_them.saved(1) == 0.0 and without.saved(1) > 0, "an all-reduce of 1 us is not worth 12"
+    prompt = Step("prefill", 2, 8, 2)
+    slow = machine(memory=1e12, rate=1e6)
+    bare, slower = (latency.on_machine(slow, shape, 4, prompt, n).seconds(1) for n in (0, 5))
+    assert slower - bare == pytest.approx(2 * 5 * 16 / (0.8 * 1e6))
+    measured = hardware(shape, dense=1.0, dropped=0.9)
+    moved = latency.bytes_moved(shape, 2, Step("decode", 1, 8, 4))
+    bare, slower = (latency.as_measured(measured, shape, "decode", "h", n).seconds(1) for n in (0, 5))
+    assert slower - bare == pytest.approx((1.0 - 2 * shape.blocks * 1e-3) * 5 * 4 / moved)
+
+
 def test_plan_asks_for_hardware_where_latency_is_asked_for(tmp_path):
     for extra in (["--min-speedup", "10%"], ["--batch", "2"], ["--phase", "training"]):
         result = CliRunner().invoke(app, ["plan", "results/demo/profile.json", "-o", str(tmp_path / "p.json"), *extra])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spd_calib.formats.common import Strategy
@@ -13,6 +14,7 @@ from spd_calib.formats.plan import Plan
 from spd_calib.formats.profile import Profile
 from spd_calib.parallel.compensation import load_compensation
 from spd_calib.parallel.session import open_session
+from spd_calib.planning.latency import ATTAINED, Shape, predictor_weights
 
 KEEP, DROP, PLAIN = Strategy.KEEP_SYNC, Strategy.BLOCK_DROP, Strategy.PLAIN_DROP
 FIT = ("--seq-len", 24, "--max-samples", 20, "--verify-samples", 6, "--device", "cpu")
@@ -108,10 +110,28 @@ def test_every_figure_compares_with_the_model_it_was_made_from(spd, folder, llam
     lm = open_session(new.model.id, 4, new.model).load()
     lm.set_compensation(load_compensation(new, out))  # the file lies beside the new plan
 
+    # what the predictors add to a rank is in the modelled latency: as many weights as one rank's tensors hold
+    tensors = load_file(out.parent / new.compensation.file)
+    of_rank = sum(t.numel() for name, t in tensors.items() if ".ranks.0." in name)
+    shape = Shape.of(AutoModelForCausalLM.from_pretrained(llama))
+    assert predictor_weights(new, shape) == of_rank > 0
+    run = spd("plan", tmp_path / "p.json", "--drop", 3, "--strategy", "block_drop", "-o", out, "--device", "cpu",
+              "--hardware", cable(tmp_path / "cable.csv"))  # fmt: skip
+    assert run.code == 0, run.err
+    decode = read(Plan, out).latency[0]
+    added = of_rank * 2 / (ATTAINED * 1e6)
+    assert decode.planned_seconds == pytest.approx(decode.dense_seconds - 3 * decode.all_reduce_seconds + added)
+
     assert "less than the 2" in spd("plan", tmp_path / "p.json", "--drop", 1, "-o", out).err
     assert "is recovered" in spd("plan", tmp_path / "p.json", "--tau1", 0, "--tau2", 1, "-o", out).err
     run = spd("plan", tmp_path / "p.json", "--max-kl", 0, "-o", tmp_path / "no.json", "--device", "cpu")
     assert run.code == 1 and "No further sync point" in run.err and not (tmp_path / "no.json").exists()
+
+
+def cable(path: Path) -> Path:
+    """Four ranks whose memory is slow and whose arithmetic is not."""
+    path.write_text("ranks,bytes,seconds,memory_bytes_per_second,flops_per_second\n4,1,1e-3,1e6,1e15\n")
+    return path
 
 
 def test_streamed_it_is_the_same(spd, folder, tmp_path) -> None:

@@ -107,7 +107,8 @@ def plan(
     session = None
     if hardware:
         session = open_session(resolve_model(measured.model.id), measured.tensor_parallel.size, measured.model)
-        models, benched = latency_models(session, hardware, batch, context)
+        recovered = find_recovered(session) if measured.recovered else None
+        models, benched = latency_models(session, hardware, batch, context, recovered.plan if recovered else None)
         if benched:
             print_held_against(models, benched)
         say_ceiling(models)

@@ -2,10 +2,10 @@
 
     step = max(bytes moved / memory rate, FLOPs / arithmetic rate) + all-reduces * time of one
 
-Bytes are a rank's weights and its KV cache. Nothing is taken to overlap, and no rate is reached in full: both are
-multiplied by ATTAINED. The embedding's all-reduce, the gathering of the logits, launches and the scheduler are not in
-it: a real step is longer, and the share saved smaller. Where a machine was measured (`spd-calib bench`) its own dense
-step stands in for the first term.
+Bytes are a rank's weights and its KV cache; a recovered plan's predictors add theirs to all but the dense step. Nothing
+is taken to overlap, and no rate is reached in full: both are multiplied by ATTAINED. The embedding's all-reduce, the
+gathering of the logits, launches and the scheduler are not in it: a real step is longer, and the share saved smaller.
+Where a machine was measured (`spd-calib bench`) its own dense step stands in for the first term.
 """
 
 import csv
@@ -23,7 +23,7 @@ from spd_calib.errors import InputError, SpdError
 from spd_calib.formats.files import read
 from spd_calib.formats.hardware import Hardware
 from spd_calib.formats.machine import AllReduce, Machine
-from spd_calib.formats.plan import Latency
+from spd_calib.formats.plan import Compensation, Latency, Plan
 from spd_calib.models.architecture import HeadCounts
 from spd_calib.models.probe import find_layers
 
@@ -77,26 +77,27 @@ class Step:
 
 @dataclass(frozen=True)
 class LatencyModel:
-    """Seconds of a step outside its all-reduces, and of one all-reduce."""
+    """Seconds of a step outside its all-reduces, of one all-reduce, and of what a plan's predictors add to a step."""
 
     hardware: str
     step: Step
     blocks: int
     compute: float
     all_reduce: float
+    predictors: float = 0.0
 
     def seconds(self, dropped: int) -> float:
         """Of a step without `dropped` of its 2 L all-reduces."""
-        return self.compute + (2 * self.blocks - dropped) * self.all_reduce
+        return self.compute + (2 * self.blocks - dropped) * self.all_reduce + (self.predictors if dropped else 0.0)
 
     def saved(self, dropped: int) -> float:
-        """Share of the dense step's time."""
-        return dropped * self.all_reduce / self.seconds(0)
+        """Share of the dense step's time; nothing where the predictors cost more than the all-reduces did."""
+        return max(0.0, dropped * self.all_reduce - (self.predictors if dropped else 0.0)) / self.seconds(0)
 
     @property
     def ceiling(self) -> float:
-        """What dropping every droppable sync point would save: all but the last block's MLP."""
-        return self.saved(2 * self.blocks - 1)
+        """What dropping every droppable sync point would save, all but the last block's MLP, and nothing added."""
+        return (2 * self.blocks - 1) * self.all_reduce / self.seconds(0)
 
     def drops_for(self, saving: float, available: int) -> int:
         """The fewest drops that save this share: all are worth the same all-reduce, which ones is a matter of KL.
@@ -142,6 +143,17 @@ def flops(shape: Shape, tp: int, step: Step) -> float:
     return linear + 4 * shape.blocks * shape.counts.heads / tp * shape.counts.head_dim * step.new_tokens * seen
 
 
+def predictor_weights(plan: Plan, shape: Shape) -> int:
+    """Of a rank: elements that the predictors of a recovered plan add, all blocks together."""
+    own = shape.counts.heads // plan.tensor_parallel.size * shape.counts.head_dim  # a rank's head outputs
+
+    def of_block(c: Compensation) -> int:
+        matrices = {"mean": 0, "low_rank": c.rank * (own + shape.width), "full": own * shape.width}
+        return matrices[c.kind] + shape.width
+
+    return sum(of_block(b.compensation) for b in plan.blocks if b.compensation)
+
+
 def _kv_heads(shape: Shape, tp: int) -> int:
     """Of a rank: with more ranks than KV heads each holds one of them."""
     return max(shape.counts.kv_heads // tp, 1)
@@ -152,22 +164,32 @@ def _block_weights(shape: Shape, tp: int) -> float:
     return (shape.query_weights + shape.mlp_weights) / tp + shape.kv_weights * kv_share
 
 
-def on_machine(machine: Machine, shape: Shape, tp: int, step: Step) -> LatencyModel:
-    """The model from a machine's rates. Raises InputError for another number of ranks than its table is of."""
+def on_machine(machine: Machine, shape: Shape, tp: int, step: Step, predictors: int = 0) -> LatencyModel:
+    """The model from a machine's rates; `predictors`: weights that they add on a rank.
+
+    Raises InputError for another number of ranks than its table is of.
+    """
     if machine.ranks != tp:
         raise InputError(
             f"{machine.name} holds all-reduce times of {machine.ranks} ranks, not of {tp}, and how a link scales is "
             "not guessed; measure yours with `spd-calib bench`, or give a CSV of them."
         )
-    memory = bytes_moved(shape, tp, step) / (ATTAINED * machine.memory_bytes_per_second)
-    compute = flops(shape, tp, step) / (ATTAINED * machine.flops_per_second)
+
+    def busy(more: int) -> float:
+        memory = (bytes_moved(shape, tp, step) + more * step.itemsize) / (ATTAINED * machine.memory_bytes_per_second)
+        compute = (flops(shape, tp, step) + 2 * step.new_tokens * more) / (ATTAINED * machine.flops_per_second)
+        return max(memory, compute)
+
     table = {r.bytes: r.seconds for r in machine.all_reduces}
     size = step.new_tokens * shape.width * step.itemsize
-    return LatencyModel(machine.name, step, shape.blocks, max(memory, compute), interpolate(table, size))
+    one = interpolate(table, size)
+    return LatencyModel(machine.name, step, shape.blocks, busy(0), one, busy(predictors) - busy(0))
 
 
-def as_measured(hardware: Hardware, shape: Shape, phase: Phase, name: str) -> LatencyModel:
+def as_measured(hardware: Hardware, shape: Shape, phase: Phase, name: str, predictors: int = 0) -> LatencyModel:
     """The model with a measured dense step, of the batch and prompt it was timed with.
+
+    `predictors`: weights that they add on a rank; they take as long as the step's own, in proportion.
 
     Raises InputError where that step is not there, or took less than its all-reduces timed alone.
     """
@@ -182,7 +204,11 @@ def as_measured(hardware: Hardware, shape: Shape, phase: Phase, name: str) -> La
             f"In {name} the dense {phase} step is shorter than its {2 * shape.blocks} all-reduces timed alone; bench "
             "again with more --rounds, on a machine with nothing else to do."
         )
-    return LatencyModel(name, step, shape.blocks, compute, one)
+    tp = hardware.tensor_parallel.size
+    share = predictors * step.itemsize / bytes_moved(shape, tp, step)
+    if phase == "prefill":
+        share = 2 * step.new_tokens * predictors / flops(shape, tp, step)
+    return LatencyModel(name, step, shape.blocks, compute, one, compute * share)
 
 
 def held_against(hardware: Hardware, model: LatencyModel) -> dict[str, tuple[float, float]]:
