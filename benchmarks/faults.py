@@ -170,7 +170,7 @@ What was done:
 
 - SIGKILL and SIGINT before the k-th operation on files in the output's folder, for k spread over all of them, and at
   random times over the whole run.
-- SIGKILL of a profile at random times from the first line of its journal on: measurements stood in it.
+- SIGKILL of a profile at random times from the first line of its journal on: the file that went on from it is the same.
 - A full disk: a tmpfs with too little room for the output, and a limit to the size of files (RLIMIT_FSIZE).
 - Two of the same command on one output, the second begun at a random moment of the first: one may be refused.
 - On two ranks: SIGKILL of one of them, or of torchrun, at random times. All others must end within 30 s, the exit code
@@ -182,8 +182,9 @@ What was done:
 
 Found by such tries, and mended: a full disk ended with exit code 2, as if the input were wrong; the state of a
 recovery killed as it began was refused afterwards, and two recoveries could share it; an interrupt went without a
-sentence; tensors that were too large for a limit to the size of files ended with exit code 2; ranks that were starting
-when torchrun was killed were still there half a minute later.
+sentence; tensors that were too large for a limit to the size of files ended with exit code 2; ranks that were
+starting when torchrun was killed were still there half a minute later; those of a bench that was killed ran on and
+wrote its file.
 
 | command | fault | tries | hit | old left | new left | went on from state | slowest end, s | wrong |
 |---|---|---|---|---|---|---|---|---|
@@ -215,7 +216,7 @@ def keep(path: Path, rows: list[Found]) -> None:
     names = [c.name for c in COMMANDS] + [r.command.name for r in ON_RANKS]
     every = [row for row in before if row["command"] not in tried] + [asdict(row) for row in rows]
     every.sort(key=lambda row: names.index(row["command"]))
-    machine = f"{platform.system()} {platform.release()}, Python {platform.python_version()}, {os.cpu_count()} cores"
+    machine = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, {os.cpu_count()} cores"
     document = {"machine": machine, "rows": every}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")

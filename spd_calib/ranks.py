@@ -6,10 +6,12 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from spd_calib.errors import SpdError
+
+STARTED_BY = "SPD_CALIB_STARTED_BY"  # in the environment of ranks: the id of the process that runs torchrun for them
 
 
 def world_size() -> int:
@@ -54,12 +56,26 @@ def ending_together(debug: bool = False) -> Iterator[None]:
 
 
 def _end_with(torchrun: int) -> None:
-    """End this rank when the process that started it is gone: nobody else would, and ranks wait for one another."""
-    while os.getppid() == torchrun:
+    """End this rank when the process that started it is gone: nobody else would, and ranks wait for one another.
+
+    Or when the command is that started torchrun by itself, and says so in STARTED_BY.
+    """
+    while os.getppid() == torchrun and _alive(os.environ.get(STARTED_BY)):
         time.sleep(0.5)
     if is_main_rank():
-        print("spd-calib: torchrun is gone, and its ranks end; start it again.", file=sys.__stderr__, flush=True)
+        with suppress(OSError):  # nobody may be left to read it
+            print("spd-calib: torchrun is gone, and its ranks end; start it again.", file=sys.__stderr__, flush=True)
     os._exit(1)
+
+
+def _alive(process: str | None) -> bool:
+    try:
+        os.kill(int(process or os.getpid()), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _leave(message: str, code: int) -> NoReturn:

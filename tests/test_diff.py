@@ -99,6 +99,9 @@ def test_what_differs_is_named_and_doubted():
     first = a.text.model_copy(update={"sha256": "3" * 64})
     overlapping = b.model_copy(update={"text": first.model_copy(update={"first": 12})})
     assert any(s.startswith("4 sequences are in both texts") for s in diff_profiles(a, overlapping).answer)
+    of_two = overlapping.text.model_copy(update={"parts": [overlapping.text, b.text]})  # b's own is another file
+    found = diff_profiles(a, overlapping.model_copy(update={"text": of_two}))
+    assert any(s.startswith("4 sequences are in both texts") for s in found.answer)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import fault_kinds
 import faults
 
+from spd_calib import ranks
 from spd_calib.formats import files
 
 NAMES = ("profile", "plan")
@@ -80,25 +81,32 @@ with ending_together():
     time.sleep(600)
 """
 TORCHRUN = """
-import os, subprocess, sys, time
-for rank in "01":
-    variables = {"RANK": rank, "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
-    subprocess.Popen([sys.executable, "-c", sys.argv[1]], env={**os.environ, **variables})
-time.sleep(600)
+import os, subprocess, sys
+variables = {"WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "x"}
+command = [sys.executable, "-c", sys.argv[1]]
+ranks = [subprocess.Popen(command, env={**os.environ, **variables, "RANK": r}) for r in "01"]
+print([rank.wait() for rank in ranks], file=sys.stderr)
 """
 
 
-def test_ranks_end_with_torchrun_even_where_they_have_not_met():
-    """What stands in for torchrun is killed; its ranks have joined no process group."""
-    place = Path(__file__).parent.parent
-    process = subprocess.Popen(
+@pytest.mark.parametrize("victim", ["torchrun", "what started it"])
+def test_ranks_end_with_torchrun_even_where_they_have_not_met(victim):
+    """A process stands in for torchrun; its ranks have joined no process group."""
+    starter = subprocess.Popen(["sleep", "600"])
+    variables = {"PYTHONPATH": str(Path(__file__).parent.parent), ranks.STARTED_BY: str(starter.pid)}
+    torchrun = subprocess.Popen(
         [sys.executable, "-c", TORCHRUN, RANK],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(place)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, **variables},
     )  # fmt: skip
-    assert process.stdout is not None and process.stdout.readline().strip().isdigit()  # rank 0 speaks, rank 1 does not
+    assert torchrun.stdout is not None and torchrun.stdout.readline().strip().isdigit()  # rank 0's; rank 1 is mute
     time.sleep(1)
-    process.kill()
+    (torchrun if victim == "torchrun" else starter).kill()
+    if victim != "torchrun":
+        starter.wait()
     start = time.monotonic()
-    err = process.communicate(timeout=MOST)[1]  # until the last of them has let go of stderr
+    err = torchrun.communicate(timeout=MOST)[1]  # until the last of them has let go of stderr
     assert time.monotonic() - start < MOST / 2
-    assert err == "spd-calib: torchrun is gone, and its ranks end; start it again.\n"
+    sentence = "spd-calib: torchrun is gone, and its ranks end; start it again.\n"
+    assert err == (sentence if victim == "torchrun" else sentence + "[1, 1]\n")
+    starter.kill()
+    starter.wait()

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from spd_calib.errors import InputError, SpdError
-from spd_calib.ranks import world_size
+from spd_calib.ranks import STARTED_BY, world_size
 
 RANK = "spd_calib.runtimes.torchrun.rank"
 FROM_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -24,6 +24,7 @@ def torchrun(ranks: int, module: str, arguments: Sequence[str], timeout: float =
     command += ["--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", "-m", RANK, module, *arguments]
     environment = {k: v for k, v in os.environ.items() if k not in FROM_TORCHRUN and not k.startswith("TORCHELASTIC")}
     environment.setdefault("OMP_NUM_THREADS", "1")
+    environment[STARTED_BY] = str(os.getpid())
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
