@@ -145,10 +145,13 @@ def report(document: dict) -> str:
         f"{'' if r['slowest'] is None else r['slowest']} | {len(r['wrong']) or 'nothing'} |"
         for r in rows
     ]
+    left_out = {c.name for c in COMMANDS} | {r.command.name for r in ON_RANKS}
+    left_out -= {r["command"] for r in rows}
     wrong = [f"- {r['command']}, {r['fault']}: {text}" for r in rows for text in r["wrong"]]
     return (
         HEAD.format(tries=sum(r["tries"] for r in rows), hit=sum(r["hit"] for r in rows), machine=document["machine"])
         + "\n".join(lines)
+        + (f"\n\nNot tried: {', '.join(sorted(left_out))}." if left_out else "")
         + ("\n\n## Wrong\n\n" + "\n".join(wrong) if wrong else "")
         + "\n"
     )
