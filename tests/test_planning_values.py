@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from spd_calib.planning import budget as budgets
 from spd_calib.planning import interactions
 from spd_calib.planning.front import front_of, knee
 from spd_calib.planning.interactions import Interactions, follows
+from spd_calib.planning.latency import predictor_weights
 from spd_calib.planning.obvious import back_to_front_sets, obvious_sets, paper_order
 from spd_calib.planning.search import Search, candidates, choose, interactions_of, tier
 
@@ -359,3 +361,23 @@ def test_greedy_fronts_and_rivals_of_interacting_sets(seed):
     costs = [model.kl(s) for s in rivals]
     swapped = min(model.kl(s) for s in every[3] if len(s & rivals[0]) == 2)
     assert costs == sorted(costs) and costs[1] <= swapped + 1e-12
+
+
+def test_a_budget_on_each_text_is_the_costliest_texts():
+    b = budget("max_kl", 0.25, each_text=True)
+    texts = [comparison(kl).model_copy(update={"kl_stderr": error}) for kl, error in ((0.25, 0.0), (0.125, 0.1))]
+    both = comparison(0.1875).model_copy(update={"per_text": texts})
+    assert budgets.cost(b, both) == 0.25 and budgets.describe(b) == "on each text, KL 0.25"
+    assert budgets.kept(b, both) and not budgets.kept(b, both, certain=True), "the second text's error is too large"
+    assert not budgets.kept(b.model_copy(update={"value": 0.2}), both)
+    sure = both.model_copy(update={"per_text": [t.model_copy(update={"kl_stderr": 0.0}) for t in texts]})
+    assert budgets.kept(b, sure, certain=True)
+
+
+def test_the_weights_of_predictors_counted_one_by_one():
+    """Width 5, 4 heads of 3 over 2 ranks: a rank's head outputs are 6 values; a mean, rank 2, a full one."""
+    shape = SimpleNamespace(counts=SimpleNamespace(heads=4, head_dim=3), width=5)
+    forms = [("mean", 0), ("low_rank", 2), ("full", 0), None]
+    blocks = [SimpleNamespace(compensation=f and SimpleNamespace(kind=f[0], rank=f[1])) for f in forms]
+    plan = SimpleNamespace(tensor_parallel=SimpleNamespace(size=2), blocks=blocks)
+    assert predictor_weights(plan, shape) == 5 + (6 * 2 + 2 * 5 + 5) + (6 * 5 + 5)
