@@ -25,7 +25,7 @@ from .together import at_a_time, run_together
 
 PLAIN = Strategy.PLAIN_DROP
 LOGITS_AT_A_TIME = 2**22  # float32 logits compared at once: 16 MiB a tensor
-LOGITS_HELD = 2**26  # log-probabilities of the dense model held for a batch, 256 MiB; beyond that computed anew
+LOGITS_HELD = 2**24  # log-probabilities of the dense model held for a batch, 64 MiB; beyond that computed anew
 Tick = Callable[[int, Tally | None], None]  # (experiment, its tally so far), after each batch
 
 
