@@ -145,7 +145,7 @@ def again(usual: Usual, found: Found, once_more: Callable[[], End] | None = None
     """The same command once more, undisturbed: it must end well, and its outputs be what they always are."""
     command, out, expected = usual.command, usual.out, usual.expected
     found.resumed += any(p.name.endswith(STATE) for p in out.iterdir())
-    if command.name == "recover" and (out / command.writes["-o"]).exists():
+    if command.name.endswith("recover") and (out / command.writes["-o"]).exists():
         return  # it was done
     end = once_more() if once_more else run(command.line(out), out, usual.work / "again.log")
     if end.code != 0:
@@ -156,7 +156,7 @@ def again(usual: Usual, found: Found, once_more: Callable[[], End] | None = None
         assert now is not None
         if command.same and not command.folder and now != expected[name]:
             found.wrong.append(f"run again, {name} is another")
-        if command.name == "recover":  # seconds stand in recovery.json
+        if command.name.endswith("recover"):  # seconds stand in recovery.json
             differing = [f for f in now if f != "recovery.json" and now[f] != expected[name].get(f)]
             if differing:
                 found.wrong.append(f"run again, {differing} are others")

@@ -187,7 +187,7 @@ Found by such tries, and mended: a full disk ended with exit code 2, as if the i
 recovery killed as it began was refused afterwards, and two recoveries could share it; an interrupt went without a
 sentence; tensors that were too large for a limit to the size of files ended with exit code 2; ranks that were
 starting when torchrun was killed were still there half a minute later; those of a bench that was killed ran on and
-wrote its file.
+wrote its file; a rank that lost torchrun could say two sentences.
 
 | command | fault | tries | hit | old left | new left | went on from state | slowest end, s | wrong |
 |---|---|---|---|---|---|---|---|---|

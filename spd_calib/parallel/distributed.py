@@ -84,6 +84,7 @@ def speak_once(message: str) -> None:
         first = store.add("failures", 1) == 1
     except Exception:  # nobody is left to agree with
         store, first = None, True
+        time.sleep(2)  # where torchrun is gone, ranks.py says so and ends this process meanwhile
     if first:
         print(message, file=sys.__stderr__, flush=True)
     if store is not None and first:
