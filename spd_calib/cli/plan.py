@@ -86,15 +86,14 @@ def plan(
     from spd_calib.errors import InputError
     from spd_calib.formats.files import check_writable, dumps, read, write_text
     from spd_calib.formats.profile import Profile
-    from spd_calib.parallel.session import open_session
     from spd_calib.planning.front import front_of
     from spd_calib.planning.plan import make_plan
     from spd_calib.planning.search import candidates
     from spd_calib.report import tables
 
     from .latency import latency_models, print_held_against, say_ceiling
-    from .options import check_dtype, provenance, resolve_device, resolve_model
-    from .recovered import find_recovered
+    from .options import check_dtype, provenance, resolve_device
+    from .recovered import open_profiled
     from .shared import budget_from, reload_texts, resolve_tasks
     from .terminal import print_json, say, table, working
 
@@ -104,10 +103,9 @@ def plan(
     budgets = (max_kl, max_ppl_increase, max_accuracy_drop, max_logprob_diff, drop, tau1, tau2)
     _check_latency(min_speedup, hardware, phase, batch, context)
     models: dict = {}
-    session = None
+    session = recovered = None
     if hardware:
-        session = open_session(resolve_model(measured.model.id), measured.tensor_parallel.size, measured.model)
-        recovered = find_recovered(session) if measured.recovered else None
+        session, recovered = open_profiled(measured)
         models, benched = latency_models(session, hardware, batch, context, recovered.plan if recovered else None)
         if benched:
             print_held_against(models, benched)
@@ -138,13 +136,11 @@ def plan(
         suites = [TaskSuite(*resolve_tasks(tasks, include_path), limit, made.seed, half) for half in (0, 1)]
         budget = asked = asked.model_copy(update={"tasks": list(suites[0].loaded["tasks"])})
     check_writable(output)
-    session = session or open_session(resolve_model(measured.model.id), measured.tensor_parallel.size, measured.model)
+    if session is None:
+        session, recovered = open_profiled(measured)
     texts = reload_texts(session, measured)
-    recovered, dense, beside = None, None, None
-    if measured.recovered:
-        recovered = find_recovered(session)
-        if recovered is None or recovered.sha256 != measured.recovered.plan_sha256:
-            raise InputError(f"{session.source.folder} has another plan.json than when it was profiled; profile again.")
+    dense, beside = None, None
+    if recovered:
         lm, dense = recovered.load(session, device, dtype, made.seed)
         beside = recovered.predictors_beside(output)
     else:

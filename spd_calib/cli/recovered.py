@@ -6,7 +6,7 @@ from pathlib import Path
 from spd_calib.errors import InputError
 from spd_calib.formats.files import read, sha256_of, write_bytes
 from spd_calib.formats.plan import CompensationFile, Plan
-from spd_calib.formats.profile import Comparison, Point
+from spd_calib.formats.profile import Comparison, Point, Profile
 from spd_calib.formats.profile import Recovered as RecoveredPart
 from spd_calib.parallel.compensation import load_compensation
 from spd_calib.parallel.model import TensorParallelLM
@@ -117,3 +117,17 @@ def load_original(plan: Plan, device: str, dtype: str, seed: int, stream: bool =
     assert plan.recovered_from is not None
     original = resolve_model(plan.recovered_from.id)
     return open_session(original, plan.tensor_parallel.size, plan.recovered_from).load(device, dtype, seed, stream)
+
+
+def open_profiled(profile: Profile) -> tuple[Session, Recovered | None]:
+    """The model a profile is of, and what `recover` left in its folder, where that was profiled.
+
+    Raises InputError where it is no longer the one profiled.
+    """
+    session = open_session(resolve_model(profile.model.id), profile.tensor_parallel.size, profile.model)
+    if profile.recovered is None:
+        return session, None
+    recovered = find_recovered(session)
+    if recovered is None or recovered.sha256 != profile.recovered.plan_sha256:
+        raise InputError(f"{session.source.folder} has another plan.json than when it was profiled; profile again.")
+    return session, recovered
