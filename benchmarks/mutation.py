@@ -23,6 +23,7 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 TREE = ROOT / "runs" / "mutation" / "tree"
+LOG = ROOT / "runs" / "mutation" / "mutmut.log"
 KEPT = ROOT / "results" / "mutation"
 STATUS = {0: "survived", 33: "no test reaches it", 5: "no test reaches it"}  # mutmut's exit codes; the rest: killed
 
@@ -56,7 +57,10 @@ def copy_tree() -> None:
 def mutmut(*names: str) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [str(Path(sys.executable).parent / "mutmut"), "run", "--max-children", "1", *names]
-    subprocess.run(command, cwd=TREE, env=environment, check=False, stdout=subprocess.DEVNULL)
+    with LOG.open("w", encoding="utf-8") as log:
+        done = subprocess.run(command, cwd=TREE, env=environment, stdout=log, stderr=subprocess.STDOUT).returncode
+    if done:  # the tests must pass before anything is mutated; a mutant that lives is no error
+        raise SystemExit(f"mutmut ended with {done}; {LOG} says why. The record is as it was.")
 
 
 def sample(every: int, only: str) -> list[str]:

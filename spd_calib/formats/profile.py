@@ -79,8 +79,19 @@ class Point(Part):
     sync_point: SyncPoint
 
 
+class MeasuredPoint(Part):
+    """A sync point that was really dropped on some of the sequences, beside what second order alone says of it."""
+
+    point: Point
+    kl: Finite = Field(description="On those sequences, nats per token")
+    kl_stderr: Finite = Field(ge=0)
+    sequences: int = Field(gt=0)
+    second_order: Finite = Field(description="KL as predicted on all sequences, before it was put right")
+
+
 class Fisher(Part):
-    """KL of dropping (block_drop) any set of sync points, predicted to second order (sensitivity/fisher.py).
+    """KL of dropping (block_drop) any set of sync points: predicted to second order (sensitivity/fisher.py), then put
+    right by what sync points cost that were really dropped on some sequences (sensitivity/shrinkage.py).
 
     A term counts where all its sync points are dropped: one of them, or two consecutive ones for what they do beyond
     their sum. KL, nats per token, is the sum of matrix entries over all ordered pairs of terms that count.
@@ -91,6 +102,7 @@ class Fisher(Part):
     stderr: list[list[Finite]] = Field(description="Standard error of each entry of `matrix`, over sequences")
     samples: int = Field(gt=0, description="Random scores drawn for each sequence")
     sampling_error: Finite = Field(ge=0, description="Relative standard error of a KL due to the scores alone")
+    measured: list[MeasuredPoint] = left_out_if_empty("What the predictions were put right by")
 
     @model_validator(mode="after")
     def _triangular(self) -> Self:

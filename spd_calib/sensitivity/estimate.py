@@ -9,7 +9,7 @@ import torch
 from spd_calib.formats.profile import Point, SyncPoint
 from spd_calib.parallel.model import TensorParallelLM
 
-from .fisher import first_samples, run_dropped, score
+from .fisher import DRAWS, first_samples, run_dropped, score
 from .measure import LOGITS_AT_A_TIME, LOGITS_HELD, Experiment, Reference, batches
 
 TIMED_SEQUENCES = 2
@@ -68,8 +68,10 @@ def estimate_fisher(
     middle = Point(block=lm.num_blocks // 2, sync_point="attention")  # what is drawn stands there on average
 
     def run() -> None:
-        dropped = run_dropped(lm, recording, middle)
-        score(lm, recording, reference.lengths, sync_points, samples, generator, dropped)
+        finals = [run_dropped(lm, recording, middle) for _ in range(DRAWS)]
+        for final in finals:
+            reference.compare(final, False)
+        score(lm, recording, reference.lengths, sync_points, samples, generator, finals[0])
 
     whole = _seconds(lm, lambda: lm.resume(recording, 0))
     seconds = whole + _seconds(lm, run)

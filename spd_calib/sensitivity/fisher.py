@@ -15,29 +15,33 @@ what it does beyond its two members is a term of its own.
 
 F_t at the dense model alone is too small where the dense model is sure and the dropped one is not. Exactly, KL is the
 integral of (1 - s) dz' F(z + s dz) dz over s from 0 to 1; with F linear in s that is 2/3 of F at the start and 1/3 at
-the end. Every sync point has an end of its own; one, drawn anew for each batch, stands for all: tokens that one drop
+the end. Every sync point has an end of its own; one, drawn for each batch, stands for all: tokens that one drop
 unsettles are the ones that others do. A drop that costs more than BROKEN leaves no such end, and is not used.
+
+On each batch DRAWS sync points are really dropped: the first is that end, and what all of them cost puts the
+predictions right (shrinkage.py). They are drawn in turn, so that none is measured twice before all were once.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from spd_calib.formats.common import Strategy
-from spd_calib.formats.profile import Baseline, Fisher, Point, SyncPoint
+from spd_calib.formats.profile import Baseline, Fisher, MeasuredPoint, Point, SyncPoint
 from spd_calib.parallel.block import Block
 from spd_calib.parallel.model import Recording, TensorParallelLM
 from spd_calib.parallel.streams import Streams, defer, keep
 
 from .journal import Journal, once
-from .measure import LOGITS_AT_A_TIME, Experiment, batches, compare
+from .measure import LOGITS_AT_A_TIME, Experiment, Reference, batches
 from .metrics import Tally
+from .shrinkage import BROKEN, Dropped, factors, joined
 
-BROKEN = 0.2  # KL, nats per token
+DRAWS = 2  # sync points really dropped on each batch
 KINDS: tuple[SyncPoint, SyncPoint] = ("attention", "mlp")
 Term = tuple[Point, ...]  # one sync point, or two consecutive ones: what they do beyond their sum
 
@@ -71,33 +75,47 @@ def fisher(
     points = [term[0] for term in terms if len(term) == 1]
     tokens = torch.tensor([len(s) - 1 for s in sequences], dtype=torch.float64)
     samples = first_samples(len(sequences), target_stderr)
-    dense, passes = Tally(), list[Tensor]()
+    in_turn = _in_turn(len(points), seed)
+    dense, measured, passes = Tally(), Dropped(), list[Tensor]()
     while samples > 0:
         scores = []
         for number, (input_ids, lengths) in enumerate(batches(sequences, batch_size, lm.device)):
+            drawn = list(dict.fromkeys(itertools.islice(in_turn, DRAWS)))
 
-            def measured(input_ids: Tensor = input_ids, lengths: list[int] = lengths, samples: int = samples) -> dict:
+            def run(
+                ids: Tensor = input_ids, lengths: list[int] = lengths, drawn: list[int] = drawn, samples: int = samples
+            ) -> dict:
                 lm.keep_all()
-                recording, tally = lm.record(input_ids), Tally()
-                if not passes:
-                    compare(lm, recording.final, recording.final, False, input_ids, lengths, tally)
-                drawn = points[int(torch.randint(len(points), (1,), generator=generator, device=lm.device))]
-                dropped = run_dropped(lm, recording, drawn)
-                by_term = score(lm, recording, lengths, sync_points, samples, generator, dropped)
+                recording = lm.record(ids)
+                reference = Reference(lm, recording.final, ids, lengths)
+                finals = [run_dropped(lm, recording, points[i]) for i in drawn]
+                tallies = [reference.compare(final, False) for final in finals]
+                end = finals[0] if tallies[0].kl() <= BROKEN else None
+                by_term = score(lm, recording, lengths, sync_points, samples, generator, end)
                 d = torch.stack([by_term[term] for term in terms], dim=-1).double()
-                random = generator.get_state().numpy().tobytes().hex()
-                return {"scores": d.tolist(), "dense": tally.state(), "generator": random}
+                return {
+                    "scores": d.tolist(),
+                    "dense": (Tally() if passes else reference.compare(recording.final, False)).state(),
+                    "dropped": [tally.state() for tally in tallies],
+                    "generator": generator.get_state().numpy().tobytes().hex(),
+                }
 
-            found = once(journal, (len(passes), number), measured)
+            found = once(journal, (len(passes), number), run)
             generator.set_state(torch.tensor(list(bytes.fromhex(found["generator"])), dtype=torch.uint8))
             dense.add(Tally.of_state(found["dense"]))
+            for i, state in zip(drawn, found["dropped"], strict=True):
+                measured[i, number * batch_size] = Tally.of_state(state)
             scores.append(torch.tensor(found["scores"], dtype=torch.float64))
             tick()
         passes.append(torch.cat(scores, dim=1))
         d = torch.cat(passes)  # [samples, sequences, terms]
         error = sampling_error(d[..., : len(points)])
         samples = math.ceil(len(d) * (error**2 / target_stderr**2 - 1) - 0.01)
-    matrix, stderr = interactions(d, tokens)
+    q = d[..., : len(points)].pow(2).mean(0) / 2
+    factor = factors(q, tokens, measured, error)
+    of_point = dict(zip(points, factor.sqrt().tolist(), strict=True))
+    scale = torch.tensor([math.prod(of_point.get(p, 1.0) for p in t) ** (1 / len(t)) for t in terms]).double()
+    matrix, stderr = (m * scale[:, None] * scale for m in interactions(d, tokens))
     rows = range(len(terms))
     return dense.baseline(), Fisher(
         terms=[list(term) for term in terms],
@@ -105,7 +123,31 @@ def fisher(
         stderr=[[_short(stderr[i, j]) for j in rows[i:]] for i in rows],
         samples=len(d),
         sampling_error=_short(torch.tensor(error)),
+        measured=_measured(points, measured, q.sum(0) / tokens.sum()),
     )
+
+
+def _in_turn(points: int, seed: int) -> Iterator[int]:
+    """Indices of sync points, all in a random order, then all in another, and so on."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(points, generator=generator).tolist()
+
+
+def _measured(points: Sequence[Point], measured: Dropped, predicted: Tensor) -> list[MeasuredPoint]:
+    rows = []
+    for i, (_, tally) in sorted(joined(measured).items()):
+        found = tally.comparison()
+        rows.append(
+            MeasuredPoint(
+                point=points[i],
+                kl=_short(torch.tensor(found.kl)),
+                kl_stderr=_short(torch.tensor(found.kl_stderr)),
+                sequences=found.sequences,
+                second_order=_short(predicted[i]),
+            )
+        )
+    return rows
 
 
 def first_samples(sequences: int, target_stderr: float) -> int:
@@ -269,8 +311,6 @@ def final_gradient(
         with torch.enable_grad():
             logits = lm.head(hidden[None])[0]
         p, q = (z.detach().float().softmax(-1) for z in (logits, lm.logits(end[None])[0]))
-        if (p * (p / q.clamp(min=1e-30)).clamp(min=1e-30).log()).sum(-1).mean() > BROKEN:
-            q = p
         scores = []
         for _ in range(samples):
             at_end = torch.rand(len(p), 1, generator=generator, device=p.device) < 1 / 3
