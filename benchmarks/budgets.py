@@ -23,7 +23,7 @@ from spd_calib.formats.plan import Budget
 from spd_calib.formats.profile import Point, Profile
 from spd_calib.parallel.session import open_session, versions
 from spd_calib.planning.budget import cost, describe
-from spd_calib.planning.plan import make_plan, measure_sets
+from spd_calib.planning.plan import HeldOut, make_plan, measure_sets
 from spd_calib.sensitivity import profile as profiling
 from spd_calib.sensitivity.text import TextOptions, load_text
 
@@ -71,8 +71,8 @@ def of_model(folder: Path, source: Path, length: int, budgets: int) -> dict:
         )  # fmt: skip
 
     def plan(profile: Profile, budget: Budget):
-        texts = [(text.calibration, verification)]
-        return make_plan(lm, profile, budget, texts, text.verification_ref(), made, BATCH)
+        held_out = HeldOut([verification], text.verification_ref())
+        return make_plan(lm, profile, budget, [text.calibration], held_out, made, BATCH)
 
     both = profile([DROP, PLAIN], ["attention", "mlp"])
     dice, rows = random.Random(0), []

@@ -13,7 +13,7 @@ from spd_calib.formats.plan import CompensationFile, PlannedBlock
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.planning import latency
 from spd_calib.planning import plan as planning
-from spd_calib.planning.plan import make_plan, measure_sets
+from spd_calib.planning.plan import HeldOut, make_plan, measure_sets
 from spd_calib.sensitivity.measure import Experiment, measure
 
 KEEP = Strategy.KEEP_SYNC
@@ -43,7 +43,8 @@ def profile(**changes):
 
 def made(b, p=None, **options):
     p = p or profile()
-    return make_plan(LM, p, b, [(CALIBRATION, VERIFICATION)], p.verify_text, p.provenance, **options)  # type: ignore[arg-type]
+    held_out = HeldOut([VERIFICATION], p.verify_text)
+    return make_plan(LM, p, b, [CALIBRATION], held_out, p.provenance, **options)  # type: ignore[arg-type]
 
 
 def test_every_block_says_what_is_done_and_why(asked):
@@ -65,6 +66,36 @@ def test_every_block_says_what_is_done_and_why(asked):
     )  # fmt: skip
     assert plan.verified.kl == pytest.approx(0.17) and plan.verified.text == p.verify_text
     assert plan.compensation is None and plan.recovered_from is None
+
+
+FURTHER = HeldOut([[[5, 6]] * 3], make_profile([0.1]).verify_text.model_copy(update={"first": 8, "sha256": "8" * 64}))
+
+
+@pytest.mark.parametrize("more", [True, False])
+def test_a_repaired_plan_is_verified_on_further_text(asked, monkeypatch, more):
+    """On the text to verify on everything costs three times as much, on further text twice as much."""
+    seen = []
+
+    def measured(lm, sets, sequences, batch_size, tick, dense=None):
+        seen.append(sequences)
+        factor = {1: 1, 3: 3, 5: 2}[sequences[0][0]]
+        return [comparison(factor * sum(COSTS[p] for p in drops)) for drops in sets]
+
+    monkeypatch.setattr(planning, "measure_sets", measured)
+    lots: list[int] = []
+
+    def further(times):
+        lots.append(times)
+        return FURTHER if more else None
+
+    plan, choice, _ = made(budget(value=0.2, strategies=[DROP]), further=further)
+    assert choice.repaired and lots == [1] and plan.verified.seen == (not more)
+    assert (plan.verified.text, seen[-1]) == (
+        (FURTHER.ref, FURTHER.texts[0]) if more else (profile().verify_text, VERIFICATION)
+    )
+    assert ("seen" in plan.model_dump()["verified"]) == (not more)
+    whole, unbroken, _ = made(budget(value=9, strategies=[DROP]), further=further)
+    assert not unbroken.repaired and lots == [1] and not whole.verified.seen
 
 
 def test_what_the_profile_predicts_of_the_whole(asked):

@@ -146,6 +146,27 @@ def test_a_budget_broken_on_held_out_text_is_repaired():
     assert choice.verified.kl <= 0.103 and choice.repaired == 2
 
 
+def test_text_that_showed_a_budget_broken_is_spent():
+    """Verified twice: of the set that was broken, and, on other text, of what is left of it."""
+    costs, told = [0.05, 0.01, 0.02, 0.04, 0.03], []
+
+    def verify(sets):
+        told.append(len(sets[0]))
+        return total(costs, 2.0 if len(told) == 1 else 1.5)(sets)
+
+    def choice(value):
+        told.clear()
+        return choose(make_profile(costs), budget(value=value, strategies=[DROP]), total(costs), verify,
+                      spent=lambda: told.append("spent"))  # fmt: skip
+
+    assert choice(0.103).verified.kl == pytest.approx(0.045) and told == [4, "spent", 2]
+    choice(0.203)
+    assert told == [5, "spent", 4]
+    with pytest.raises(SpdError):
+        choice(0.014)
+    assert told == [1, 1]  # nothing is left to verify on other text
+
+
 def test_a_budget_that_cannot_be_met_names_the_best_plan_found():
     costs = [0.05, 0.01]
     with pytest.raises(SpdError, match=r"block 1 alone with block_drop, costs KL 0.02 .*raise --max-kl") as e:

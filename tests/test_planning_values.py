@@ -235,9 +235,44 @@ def test_the_few_sets_of_a_size_hold_the_ranking_and_the_best_without_mlps():
     found = [frozenset(search.model.points_of(s)) for s in search.few(2)]
     assert frozenset([a(0), a(1)]) in found and frozenset([m(0), a(1)]) in found and len(found) == len(set(found))
     assert all(len(s) == 2 for s in found)
-    assert [len(s) for s in search.rankings] == [0, 1, 2, 3, 4, 5] and len(search.attention_front) == 4
+    assert {frozenset(pair) for pair in itertools.combinations([a(0), a(1), a(2)], 2)} <= set(found)
+    assert [len(s) for s in search.rankings] == [0, 1, 2, 3, 4, 5]
+    assert all(m(0) in search.model.points_of(s) or m(1) in search.model.points_of(s) for s in search.few(4))
     without = Search(make_profile([0.3, 0.1]), budget(strategies=[DROP]), total([1, 1]))
-    assert without.attention_front == []
+    assert len(without.few(1)) == 2
+
+
+def by_point(costs):
+    """Sets cost the sum of their sync points', MLPs by their own."""
+    return lambda sets: [comparison(sum(costs[p] for p in drops)) for drops in sets]
+
+
+@pytest.mark.parametrize(("mlp", "taken"), [(0.0981, a(0)), (0.0991, a(0)), (0.098, m(0)), (0.05, m(0)), (0.2, a(0))])
+def test_an_mlp_is_dropped_only_where_that_is_a_standard_error_cheaper(mlp, taken):
+    """Both measure with an error of 0.001: 0.1 against what is 0.0014 or more below it."""
+    costs = {a(0): 0.0995, a(1): 0.5, m(0): mlp}
+    p = make_profile([0.0995, 0.5], mlp=[mlp])
+    choice = choose(p, budget("drop", 1, [DROP]), by_point(costs), by_point(costs))
+    assert [c.point for c in choice.dropped] == [taken]
+
+
+def test_an_mlp_is_dropped_where_only_that_keeps_the_budget():
+    costs = {a(0): 0.0995, a(1): 0.5, m(0): 0.099}
+    choice = choose(make_profile([0.0995, 0.5], mlp=[0.099]), budget(value=0.1012, strategies=[DROP]), by_point(costs),
+                    by_point(costs))  # fmt: skip
+    assert [c.point for c in choice.dropped] == [m(0)]
+
+
+def test_a_plan_over_both_kinds_measures_all_that_one_over_the_attention_does():
+    """The profile misjudges which pair of attentions is cheap; what either planner finds is measured by both."""
+    truth = {a(i): kl for i, kl in enumerate([0.03, 0.04, 0.05, 0.01, 0.02])} | {m(i): 0.5 for i in range(4)}
+    single = [0.01, 0.02, 0.03, 0.04, 0.05]
+    for n in range(1, 6):
+        plans = [
+            choose(make_profile(single, mlp=mlp), budget("drop", n, [DROP]), by_point(truth), by_point(truth))
+            for mlp in ([0.001] * 4, [])
+        ]
+        assert plans[0].verified.kl <= plans[1].verified.kl
 
 
 def test_what_follows_what():

@@ -269,6 +269,19 @@ def test_predictors_are_counted(spd, tmp_path, llama, profile_file):
     assert "3 blocks have a predictor in place of what their MLP misses: 2 mean, 1 full." in page.all("main")[0][1]
 
 
+def test_a_plan_verified_on_text_behind_that_of_its_profile_belongs_to_it(spd, run):
+    """A repaired plan's text begins further on; text from before, or of other lengths, is another profile's."""
+    plan, kept = read(Plan, run / "plan.json"), read(Profile, run / "profile.json").verify_text
+    behind = {"first": kept.first + kept.sequences, "sha256": "b" * 64}
+    for changes, code in ((behind, 0), ({**behind, "seq_len": 3}, 2), ({**behind, "first": 0}, 2)):
+        text = kept.model_copy(update=changes)
+        verified = plan.verified.model_copy(update={"text": text})
+        (run / "plan.json").write_text(dumps(plan.model_copy(update={"verified": verified})))
+        outcome = spd("report", run, "-o", run / "report.html")
+        assert outcome.code == code, outcome.err
+        assert code == 0 or "made from another profile" in outcome.err
+
+
 def test_no_column_stands_twice():
     (single,) = rankings(make_profile([0.3, 0.1]))
     assert list(single.columns)[:3] == ["block", "KL", "ppl"] and single.rows[0][:2] == ["1", "0.1000 ± 0.0010"]

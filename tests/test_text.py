@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from spd_calib.errors import InputError
-from spd_calib.sensitivity.text import TextOptions, load_text, read_documents
+from spd_calib.sensitivity.text import TextOptions, further, load_text, read_documents
 
 WORDS = list(tiny.WORDS)
 
@@ -61,6 +61,21 @@ def test_the_sequences_of_a_profile_are_found_again(tmp_path, tokenizer):
         options(path, max_samples=len(text.calibration), verify_samples=len(text.verification)), tokenizer
     )
     assert again.calibration_ref() == text.calibration_ref() and again.verification_ref() == text.verification_ref()
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_further_lots_to_verify_on_follow_each_other(tmp_path, tokenizer, pack):
+    path = tiny.write_jsonl(tmp_path / "t.jsonl", [doc(7, i) for i in range(10)])  # 8 tokens each, with the BOS
+    everything = load_text(options(path, max_samples=8, verify_samples=2, pack=pack), tokenizer)
+    text = load_text(options(path, pack=pack), tokenizer)
+    one, two = (further(text, times, tokenizer) for times in (1, 2))
+    assert (
+        one.verification == everything.calibration[5:7]
+        and two.verification == everything.calibration[7:8] + everything.verification[:1]
+    )
+    assert (one.verification_ref().first, two.verification_ref().first) == (5, 7)
+    assert further(text, 3, tokenizer) is None  # one sequence is left
+    assert one.note is None and one.calibration == []
 
 
 def test_packing_glues_documents_and_loses_nothing_between_them(tmp_path, tokenizer):

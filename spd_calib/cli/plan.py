@@ -87,14 +87,14 @@ def plan(
     from spd_calib.formats.files import check_writable, dumps, read, write_text
     from spd_calib.formats.profile import Profile
     from spd_calib.planning.front import front_of
-    from spd_calib.planning.plan import make_plan
+    from spd_calib.planning.plan import HeldOut, make_plan
     from spd_calib.planning.search import candidates
     from spd_calib.report import tables
 
     from .latency import latency_models, print_held_against, say_ceiling
     from .options import check_dtype, provenance, resolve_device
     from .recovered import open_profiled
-    from .shared import budget_from, reload_texts, resolve_tasks
+    from .shared import budget_from, further_texts, reload_texts, resolve_tasks
     from .terminal import print_json, say, table, working
 
     measured = read(Profile, profile)
@@ -151,8 +151,8 @@ def plan(
             lm,
             measured,
             budget,
-            [(text.calibration, text.verification) for text in texts],
-            measured.verify_text,
+            [text.calibration for text in texts],
+            HeldOut([text.verification for text in texts], measured.verify_text),
             provenance(made.seed, device, dtype),
             batch_size,
             lambda experiment, tally: work.step(),
@@ -162,6 +162,7 @@ def plan(
             beside,
             (losses[0], losses[1]) if losses else None,
             work.expect,
+            lambda times: further_texts(session, texts, times),
         )
     drops = len(result.dropped) + len(result.mlp_dropped)
     result = result.model_copy(update={"budget": asked, "latency": [m.latency(drops) for m in models.values()]})
@@ -170,7 +171,8 @@ def plan(
     if models:
         table(*tables.latencies(result.latency))
     if choice.repaired:
-        say(f"repaired: {choice.repaired} given back, the held-out text showed the budget broken with them")
+        where = "the same: there is no other" if result.verified.seen else "further text, not used before"
+        say(f"repaired: {choice.repaired} given back, held-out text showed the budget broken; verified on {where}")
     if compared:
         print_comparison(compared, len(choice.dropped))
     if pareto:

@@ -1,5 +1,6 @@
 """What several commands do between their options and the core."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from spd_calib.errors import InputError
@@ -8,9 +9,11 @@ from spd_calib.formats.plan import Budget
 from spd_calib.formats.profile import Profile
 from spd_calib.parallel.session import Session
 from spd_calib.planning.budget import blocks, fraction
+from spd_calib.planning.plan import HeldOut
 from spd_calib.sensitivity.metrics import Tally
 from spd_calib.sensitivity.profile import Trial
-from spd_calib.sensitivity.text import Text, TextOptions, load_text
+from spd_calib.sensitivity.text import Text, TextOptions, further, load_text
+from spd_calib.sensitivity.texts import joint_ref
 
 
 def load_text_for(
@@ -59,6 +62,14 @@ def _reload(session: Session, calibration: TextRef, verification: TextRef) -> Te
             f"{calibration.source} or the tokenizer has changed since the profile was made; profile again."
         )
     return text
+
+
+def further_texts(session: Session, texts: Sequence[Text], times: int) -> HeldOut | None:
+    """The `times`-th further lot to verify on, of every text; None where one of them is at its end."""
+    lots = [lot for text in texts if (lot := further(text, times, session.tokenizer))]
+    if len(lots) < len(texts):
+        return None
+    return HeldOut([lot.verification for lot in lots], joint_ref([lot.verification_ref() for lot in lots]))
 
 
 def resolve_data(data: str) -> str:

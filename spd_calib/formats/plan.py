@@ -78,6 +78,12 @@ class Verified(Comparison):
     """The whole plan, measured on text that was not used to choose it."""
 
     text: TextRef
+    seen: bool = Field(
+        default=False,
+        exclude_if=lambda value: not value,
+        description="No further text, or no further documents, were there to verify a repaired plan on: these had "
+        "shown the plan before it to break its budget, and so took part in choosing",
+    )
 
 
 class Latency(Part):

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from spd_calib.formats.common import Provenance, Strategy, TextRef
 from spd_calib.formats.plan import Budget, CompensationFile, Plan, PlannedBlock, Predicted, Verified
@@ -23,12 +23,19 @@ RECOVERY: dict[str, Literal["distillation", "grouping+distillation"]] = {
 }
 
 
+class HeldOut(NamedTuple):
+    """Token ids to verify on, of each of the profile's texts, and what names them in a file."""
+
+    texts: Sequence[Sequences]
+    ref: TextRef
+
+
 def make_plan(
     lm: TensorParallelLM,
     profile: Profile,
     budget: Budget,
-    texts: Sequence[tuple[Sequences, Sequences]],
-    verification_ref: TextRef,
+    texts: Sequence[Sequences],
+    held_out: HeldOut,
     provenance: Provenance,
     batch_size: int = 8,
     tick: Tick = lambda experiment, tally: None,
@@ -38,10 +45,13 @@ def make_plan(
     compensation: CompensationFile | None = None,
     tasks: tuple[TaskLoss, TaskLoss] | None = None,
     expect: Callable[[int], None] = lambda ticks: None,
+    further: Callable[[int], HeldOut | None] = lambda times: None,
 ) -> tuple[Plan, Choice, dict[str, Comparison]]:
     """Choose, verify and, where needed, repair. Raises SpdError where the budget cannot be met.
 
-    `texts`: token ids to choose by and to verify on, of each of the profile's texts. What is measured is their mean.
+    `texts`: token ids to choose by, of each of the profile's texts; `held_out`: to verify on. What is measured is their
+    mean. `further` gives, by its number, another lot to verify on, for a plan that was repaired because an earlier one
+    said so; None where there is no more: then the same text verifies again, and the plan says so.
     With `compare` the obvious sets of the same size are measured, too, and may be chosen; the third value holds what
     they and the plan cost on the calibration text, by name. Of a profile of a recovered checkpoint: `recovered` is the
     checkpoint's plan, `recovered_from` the dense model it was made from, `compensation` the predictors beside the plan.
@@ -58,10 +68,21 @@ def make_plan(
 
         return measured
 
-    calibrate, verify = map(measured_on, zip(*texts, strict=True), tasks or (None, None))
+    lots, seen = [held_out], False
+
+    def verify(sets: Sequence[Drops]) -> list[Comparison]:
+        return measured_on(lots[-1].texts, tasks[1] if tasks else None)(sets)
+
+    def spent() -> None:
+        nonlocal seen
+        fresh = further(len(lots))
+        lots.extend([fresh] if fresh else [])
+        seen = fresh is None or tasks is not None
+
+    calibrate = measured_on(texts, tasks[0] if tasks else None)
     named = Obvious(candidates(profile, budget), calibrate) if compare else None
     obvious = (lambda n: list(named(n).values())) if named else (lambda n: [])
-    choice = choose(profile, budget, calibrate, verify, obvious)
+    choice = choose(profile, budget, calibrate, verify, obvious, spent)
     blocks = _blocks(lm.module_paths, profile, budget, choice, recovered)
     mlp_drop = any(b.mlp_strategy != Strategy.KEEP_SYNC for b in blocks)
     plan = Plan(
@@ -73,7 +94,7 @@ def make_plan(
         blocks=blocks,
         budget=budget,
         predicted=_predicted(profile, choice),
-        verified=Verified(**vars(choice.verified), text=verification_ref),
+        verified=Verified(**vars(choice.verified), text=lots[-1].ref, seen=seen),
         provenance=provenance,
     )
     return plan, choice, named.compare(choice) if named else {}

@@ -4,15 +4,17 @@ KL drives the search, whatever the budget: it is the least noisy measure, and th
 (interactions.py). How far to go, and which of the best few sets it is, is measured on whole plans.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from spd_calib.errors import InputError, SpdError
 from spd_calib.formats.common import Strategy
 from spd_calib.formats.plan import Budget
 from spd_calib.formats.profile import Comparison, Point, Profile
 
-from .budget import METRICS, OPTIONS, cost, describe, kept
+from .budget import METRICS, OPTIONS, cost, describe, kept, stderr
 from .interactions import Interactions, Set
 
 Drops = dict[Point, Strategy]  # how each dropped sync point is dropped
@@ -106,15 +108,22 @@ class Search:
         self.measured: dict[Set, Comparison] = {}
         self.rankings = [self.indices([c.point for c in self.ranked[:n]]) for n in range(len(self.ranked) + 1)]
         attention = [c.point for c in self.ranked if c.point.sync_point == "attention"]
-        self.attention_front: list[Set] = []
-        if 0 < len(attention) < len(self.ranked):
-            alone = self.model.restricted(attention)
-            self.attention_front = [self.indices(alone.points_of(s)) for s in alone.front()]
+        self.attention = self.indices(attention)
+        self.without_mlp = self.model.restricted(attention) if 0 < len(attention) < len(self.ranked) else None
 
     def few(self, n: int) -> list[Set]:
-        """The sets of n worth measuring: the best few of the model, the profile's ranking, the best without MLPs."""
-        sets = [*self.model.rivals(self.front[n], RIVALS), self.rankings[n], *self.attention_front[n : n + 1]]
+        """The sets of n worth measuring: the best few of the model and the profile's ranking, of both kinds of sync
+        points and of the attention's alone: so no plan over both is worse than the one over the attention's."""
+        sets = [*self.model.rivals(self.front[n], RIVALS), self.rankings[n]]
+        if self.without_mlp and n <= len(self.attention):
+            best = self._without_mlp_front[n]
+            sets += [self.indices(self.without_mlp.points_of(s)) for s in self.without_mlp.rivals(best, RIVALS)]
+            sets.append(self.indices([c.point for c in self.ranked if c.point.sync_point == "attention"][:n]))
         return list(dict.fromkeys(sets))
+
+    @cached_property
+    def _without_mlp_front(self) -> list[Set]:
+        return self.without_mlp.front() if self.without_mlp else []
 
     def measure(self, sets: Sequence[Set]) -> list[Comparison]:
         """On the calibration text, each set once."""
@@ -145,14 +154,16 @@ def choose(
     calibrate: Measure,
     verify: Measure,
     obvious: Callable[[int], Sequence[Sequence[Point]]] = lambda n: (),
+    spent: Callable[[], None] = lambda: None,
 ) -> Choice:
     """Pick sync points for `budget`: `calibrate` measures whole plans on the text of the profile, `verify` on other.
 
     The largest set of the front that keeps the budget is found by bisection on the calibration text, with some standard
     errors to spare, so that the held-out text need not take part in choosing; of that size the best few are measured,
     and of the next. What is best is verified, and smaller sets are taken while the held-out text says it breaks the
-    budget. `obvious` gives, for a number of drops, sets that are measured with the best few. Raises SpdError, naming
-    the best plan found, where not even one sync point can go.
+    budget: that text has then taken part in choosing, and `spent` is called, so that `verify` may go on to other.
+    `obvious` gives, for a number of drops, sets that are measured with the best few. Raises SpdError, naming the best
+    plan found, where not even one sync point can go.
     """
     search = Search(profile, budget, calibrate)
     if budget.kind == "tau":
@@ -160,12 +171,27 @@ def choose(
         return search.choice(chosen, verify([search.drops(chosen)])[0])
 
     def best(n: int) -> Set:
-        """Of n sync points, in the budget's own unit; where a number is asked for and tasks ranked, that ranking's."""
+        """Of n sync points, in the budget's own unit; where a number is asked for and tasks ranked, that ranking's.
+
+        MLPs must earn their place, since not every runtime can defer their sync point: where a set without any is no
+        standard error worse, it is taken.
+        """
         if n == 0 or (budget.kind == "drop" and _ranked_by_tasks(profile)):
             return search.rankings[n]
         sets = [*search.few(n), *map(search.indices, obvious(n))]
-        costs = [(cost(budget, m), m.kl) for m in search.measure(sets)]
-        return sets[costs.index(min(costs))]
+        found = dict(zip(sets, search.measure(sets), strict=True))
+
+        def costs(chosen: Set) -> tuple[float, float]:
+            return cost(budget, found[chosen]), found[chosen].kl
+
+        cheapest = min(sets, key=costs)
+        if simple := [s for s in sets if s <= search.attention]:
+            simplest = min(simple, key=costs)
+            spare = math.hypot(stderr(budget, found[simplest]), stderr(budget, found[cheapest]))
+            as_good = cost(budget, found[simplest]) <= cost(budget, found[cheapest]) + spare
+            if as_good and kept(budget, found[simplest], certain=True):
+                return simplest
+        return cheapest
 
     if budget.kind == "drop":
         chosen = best(int(budget.value) - len(profile.settled))
@@ -182,6 +208,8 @@ def choose(
             return search.choice(chosen, verified, largest - n)
         n = _smaller(search, budget, chosen, verified)
         chosen = best(n)
+        if n:
+            spent()
     least = best(1)
     verified = verify([search.drops(least)])[0]
     if largest == 0 and kept(budget, verified):  # too close to say on the calibration text; the other text decides

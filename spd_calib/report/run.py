@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from spd_calib.errors import InputError
-from spd_calib.formats.common import ModelRef
+from spd_calib.formats.common import ModelRef, TextRef
 from spd_calib.formats.files import FORMATS, F, read, sha256_of
 from spd_calib.formats.front import Front
 from spd_calib.formats.hardware import Hardware
@@ -77,8 +77,19 @@ def _check_made_from(plan: Plan, path: Path, profile: Profile, place: Path) -> N
     ranks = plan.tensor_parallel.size, profile.tensor_parallel.size
     if ranks[0] != ranks[1]:
         raise InputError(f"{path} is a plan for {ranks[0]} ranks, {place} a profile for {ranks[1]}; plan anew.")
-    if plan.model == profile.model and plan.verified.text != profile.verify_text:
+    if plan.model == profile.model and not _verifies(plan.verified.text, profile.verify_text):
         raise InputError(f"{path} was made from another profile than {place}; plan anew, or name the right one.")
+
+
+def _verifies(used: TextRef, kept: TextRef) -> bool:
+    """The text that a profile keeps for verifying, or text behind it, on which a repaired plan was verified."""
+
+    def kind(text: TextRef) -> tuple:
+        return text.source, text.seq_len, text.min_len, text.pack, text.sequences
+
+    pairs = list(zip(used.each, kept.each, strict=False))
+    behind = all(kind(a) == kind(b) and a.first > b.first for a, b in pairs)
+    return used == kept or (len(used.each) == len(kept.each) and behind)
 
 
 def _same(a: ModelRef, b: ModelRef) -> bool:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -56,6 +56,23 @@ def load_text(options: TextOptions, tokenizer: PreTrainedTokenizerBase) -> Text:
     cannot be used.
     """
     wanted = options.skip + options.max_samples + options.verify_samples
+    sequences, documents = _read(options, tokenizer, wanted)
+    return split(sequences[options.skip :], documents, options)
+
+
+def further(text: Text, times: int, tokenizer: PreTrainedTokenizerBase) -> Text | None:
+    """The `times`-th further lot of sequences to verify on, as many as those of `text`, behind everything before.
+
+    None where the source holds no whole lot more.
+    """
+    count = len(text.verification)
+    first = text.options.skip + len(text.calibration) + times * count
+    found = _read(text.options, tokenizer, first + count)[0][first:]
+    return Text([], found, None, replace(text.options, skip=first)) if len(found) == count else None
+
+
+def _read(options: TextOptions, tokenizer: PreTrainedTokenizerBase, wanted: int) -> tuple[list[Tokens], int]:
+    """The first `wanted` sequences, or as many as there are, and the number of documents looked at."""
     sequences: list[Tokens] = []
     held: Tokens = []  # with --pack: tokens that fill no sequence yet
     documents = 0
@@ -64,7 +81,7 @@ def load_text(options: TextOptions, tokenizer: PreTrainedTokenizerBase) -> Text:
         sequences += _sequences(document, options, tokenizer, held)
         if len(sequences) >= wanted:
             break
-    return split(sequences[options.skip : wanted], documents, options)
+    return sequences[:wanted], documents
 
 
 def split(sequences: list[Tokens], documents: int, options: TextOptions) -> Text:
