@@ -17,6 +17,7 @@ from spd_calib.formats.files import dumps, read, sha256_of
 from spd_calib.formats.plan import Latency, Plan
 from spd_calib.formats.profile import Point, Profile, Recovered
 from spd_calib.formats.results import Results
+from spd_calib.report.table import nats
 from spd_calib.report.tables import rankings
 
 DEMO = Path(__file__).parent.parent / "results/demo"
@@ -147,7 +148,7 @@ def test_the_page_shows_everything_and_loads_nothing(spd, run):
         assert document.provenance.command in body
         assert all(f"{what} {version}" in body for what, version in document.provenance.versions.items())
     for m in profile.measurements:
-        row = [str(m.block), f"{m.kl:.4f} ± {m.kl_stderr:.4f}"]
+        row = [str(m.block), nats(m.kl, m.kl_stderr)]
         assert row in [[r[0], r[2]] for r in page.rows(f"attention: {m.strategy}")]
     assert [r[:2] for r in page.rows("plan for demo")] == [[str(b.index), b.strategy] for b in plan.blocks]
     v = plan.verified

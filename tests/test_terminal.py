@@ -23,6 +23,7 @@ from spd_calib.cli import eval as eval_command
 from spd_calib.cli import plan as plan_command
 from spd_calib.cli import profile as profile_command
 from spd_calib.cli import report as report_command
+from spd_calib.report.table import nats
 
 WIDTH = 60
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -242,3 +243,14 @@ def test_work_counts_what_it_is_told():
 
     shown = on_terminal(run, 80)
     assert shown.code == 0 and any("5/5" in line for line in shown.lines)
+
+
+@pytest.mark.parametrize(
+    ("kl", "stderr", "shown"),
+    [(0.0123456, 0.00049, "0.0123 ± 0.0005"), (0.001, 0.0002, "0.0010 ± 0.0002"),
+     (0.00062, 0.00001, "0.00062 ± 0.00001"),
+     (0.0000128, 0.0000019, "0.000013 ± 0.000002"), (-0.00002, None, "-0.000020"), (0.0, 0.0, "0.0000 ± 0.0000"),
+     (3.25, 0.1, "3.2500 ± 0.1000"), (1e-12, None, "0.0000")],
+)  # fmt: skip
+def test_small_kls_show_two_digits(kl, stderr, shown):
+    assert nats(kl, stderr) == shown

@@ -63,6 +63,7 @@ def _print_differing(title: str, rows) -> None:
 
 def _print_profiles(found) -> None:
     from spd_calib.report.agreement import measured
+    from spd_calib.report.tables import NAMES
 
     from .terminal import say, table
 
@@ -83,9 +84,7 @@ def _print_profiles(found) -> None:
             for r in g.rows
         ]
         apart = ["apart, s.e."] if found.p is not None else []
-        table(
-            f"{g.sync_point.replace('mlp', 'MLP')}: {g.strategy}, KL alone", ["block", "A", "B", *apart, "rank"], rows
-        )
+        table(f"{NAMES[g.sync_point]}: {g.strategy}, KL alone", ["block", "A", "B", *apart, "rank"], rows)
         if found.p is not None:
             beyond = sum(r.beyond for r in g.rows)
             say(
@@ -103,6 +102,8 @@ def _print_profiles(found) -> None:
 
 
 def _print_plans(found) -> None:
+    from spd_calib.report.tables import names
+
     from .terminal import say, table
 
     def kl(value: float | None) -> str:
@@ -111,13 +112,13 @@ def _print_plans(found) -> None:
     _print_differing("what differs around the plans", found.differing)
     _print_differing("the whole plans", found.whole)
     if found.strategies:
-        names = [f"{s.point.block}{' MLP' if s.point.sync_point == 'mlp' else ''}" for s in found.strategies]
+        points = names([s.point for s in found.strategies])
         table(
             "sync points that are treated differently",
             ["block", "A", "B", "KL alone, A", "B"],
-            [[name, s.a, s.b, kl(s.a_kl), kl(s.b_kl)] for name, s in zip(names, found.strategies, strict=True)],
+            [[name, s.a, s.b, kl(s.a_kl), kl(s.b_kl)] for name, s in zip(points, found.strategies, strict=True)],
             left=3,
         )
-        for name, s in zip(names, found.strategies, strict=True):
+        for name, s in zip(points, found.strategies, strict=True):
             say(f"block {name}: A: {s.a_reason}; B: {s.b_reason}")
     say("")

@@ -214,13 +214,15 @@ def print_plan(result) -> None:
 
 
 def print_comparison(compared, drops: int) -> None:
+    from spd_calib.report.table import nats
+
     from .terminal import table
 
     table(
         f"{drops} sync points dropped, on the calibration text",
         ["set", "KL", "ppl", "top-1 lost, points"],
         [
-            [name, f"{m.kl:.4f} ± {m.kl_stderr:.4f}", f"{100 * m.ppl_increase:+.2f} %", f"{100 * m.accuracy_drop:+.2f}"]
+            [name, nats(m.kl, m.kl_stderr), f"{100 * m.ppl_increase:+.2f} %", f"{100 * m.accuracy_drop:+.2f}"]
             for name, m in compared.items()
         ],
     )

@@ -89,6 +89,7 @@ def recover(
     from spd_calib.recovery.planned import HeldOut, PlannedModel
     from spd_calib.recovery.recover import METHODS, Options
     from spd_calib.recovery.recover import recover as treat
+    from spd_calib.report.table import nats
 
     from .options import check_dtype, provenance, resolve_device, resolve_model
     from .shared import load_text_for
@@ -145,13 +146,13 @@ def recover(
         )  # fmt: skip
     journal.remove()
     rows = [
-        ["all" if a.block is None else str(a.block), a.treatment, f"{a.kl_before:.4f}", f"{a.kl_after:.4f}",
+        ["all" if a.block is None else str(a.block), a.treatment, nats(a.kl_before), nats(a.kl_after),
          f"{a.fell:+.4f} ± {a.fell_stderr:.4f}", "kept" if a.kept else "refused"]
         for a in report.attempts
     ]  # fmt: skip
     table("treatments, KL of the whole plan", ["block", "treatment", "before", "after", "fell by", ""], rows, left=2)
     v = made.verified
-    say(f"verified on other text: KL {v.kl:.4f} ± {v.kl_stderr:.4f}, perplexity {100 * v.ppl_increase:+.2f} %")
+    say(f"verified on other text: KL {nats(v.kl, v.kl_stderr)}, perplexity {100 * v.ppl_increase:+.2f} %")
     say(f"written: {output}, with plan.json and recovery.json in it; next: spd-calib check {output / 'plan.json'}")
     if json:
         print_json(dumps(made))

@@ -10,6 +10,7 @@ from spd_calib.formats.profile import Profile
 from spd_calib.parallel.session import Session
 from spd_calib.planning.budget import blocks, fraction
 from spd_calib.planning.plan import HeldOut
+from spd_calib.report.table import nats
 from spd_calib.sensitivity.metrics import Tally
 from spd_calib.sensitivity.profile import Trial
 from spd_calib.sensitivity.text import Text, TextOptions, further, load_text
@@ -83,7 +84,7 @@ def resolve_data(data: str) -> str:
 
 def note_of(trial: Trial, tally: Tally | None) -> str:
     what = f"block {trial.block} {'MLP ' if trial.sync_point == 'mlp' else ''}{trial.strategy}"
-    return what if tally is None else f"{what}: KL {tally.kl():.4f}"
+    return what if tally is None else f"{what}: KL {nats(tally.kl())}"
 
 
 def budget_from(

@@ -96,7 +96,9 @@ class Latency(Part):
     all_reduce_seconds: Finite = Field(ge=0, description="Of one")
     dense_seconds: Finite = Field(gt=0)
     planned_seconds: Finite = Field(gt=0)
-    saved: Finite = Field(ge=0, le=1, description="1 - planned / dense")
+    saved: Finite = Field(
+        le=1, description="1 - planned / dense; below 0 where predictors cost more than the drops save"
+    )
     ceiling: Finite = Field(ge=0, le=1, description="The same with every droppable sync point dropped")
 
 

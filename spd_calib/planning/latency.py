@@ -91,8 +91,8 @@ class LatencyModel:
         return self.compute + (2 * self.blocks - dropped) * self.all_reduce + (self.predictors if dropped else 0.0)
 
     def saved(self, dropped: int) -> float:
-        """Share of the dense step's time; nothing where the predictors cost more than the all-reduces did."""
-        return max(0.0, dropped * self.all_reduce - (self.predictors if dropped else 0.0)) / self.seconds(0)
+        """Share of the dense step's time; below 0 where the predictors cost more than the all-reduces did."""
+        return (dropped * self.all_reduce - (self.predictors if dropped else 0.0)) / self.seconds(0)
 
     @property
     def ceiling(self) -> float:

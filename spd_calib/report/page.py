@@ -14,7 +14,7 @@ from spd_calib.planning.budget import describe
 from . import figures, tables
 from .draw import svg
 from .run import Run
-from .table import Table, numeric
+from .table import Table, nats, numeric
 
 LONG = 40  # rows, from which a table is folded up
 SAME = "The same numbers stand in the table below."
@@ -63,7 +63,7 @@ def _summary(run: Run) -> list[str]:
     return [
         f"{tables.saving(run.plan)}.",
         f"Asked for: {describe(run.plan.budget)}. Verified on {v.sequences} sequences that nothing was chosen on: KL "
-        f"{v.kl:.4f} ± {v.kl_stderr:.4f} nats a token, perplexity {100 * v.ppl_increase:+.2f} %, top-1 accuracy lost "
+        f"{nats(v.kl, v.kl_stderr)} nats a token, perplexity {100 * v.ppl_increase:+.2f} %, top-1 accuracy lost "
         f"{100 * v.accuracy_drop:+.2f} ± {100 * v.accuracy_drop_stderr:.2f} points.",
     ]
 
@@ -78,8 +78,8 @@ def _measured(run: Run) -> Section:
         r = p.recovered
         said.append(
             f"A recovered checkpoint, made from {r.recovered_from.id}, which everything is compared with: its "
-            f"{len(r.settled)} sync points stay dropped in every measurement, at KL {r.alone.kl:.4f} ± "
-            f"{r.alone.kl_stderr:.4f}; a block's KL is what one more costs beyond that."
+            f"{len(r.settled)} sync points stay dropped in every measurement, at KL "
+            f"{nats(r.alone.kl, r.alone.kl_stderr)}; a block's KL is what one more costs beyond that."
         )
     baseline = f"perplexity {p.baseline.ppl:.4f}, top-1 accuracy {100 * p.baseline.top1_accuracy:.1f} %"
     rows = [

@@ -1,5 +1,6 @@
 """A table as text, whatever shows it: the terminal, or the page of `report`."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,3 +17,10 @@ class Table(NamedTuple):
 def numeric(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[bool]:
     """Which columns hold numbers, and are aligned right."""
     return [i >= left and any(row[i][:1] in "+-0123456789" for row in rows if row[i]) for i, _ in enumerate(columns)]
+
+
+def nats(kl: float, stderr: float | None = None) -> str:
+    """'0.0123 ± 0.0005': four decimals, and more where these would not show two digits of the KL."""
+    small = 1e-8 < abs(kl) < 1e-3
+    decimals = 1 - math.floor(math.log10(abs(kl))) if small else 4
+    return f"{kl:.{decimals}f}" + ("" if stderr is None else f" ± {stderr:.{decimals}f}")

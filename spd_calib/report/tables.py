@@ -10,7 +10,7 @@ from spd_calib.formats.profile import Comparison, Point, Profile, SyncPoint
 from spd_calib.formats.results import Results
 from spd_calib.planning.budget import describe
 
-from .table import Table
+from .table import Table, nats
 
 NAMES = {"attention": "attention", "mlp": "MLP"}
 
@@ -26,7 +26,7 @@ def _predicted(profile: Profile, strategy: Strategy, kind: SyncPoint) -> Table:
     return Table(
         f"{NAMES[kind]}: {strategy}, least sensitive block first, predicted",
         ["block", "KL"],
-        [[str(block), f"{kl[block][0]:.4f} ± {kl[block][1]:.4f}"] for block in profile.ranking(strategy, "kl", kind)],
+        [[str(block), nats(*kl[block])] for block in profile.ranking(strategy, "kl", kind)],
     )
 
 
@@ -38,8 +38,8 @@ def _ranking(profile: Profile, strategy: Strategy, kind: SyncPoint) -> Table:
     rows = [
         [
             str(block),
-            f"{value[block]:.4f}",
-            f"{by_block[block].kl:.4f} ± {by_block[block].kl_stderr:.4f}",
+            nats(value[block]) if profile.rank_by == "kl" else f"{value[block]:.4f}",
+            nats(by_block[block].kl, by_block[block].kl_stderr),
             f"{100 * by_block[block].ppl_increase:+.2f} %",
             f"{100 * by_block[block].accuracy_drop:+.2f} ± {100 * by_block[block].accuracy_drop_stderr:.2f}",
             f"{100 * by_block[block].top1_agreement:.1f} %",
@@ -95,7 +95,7 @@ def verified_by_text(plan: Plan) -> list[Table]:
 
 def _costs(measured: Comparison) -> list[str]:
     return [
-        f"{measured.kl:.4f} ± {measured.kl_stderr:.4f}",
+        nats(measured.kl, measured.kl_stderr),
         f"{100 * measured.ppl_increase:+.2f} %",
         f"{100 * measured.accuracy_drop:+.2f} ± {100 * measured.accuracy_drop_stderr:.2f}",
     ]
@@ -107,7 +107,7 @@ def blocks(plan: Plan) -> Table:
     columns = ["block", "strategy", *(["MLP"] if mlps else []), "KL alone", *(["MLP alone"] if mlps else []), "why"]
     rows = []
     for b in plan.blocks:
-        kls = ["" if kl is None else f"{kl:.4f}" for kl in (b.kl, b.mlp_kl)]
+        kls = ["" if kl is None else nats(kl) for kl in (b.kl, b.mlp_kl)]
         words = [str(b.index), b.strategy]
         rows.append([*words, b.mlp_strategy, *kls, b.reason] if mlps else [*words, kls[0], b.reason])
     title = f"plan for {plan.model.id} at TP {plan.tensor_parallel.size}, asked for: {describe(plan.budget)}"
@@ -123,7 +123,7 @@ def whole_plan(plan: Plan) -> Table:
         [
             [
                 "predicted from the profile",
-                f"{p.kl:.4f}",
+                nats(p.kl),
                 "" if p.ppl_increase is None else f"{100 * p.ppl_increase:+.2f} %",
                 "" if p.accuracy_drop is None else f"{100 * p.accuracy_drop:+.2f}",
             ],
@@ -158,8 +158,8 @@ def front_points(front: Front) -> Table:
         [
             [
                 str(p.drops),
-                f"{p.predicted_kl:.4f}",
-                "" if p.measured_kl is None else f"{p.measured_kl:.4f}",
+                nats(p.predicted_kl),
+                "" if p.measured_kl is None else nats(p.measured_kl),
                 *[f"{100 * p.saved[phase]:.1f} %" for phase in phases],
                 _beyond(p.dropped, front.points[i - 1].dropped if i else []),
             ]
@@ -169,11 +169,12 @@ def front_points(front: Front) -> Table:
 
 
 def _beyond(dropped: Sequence[Point], before: Sequence[Point]) -> str:
-    back = _names([p for p in before if p not in dropped])
-    return ", ".join(_names([p for p in dropped if p not in before])) + (f"; not {', '.join(back)}" if back else "")
+    back = names([p for p in before if p not in dropped])
+    return ", ".join(names([p for p in dropped if p not in before])) + (f"; not {', '.join(back)}" if back else "")
 
 
-def _names(points: Sequence[Point]) -> list[str]:
+def names(points: Sequence[Point]) -> list[str]:
+    """'3' for the attention of block 3, '3 MLP' for its MLP."""
     return [f"{p.block}{' MLP' if p.sync_point == 'mlp' else ''}" for p in points]
 
 
