@@ -79,6 +79,33 @@ def test_the_terminal_shows_each_text(spd, llama, text, other_text, both_file, t
     assert json.loads(dry.out)["batches"] == 2 and json.loads(dry.out)["tokens"] == 160
 
 
+def test_fisher_of_two_texts_is_the_mean_of_each(spd, llama, text, other_text, tmp_path):
+    options = ("--tp", 2, *LENGTHS, "--device", "cpu", "--method", "fisher", "--sync-points", "attention,mlp")
+    alone = []
+    for data in (text, other_text):
+        assert spd("profile", llama, "--data", data, *options, "-o", tmp_path / "one.json").code == 0
+        alone.append(read(Profile, tmp_path / "one.json"))
+    both_of = ("profile", llama, "--data", text, "--data", other_text, *options, "-o", tmp_path / "both.json")
+    outcome = spd(*both_of)
+    assert outcome.code == 0 and "text by text" in outcome.err, outcome.err
+    both = read(Profile, tmp_path / "both.json")
+    assert both.fisher.per_text == [p.fisher for p in alone] and both.baseline.per_text == [p.baseline for p in alone]
+    one, two = (p.fisher for p in alone)
+    for i, row in enumerate(both.fisher.matrix):
+        assert row == pytest.approx([(x + y) / 2 for x, y in zip(one.matrix[i], two.matrix[i], strict=True)])
+        pairs = zip(one.stderr[i], two.stderr[i], strict=True)
+        assert both.fisher.stderr[i] == pytest.approx([math.sqrt(x**2 + y**2) / 2 for x, y in pairs])
+    assert both.fisher.sampling_error == max(one.sampling_error, two.sampling_error)
+    outcome = spd("plan", tmp_path / "both.json", "--max-kl", "9", "--each-text", "-o", tmp_path / "plan.json")
+    assert outcome.code == 0 and len(read(Plan, tmp_path / "plan.json").verified.per_text) == 2, outcome.err
+    dry = spd(*both_of, "--dry-run", "--json")
+    assert json.loads(dry.out)["tokens"] == 160
+    document = json.loads((tmp_path / "both.json").read_text())
+    document["fisher"]["per_text"].pop()
+    with pytest.raises(ValueError, match="1 texts' own results were found, of 2 texts"):
+        Profile.model_validate(document)
+
+
 def of_texts(*kls: float) -> Comparison:
     parts = [comparison(kl) for kl in kls]
     return comparison(sum(kls) / len(kls)).model_copy(update={"per_text": parts})
@@ -138,7 +165,6 @@ def test_what_several_texts_do_not_go_with(spd, llama, text, other_text, both_fi
     two = ("profile", llama, "--tp", 2, "--data", text, "--data")
     for command, words in [
         ((*two, text), "names one text twice"),
-        ((*two, other_text, "--method", "fisher"), "measured to their end"),
         ((*two, other_text, "--confidence", "0.9"), "measured to their end"),
         (("plan", both_file, "--drop", "1", "--each-text"), "--each-text needs a budget of a cost"),
         (("plan", profile_file, "--max-kl", "1", "--each-text"), "profile of several --data"),

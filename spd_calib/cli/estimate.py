@@ -11,13 +11,14 @@ def print_estimate(lm, texts, method, strategies, kinds, target_stderr, batch_si
     from .terminal import say
 
     if method == "fisher":
-        e, samples = estimate_fisher(lm, texts[0].calibration, kinds, target_stderr, batch_size)
+        found = [estimate_fisher(lm, t.calibration, kinds, target_stderr, batch_size) for t in texts]
+        each, samples = [e for e, _ in found], min(samples for _, samples in found)
         what = f"one pass forward and backward with {samples} samples a sequence, more where the error asks for it"
     else:
         plan = list(drops(method, strategies, lm.num_blocks, kinds))
         each = [estimate(lm, t.calibration, experiments_of(plan, lm.num_blocks), batch_size) for t in texts]
-        e = one_after_another(each)
         what = f"{len(plan)} experiments and the dense model"
+    e = one_after_another(each)
     say(
         f"would be run: {what}, on {e.batches} batches, {e.tokens} tokens; as much as {e.forwards:.1f} forwards of them"
     )

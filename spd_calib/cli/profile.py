@@ -95,7 +95,7 @@ def profile(
     from spd_calib.sensitivity import profile as profiling
     from spd_calib.sensitivity.fisher import fisher as predict
     from spd_calib.sensitivity.journal import Journal
-    from spd_calib.sensitivity.texts import average_profile, joint_ref
+    from spd_calib.sensitivity.texts import average_fisher, average_profile, joint_ref
 
     from .estimate import print_estimate
     from .options import check_dtype, provenance, resolve_device, resolve_model
@@ -111,7 +111,7 @@ def profile(
     elif target_stderr is not None:
         raise InputError(f"--target-stderr belongs to --method fisher, not to {method}; leave it out.")
     _check_confidence(confidence, method)
-    _check_texts(data, method, confidence)
+    _check_texts(data, confidence)
     rank_by = rank_by or ("kl" if method == "fisher" else "accuracy")
     if rank_by not in ("accuracy", "kl", "ppl"):
         raise InputError(f"--rank-by {rank_by!r} is none of accuracy, kl, ppl.")
@@ -176,16 +176,18 @@ def profile(
     fisher = alone = None
     if method == "fisher":
         with working("profile") as work:
+            predicted = []
+            for number, text in enumerate(texts):
 
-            def step() -> None:
-                if work.done == work.total:  # the error found asks for another pass
-                    work.expect(batches)
-                work.step()
+                def step(batches: int = -(-len(text.calibration) // batch_size)) -> None:
+                    if work.done == work.total:  # a text, or the error found asks for another pass
+                        work.expect(batches)
+                    work.step()
 
-            work.expect(batches)
-            baseline, fisher = predict(
-                lm, texts[0].calibration, kinds, target_stderr or TARGET_STDERR, batch_size, seed, step, journal
-            )
+                own_journal = journal if len(texts) == 1 else journal.of_text(number)
+                target = target_stderr or TARGET_STDERR
+                predicted.append(predict(lm, text.calibration, kinds, target, batch_size, seed, step, own_journal))
+            baseline, fisher = average_fisher(predicted)
     else:
         plan = list(profiling.drops(method, strategies, lm.num_blocks, kinds, profiling.settled_points(lm)))  # type: ignore[arg-type]
         if not plan:
@@ -285,15 +287,13 @@ def _check_fisher(target_stderr: float | None, rank_by: str | None, tasks: str |
         raise InputError("--method fisher runs on simulated ranks alone; start it without torchrun.")
 
 
-def _check_texts(data: list[str], method: str, confidence: float | None) -> None:
+def _check_texts(data: list[str], confidence: float | None) -> None:
     from spd_calib.errors import InputError
 
     if len(set(data)) < len(data):
         raise InputError("--data names one text twice; name each once.")
-    if len(data) > 1 and (method == "fisher" or confidence is not None):
-        raise InputError(
-            "Several texts are measured to their end: take --method single or cumulative, without --confidence."
-        )
+    if len(data) > 1 and confidence is not None:
+        raise InputError("Several texts are measured to their end: leave --confidence out.")
 
 
 def _check_confidence(confidence: float | None, method: str) -> None:

@@ -103,6 +103,9 @@ class Fisher(Part):
     samples: int = Field(gt=0, description="Random scores drawn for each sequence")
     sampling_error: Finite = Field(ge=0, description="Relative standard error of a KL due to the scores alone")
     measured: list[MeasuredPoint] = left_out_if_empty("What the predictions were put right by")
+    per_text: list["Fisher"] = left_out_if_empty(
+        "Of several texts: each; the rest is then their mean, `samples` the fewest, `sampling_error` the largest"
+    )
 
     @model_validator(mode="after")
     def _triangular(self) -> Self:
@@ -164,7 +167,8 @@ class Profile(Part):
                 raise ValueError(f"a measurement speaks of block {m.block}, dropped {m.dropped}")
             if m.strategy == Strategy.KEEP_SYNC:
                 raise ValueError(f"the measurement of block {m.block} drops nothing")
-        for found in (len(self.baseline.per_text), *(len(m.per_text) for m in self.measurements)):
+        predicted = [len(self.fisher.per_text)] if self.fisher else []
+        for found in (len(self.baseline.per_text), *predicted, *(len(m.per_text) for m in self.measurements)):
             if found != len(self.text.parts):
                 raise ValueError(f"{found} texts' own results were found, of {len(self.text.parts)} texts")
         if len(self.verify_text.parts) != len(self.text.parts):

@@ -72,6 +72,8 @@ def by_text(profile: Profile) -> list[Table]:
         correlations = []
         for s in profile.strategies:
             own = [(m.per_text[i].kl, m.kl) for m in profile.measurements if m.strategy == s]
+            if f := profile.fisher:
+                own = [(f.per_text[i].of(t[0])[0], f.of(t[0])[0]) for t in f.terms if len(t) == 1]
             correlations.append(f"{spearmanr(own).statistic:.2f}" if len(own) > 2 else "")
         cells = [text.source, str(text.sequences), f"{dense.ppl:.2f}", f"{100 * dense.top1_accuracy:.1f} %"]
         rows.append([*cells, *correlations])

@@ -36,7 +36,7 @@ from spd_calib.parallel.block import Block
 from spd_calib.parallel.model import Recording, TensorParallelLM
 from spd_calib.parallel.streams import Streams, defer, keep
 
-from .journal import Journal, once
+from .journal import Journal, OfText, once
 from .measure import LOGITS_AT_A_TIME, Experiment, Reference, batches
 from .metrics import Tally
 from .shrinkage import BROKEN, Dropped, factors, joined
@@ -61,7 +61,7 @@ def fisher(
     batch_size: int = 8,
     seed: int = 0,
     tick: Callable[[], None] = lambda: None,
-    journal: Journal | None = None,
+    journal: Journal | OfText | None = None,
 ) -> tuple[Baseline, Fisher]:
     """The dense model's baseline and the interactions of all sync points, block_drop at each.
 

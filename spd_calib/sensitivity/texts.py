@@ -5,10 +5,10 @@ A text counts as one, however long it is (a macro average), and its own results 
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from spd_calib.formats.common import TextRef
-from spd_calib.formats.profile import Baseline, Comparison, Measurement
+from spd_calib.formats.profile import Baseline, Comparison, Fisher, Measurement
 
 
 def joint_ref(refs: Sequence[TextRef]) -> TextRef:
@@ -56,17 +56,40 @@ def average_profile(each: Sequence[tuple[Baseline, list[Measurement]]]) -> tuple
     """Of the same experiments on each text; of one text, its own."""
     if len(each) == 1:
         return each[0]
-    baselines = [baseline for baseline, _ in each]
-    baseline = Baseline(
+    rows = zip(*(measurements for _, measurements in each), strict=True)
+    baseline = _average_baseline([baseline for baseline, _ in each])
+    return baseline, [row[0].model_copy(update=dict(average(row))) for row in rows]
+
+
+def average_fisher(each: Sequence[tuple[Baseline, Fisher]]) -> tuple[Baseline, Fisher]:
+    """Of the same terms on each text: entry by entry the mean, as `average` takes it; of one text, its own."""
+    if len(each) == 1:
+        return each[0]
+    found = [fisher for _, fisher in each]
+
+    def entries(combine: Callable[[Sequence[float]], float], matrices: Sequence[list[list[float]]]) -> list:
+        return [[combine(x) for x in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)]
+
+    fisher = Fisher(
+        terms=found[0].terms,
+        matrix=entries(_mean, [f.matrix for f in found]),
+        stderr=entries(lambda x: math.hypot(*x) / len(x), [f.stderr for f in found]),
+        samples=min(f.samples for f in found),
+        sampling_error=max(f.sampling_error for f in found),
+        per_text=found,
+    )
+    return _average_baseline([baseline for baseline, _ in each]), fisher
+
+
+def _average_baseline(baselines: Sequence[Baseline]) -> Baseline:
+    return Baseline(
         nll=_mean([b.nll for b in baselines]),
         ppl=_mean([b.ppl for b in baselines]),
         top1_accuracy=_mean([b.top1_accuracy for b in baselines]),
         tokens=sum(b.tokens for b in baselines),
         task_accuracy=baselines[0].task_accuracy,
-        per_text=baselines,
+        per_text=list(baselines),
     )
-    rows = zip(*(measurements for _, measurements in each), strict=True)
-    return baseline, [row[0].model_copy(update=dict(average(row))) for row in rows]
 
 
 def _mean(values: Sequence[float]) -> float:
