@@ -4,13 +4,14 @@
 
 by hand: for every candidate and batch one full forward of the simulated model, its logits compared with the dense ones.
 Times are CPU seconds of one thread, so that other work on the machine hardly matters; all run the same sequences in
-the same batches. The models are random, with blocks of unequal weight (block_drop at each attention's sync point);
-models at hand can be added with --model FOLDER --data FILE. Memory is the growth of the process's peak, each measured
-in a process of its own, in which malloc hands back what is freed (MALLOC_MMAP_THRESHOLD_): else holes of the heap are
-counted. One run writes the whole file, part by part.
+the same batches. The models are random, with blocks of unequal weight (block_drop at each attention's sync point), the
+demo's, and ../shared/models/stories260k (left out, saying so, where it is not there). Memory is the growth of the
+process's peak, each measured in a process of its own, in which malloc hands back what is freed
+(MALLOC_MMAP_THRESHOLD_): else holes of the heap are counted. One run writes the whole file, part by part.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -39,6 +40,12 @@ from spd_calib.sensitivity.profile import drops, experiments_of, profile
 from spd_calib.sensitivity.text import TextOptions, load_text
 from spd_calib.sensitivity.tiers import tiers
 
+ROOT = Path(__file__).resolve().parent.parent
+SHARED, DEMO = ROOT.parent / "shared", ROOT / "spd_calib" / "demo"
+TRAINED = {
+    "demo": (DEMO / "model", DEMO / "data/calibration.jsonl"),
+    "stories260k": (SHARED / "models/stories260k", SHARED / "data/tinystories-calibration.jsonl"),
+}
 VOCABULARY = 256
 DROP = [Strategy.BLOCK_DROP]
 BATCH = 16
@@ -276,8 +283,6 @@ def _lines(path: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-o", type=Path, default=Path("results/benchmarks/profiling.json"))
-    parser.add_argument("--model", action="append", default=[], help="A folder; with one --data each.")
-    parser.add_argument("--data", action="append", default=[])
     parser.add_argument("--sequences", type=int, default=128)
     parser.add_argument("--kills", type=int, default=10)
     options = parser.parse_args()
@@ -296,11 +301,15 @@ def main() -> None:
     ):
         tokens = random_tokens(options.sequences // (2 if name.endswith("64") else 1), 32)
         row(name, 4, TensorParallelLM.simulated(model, 4), tokens, kinds, 0.1)
-    for folder, data in zip(options.model, options.data, strict=True):
-        for tp in (2, 4):
-            session = open_session(folder, tp)
-            text = load_text(TextOptions(data, 64, 32, 2 * options.sequences, 8), session.tokenizer)
-            row("/".join(Path(folder).parts[-2:]), tp, session.load(), text.calibration, ["attention", "mlp"], 0.08)
+    for (name, (folder, data)), tp, length in itertools.product(TRAINED.items(), (2, 4), (64, 128)):
+        if not folder.exists():
+            print(f"{folder} is not here: left out")
+            continue
+        session = open_session(str(folder), tp)
+        count = 2 * options.sequences * 64 // length
+        text = load_text(TextOptions(str(data), length, length // 2, count, 8), session.tokenizer)
+        name = f"{name}, {length} tokens a sequence"
+        row(name, tp, session.load(), text.calibration, ["attention", "mlp"], 0.08)
     for name, run in (
         ("floor", lambda: [share_of_floor(4, 1024, tp, 8, 128) for tp in (2, 4)]),
         ("memory", lambda: [memory(24, 256, VOCABULARY), memory(24, 256, 32000)]),
