@@ -14,7 +14,7 @@ from spd_calib.formats.common import Strategy
 from spd_calib.formats.plan import Budget
 from spd_calib.formats.profile import Comparison, Point, Profile
 
-from .budget import METRICS, OPTIONS, cost, describe, kept, stderr
+from .budget import MARGIN, METRICS, OPTIONS, cost, describe, kept, stderr
 from .interactions import Interactions, Set
 
 Drops = dict[Point, Strategy]  # how each dropped sync point is dropped
@@ -173,8 +173,8 @@ def choose(
     def best(n: int) -> Set:
         """Of n sync points, in the budget's own unit; where a number is asked for and tasks ranked, that ranking's.
 
-        MLPs must earn their place, since not every runtime can defer their sync point: where a set without any is no
-        standard error worse, it is taken.
+        MLPs must earn their place, since not every runtime can defer their sync point: where a set without any is not
+        worse by MARGIN standard errors, it is taken.
         """
         if n == 0 or (budget.kind == "drop" and _ranked_by_tasks(profile)):
             return search.rankings[n]
@@ -187,7 +187,7 @@ def choose(
         cheapest = min(sets, key=costs)
         if simple := [s for s in sets if s <= search.attention]:
             simplest = min(simple, key=costs)
-            spare = math.hypot(stderr(budget, found[simplest]), stderr(budget, found[cheapest]))
+            spare = MARGIN * math.hypot(stderr(budget, found[simplest]), stderr(budget, found[cheapest]))
             as_good = cost(budget, found[simplest]) <= cost(budget, found[cheapest]) + spare
             if as_good and kept(budget, found[simplest], certain=True):
                 return simplest
