@@ -1,6 +1,7 @@
 """Which changes of the code would the tests not notice? mutmut over parallel/, planning/ and the metrics.
 
     make mutation                                  # EVERY=1: every mutant; 2: every second, ... (an hour on one core)
+    .venv/bin/python benchmarks/mutation.py --lived    # those of the record that lived, once more: after new tests
     .venv/bin/python benchmarks/mutation.py --report
 
 Works on a copy of the tree in runs/mutation/tree; which tests take part stands in pyproject.toml. The record goes to
@@ -31,14 +32,16 @@ STATUS = {0: "survived", 33: "no test reaches it", 5: "no test reaches it"}  # m
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1, help="of the mutants, in the order of the files")
-    parser.add_argument("--only", default="", help="modules whose name holds this; the others' record stays")
+    parser.add_argument("--only", default="", help="modules whose name this finds; the others' record stays")
+    parser.add_argument("--lived", action="store_true", help="those that lived, of modules that have not changed since")
     parser.add_argument("--report", action="store_true", help="write the report from the record, run nothing")
     args = parser.parse_args()
     if not args.report:
         copy_tree()
-        names = sample(args.every, args.only)
+        mutmut("spd_calib.sensitivity.metrics.x_token_metrics__mutmut_1")  # makes the mutants, times the tests
+        names = lived(args.only) if args.lived else sample(args.every, args.only)
         mutmut(*names)
-        keep(set(names), args.every)
+        keep(set(names), args.every, args.lived)
     (KEPT / "README.md").write_text(report(json.loads((KEPT / "record.json").read_text())), encoding="utf-8")
 
 
@@ -65,9 +68,15 @@ def mutmut(*names: str) -> None:
 
 def sample(every: int, only: str) -> list[str]:
     """Names of the mutants to try: one in `every` of each module."""
-    mutmut("spd_calib.sensitivity.metrics.x_token_metrics__mutmut_1")  # makes the mutants, times the tests
-    modules = [list(exits) for module, exits in metas() if only in module]
+    modules = [list(exits) for module, exits in metas() if re.search(only, module)]
     return [name for names in modules for name in names[::every]]
+
+
+def lived(only: str) -> list[str]:
+    """Names of the mutants that lived, of modules that have as many as then."""
+    record, now = json.loads((KEPT / "record.json").read_text())["modules"], {m: len(exits) for m, exits in metas()}
+    same = [found for m, found in record.items() if re.search(only, m) and found["mutants"] == now[m]]
+    return [mutant["mutant"] for found in same for mutant in found["lived"]]
 
 
 def metas() -> list[tuple[str, dict[str, int | None]]]:
@@ -79,20 +88,22 @@ def metas() -> list[tuple[str, dict[str, int | None]]]:
     return [(name, meta["exit_code_by_key"]) for name, meta in found if meta["exit_code_by_key"]]
 
 
-def keep(tried: set[str], every: int) -> None:
-    """Add what was found to the record; a module's earlier result gives way."""
+def keep(tried: set[str], every: int, again: bool) -> None:
+    """Add what was found to the record; a module's earlier result gives way, unless its survivors were tried `again`."""
     path = KEPT / "record.json"
     record = json.loads(path.read_text()) if path.exists() else {"modules": {}}
     for module, exits in metas():
         mine = {name: code for name, code in exits.items() if name in tried and code is not None}
         if mine:
-            lived = [name for name, code in mine.items() if code in STATUS]
+            alive = [name for name, code in mine.items() if code in STATUS]
+            before = record["modules"][module] if again else {}
+            tried_of_all = before.get("tried", len(mine))
             record["modules"][module] = {
                 "mutants": len(exits),
-                "tried": len(mine),
-                "every": every,
-                "killed": len(mine) - len(lived),
-                "lived": [{"mutant": n, "status": STATUS[mine[n]], "diff": diff(module, n)} for n in lived],
+                "tried": tried_of_all,
+                "every": before.get("every", every),
+                "killed": tried_of_all - len(alive),
+                "lived": [{"mutant": n, "status": STATUS[mine[n]], "diff": diff(module, n)} for n in alive],
             }
     record |= {"mutmut": version("mutmut"), "date": datetime.now(UTC).date().isoformat()}
     KEPT.mkdir(parents=True, exist_ok=True)
