@@ -89,7 +89,7 @@ def metas() -> list[tuple[str, dict[str, int | None]]]:
 
 
 def keep(tried: set[str], every: int, again: bool) -> None:
-    """Add what was found to the record; a module's earlier result gives way, unless only survivors were tried `again`."""
+    """Add what was found to the record: in place of a module's earlier result, or, tried `again`, within it."""
     path = KEPT / "record.json"
     record = json.loads(path.read_text()) if path.exists() else {"modules": {}}
     for module, exits in metas():
