@@ -179,3 +179,23 @@ def test_a_profile_that_lacks_one_texts_results_is_refused(both_file, tmp_path):
     document["measurements"][0]["per_text"].pop()
     with pytest.raises(ValueError, match="1 texts' own results were found, of 2 texts"):
         Profile.model_validate(document)
+
+
+def test_what_gives_sync_points_back_is_verified_on_the_text_that_follows(spd, llama, text, tmp_path):
+    """Of a largest difference there is no standard error to spare: a budget just below what it is on held-out text."""
+    profile, plan = tmp_path / "p.json", tmp_path / "plan.json"
+    lengths = ("--seq-len", 16, "--max-samples", 4, "--verify-samples", 4, "--device", "cpu")
+    assert spd("profile", llama, "--tp", 2, "--data", text, *lengths, "-o", profile).code == 0
+    kept, repaired = read(Profile, profile).verify_text, 0
+    for n in range(2, 5):
+        assert spd("plan", profile, "--drop", n, "-o", plan).code == 0
+        budget = 0.999 * read(Plan, plan).verified.max_abs_logprob_diff
+        outcome = spd("plan", profile, "--max-logprob-diff", budget, "-o", plan)
+        if outcome.code == 0 and "repaired: " in outcome.err:
+            repaired += 1
+            verified = read(Plan, plan).verified
+            assert "further text, not used before" in " ".join(outcome.err.split())
+            lots = (verified.text.first - kept.first) / kept.sequences
+            assert lots >= 1 and lots == int(lots) and verified.text.sequences == kept.sequences
+            assert not verified.seen and verified.max_abs_logprob_diff <= budget
+    assert repaired
