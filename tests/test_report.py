@@ -283,6 +283,15 @@ def test_a_plan_verified_on_text_behind_that_of_its_profile_belongs_to_it(spd, r
         assert code == 0 or "made from another profile" in outcome.err
 
 
+def test_text_that_took_part_in_choosing_is_not_called_fresh(spd, run):
+    plan = read(Plan, run / "plan.json")
+    for seen, words in ((False, "sequences that nothing was chosen on"), (True, "that had shown the plan before it")):
+        verified = plan.verified.model_copy(update={"seen": seen})
+        (run / "plan.json").write_text(dumps(plan.model_copy(update={"verified": verified})))
+        _, page = made(spd, run)
+        assert words in page.all("body")[0][1]
+
+
 def test_no_column_stands_twice():
     (single,) = rankings(make_profile([0.3, 0.1]))
     assert list(single.columns)[:3] == ["block", "KL", "ppl"] and single.rows[0][:2] == ["1", "0.1000 ± 0.0010"]

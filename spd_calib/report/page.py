@@ -60,9 +60,10 @@ def _summary(run: Run) -> list[str]:
     if run.plan is None:
         return ["No plan stands beside this profile yet."]
     v = run.plan.verified
+    text = "that had shown the plan before it to break its budget" if v.seen else "that nothing was chosen on"
     return [
         f"{tables.saving(run.plan)}.",
-        f"Asked for: {describe(run.plan.budget)}. Verified on {v.sequences} sequences that nothing was chosen on: KL "
+        f"Asked for: {describe(run.plan.budget)}. Verified on {v.sequences} sequences {text}: KL "
         f"{nats(v.kl, v.kl_stderr)} nats a token, perplexity {100 * v.ppl_increase:+.2f} %, top-1 accuracy lost "
         f"{100 * v.accuracy_drop:+.2f} ± {100 * v.accuracy_drop_stderr:.2f} points.",
     ]
@@ -137,8 +138,8 @@ def _plan(run: Run) -> Section:
     if run.plan is None:
         return _left_out("plan", heading, "spd-calib plan profile.json --max-ppl-increase 1% -o plan.json")
     said = [
-        "Predicted is what the profile says of the whole set; verified is the whole set, run on text it was not chosen "
-        "on. The budget is held against the second.",
+        "Predicted is what the profile says of the whole set; verified is the whole set, run on held-out "
+        "text. The budget is held against the second.",
     ]
     if run.plan.recovered_from:
         said.append(f"Of a recovered checkpoint: verified against {run.plan.recovered_from.id}, its original.")
