@@ -40,6 +40,8 @@ def main() -> None:
         copy_tree()
         mutmut("spd_calib.sensitivity.metrics.x_token_metrics__mutmut_1")  # makes the mutants, times the tests
         names = lived(args.only) if args.lived else sample(args.every, args.only)
+        if not names:
+            raise SystemExit("There is no such mutant to try.")
         mutmut(*names)
         keep(set(names), args.every, args.lived)
     (KEPT / "README.md").write_text(report(json.loads((KEPT / "record.json").read_text())), encoding="utf-8")
@@ -75,7 +77,7 @@ def sample(every: int, only: str) -> list[str]:
 def lived(only: str) -> list[str]:
     """Names of the mutants that lived, of modules that have as many as then."""
     record, now = json.loads((KEPT / "record.json").read_text())["modules"], {m: len(exits) for m, exits in metas()}
-    same = [found for m, found in record.items() if re.search(only, m) and found["mutants"] == now[m]]
+    same = [found for m, found in record.items() if re.search(only, m) and found["mutants"] == now.get(m)]
     return [mutant["mutant"] for found in same for mutant in found["lived"]]
 
 
@@ -95,15 +97,16 @@ def keep(tried: set[str], every: int, again: bool) -> None:
     for module, exits in metas():
         mine = {name: code for name, code in exits.items() if name in tried and code is not None}
         if mine:
-            alive = [name for name, code in mine.items() if code in STATUS]
             before = record["modules"][module] if again else {}
+            untried = [mutant for mutant in before.get("lived", []) if mutant["mutant"] not in mine]
+            alive = [name for name, code in mine.items() if code in STATUS]
             tried_of_all = before.get("tried", len(mine))
             record["modules"][module] = {
                 "mutants": len(exits),
                 "tried": tried_of_all,
                 "every": before.get("every", every),
-                "killed": tried_of_all - len(alive),
-                "lived": [{"mutant": n, "status": STATUS[mine[n]], "diff": diff(module, n)} for n in alive],
+                "killed": tried_of_all - len(alive) - len(untried),
+                "lived": [{"mutant": n, "status": STATUS[mine[n]], "diff": diff(module, n)} for n in alive] + untried,
             }
     record |= {"mutmut": version("mutmut"), "date": datetime.now(UTC).date().isoformat()}
     KEPT.mkdir(parents=True, exist_ok=True)

@@ -93,7 +93,7 @@ def test_a_repaired_plan_is_verified_on_further_text(asked, monkeypatch, more):
     assert (plan.verified.text, seen[-1]) == (
         (FURTHER.ref, FURTHER.texts[0]) if more else (profile().verify_text, VERIFICATION)
     )
-    assert ("seen" in plan.model_dump()["verified"]) == (not more)
+    assert ("seen" in plan.model_dump()["verified"]) == (not more) and plan.verified.lot == (1 if more else 0)
     whole, unbroken, _ = made(budget(value=9, strategies=[DROP]), further=further)
     assert not unbroken.repaired and lots == [1] and not whole.verified.seen
 

@@ -263,6 +263,21 @@ def test_an_mlp_is_dropped_where_only_that_keeps_the_budget():
     assert [c.point for c in choice.dropped] == [m(0)]
 
 
+def test_where_held_out_text_breaks_a_set_without_mlps_the_cheapest_of_its_size_is_tried():
+    """On the calibration text attention 0 is as good; on the other it breaks the budget, MLP 0 does not."""
+    p = make_profile([0.041, 0.5], mlp=[0.040])
+    calibrated, held_out = {a(0): 0.041, a(1): 0.5, m(0): 0.040}, {a(0): 0.052, a(1): 0.5, m(0): 0.038}
+    choice = choose(p, budget(value=0.05, strategies=[DROP]), by_point(calibrated), by_point(held_out))
+    assert [c.point for c in choice.dropped] == [m(0)] and choice.repaired == 0
+
+
+def test_on_each_text_the_error_is_that_of_the_dearest_one():
+    """The other text is cheap and noisy: its error says nothing of the dearest."""
+    parts = [comparison(0.1), comparison(0.01).model_copy(update={"kl_stderr": 0.02})]
+    both = comparison(0.055).model_copy(update={"per_text": parts, "kl_stderr": 0.01})
+    assert budgets.stderr(budget(each_text=True), both) == 0.001 and budgets.stderr(budget(), both) == 0.01
+
+
 def test_a_plan_over_both_kinds_measures_all_that_one_over_the_attention_does():
     """The profile misjudges which pair of attentions is cheap; what either planner finds is measured by both."""
     truth = {a(i): kl for i, kl in enumerate([0.03, 0.04, 0.05, 0.01, 0.02])} | {m(i): 0.5 for i in range(4)}

@@ -271,16 +271,20 @@ def test_predictors_are_counted(spd, tmp_path, llama, profile_file):
 
 
 def test_a_plan_verified_on_text_behind_that_of_its_profile_belongs_to_it(spd, run):
-    """A repaired plan's text begins further on; text from before, or of other lengths, is another profile's."""
+    """A repaired plan's text begins so many lots further on; anything else is another profile's."""
     plan, kept = read(Plan, run / "plan.json"), read(Profile, run / "profile.json").verify_text
-    behind = {"first": kept.first + kept.sequences, "sha256": "b" * 64}
-    for changes, code in ((behind, 0), ({**behind, "seq_len": 3}, 2), ({**behind, "first": 0}, 2)):
+    behind = {"first": kept.first + 2 * kept.sequences, "sha256": "b" * 64}
+    for changes, lot, code in (
+        (behind, 2, 0), (behind, 1, 2), (behind, 0, 2),
+        ({**behind, "seq_len": 3}, 2, 2), ({**behind, "first": 0}, 2, 2),
+    ):  # fmt: skip
         text = kept.model_copy(update=changes)
-        verified = plan.verified.model_copy(update={"text": text})
+        verified = plan.verified.model_copy(update={"text": text, "lot": lot})
         (run / "plan.json").write_text(dumps(plan.model_copy(update={"verified": verified})))
         outcome = spd("report", run, "-o", run / "report.html")
         assert outcome.code == code, outcome.err
         assert code == 0 or "made from another profile" in outcome.err
+        assert code == 2 or f"Verified on lot 2 behind it: {kept.source}" in (run / "report.html").read_text()
 
 
 def test_text_that_took_part_in_choosing_is_not_called_fresh(spd, run):

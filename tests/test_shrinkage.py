@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 
+from spd_calib.errors import InputError
 from spd_calib.formats.profile import Fisher
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.sensitivity.fisher import DRAWS, fisher
@@ -27,7 +28,9 @@ def corrected(predicted: list[float], measured: dict, sequences: int, s: float, 
     hard = torch.ones(sequences) if hardness is None else torch.tensor(hardness)
     q = hard.double()[:, None] * torch.tensor(predicted, dtype=torch.float64) * TOKENS
     tokens = torch.full((sequences,), float(TOKENS), dtype=torch.float64)
-    return (factors(q, tokens, measured, s) * torch.tensor(predicted, dtype=torch.float64)).tolist()
+    factor, left = factors(q, tokens, measured, s)
+    assert (left >= 0).all() and left.isfinite().all()
+    return (factor * torch.tensor(predicted, dtype=torch.float64)).tolist()
 
 
 def test_random_effects_are_those_of_dersimonian_and_laird():
@@ -85,6 +88,36 @@ def test_a_broken_sync_point_is_what_it_measures_and_moves_no_other():
     without = corrected([0.05, 0.025, 9.0], fine, 8, 0.1)
     found = corrected([0.05, 0.025, 9.0], {**fine, (2, 4): tally([2.0, 3.0])}, 8, 0.1)
     assert found[:2] == without[:2] and found[2] == pytest.approx(2.5)
+
+
+def test_rounding_tells_nothing():
+    """A sync point that does nothing but for float32, measured at a thousand times what is predicted of it."""
+    fine = {(0, 0): tally([0.045, 0.055]), (1, 2): tally([0.02, 0.03])}
+    without = corrected([0.05, 0.025, 1e-12, 0.04], fine, 8, 0.1)
+    found = corrected([0.05, 0.025, 1e-12, 0.04], {**fine, (2, 4): tally([1e-9, 9e-9])}, 8, 0.1)
+    assert found == without and found[3] == pytest.approx(0.04, rel=0.1)
+
+
+def test_of_a_sync_point_that_is_broken_and_was_not_measured_second_order_is_all_there_is():
+    measured = {(i, 2 * i): tally([0.5 * kl * 0.9, 0.5 * kl * 1.1]) for i, kl in enumerate([0.02, 0.04])}
+    assert corrected([0.02, 0.04, 0.9, 0.1], measured, 4, 0.1)[2:] == pytest.approx([0.9, 0.05])
+
+
+def test_what_a_correction_leaves_unsure():
+    """Of what was measured less than of what was not; nothing where all sequences were measured."""
+    predicted = torch.tensor([0.1, 0.1, 0.1], dtype=torch.float64)
+    tokens, q = torch.full((8,), 10.0).double(), predicted.expand(8, 3) * 10
+    some = {(0, 0): tally([0.11, 0.09]), (1, 2): tally([0.03, 0.05])}
+    left = factors(q, tokens, some, 0.1)[1].tolist()
+    assert 0 < left[0] < left[2] and left[0] == left[1] < 0.5 * (0.02 / 0.1) ** 2
+    every = {(0, 0): tally([0.11, 0.09] * 4), (1, 0): tally([0.03, 0.05] * 4)}
+    assert factors(q, tokens, every, 0.1)[1][:2].tolist() == pytest.approx([0, 0], abs=1e-9)
+
+
+def test_where_no_sync_point_can_be_dropped_that_is_said():
+    lm = TensorParallelLM.simulated(tiny.build("llama", num_hidden_layers=1), 2)
+    with pytest.raises(InputError, match="no such sync point to drop"):
+        fisher(lm, [[1, 2, 3, 4]], ["mlp"], 0.5)
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,9 @@ def plan(
     if models:
         table(*tables.latencies(result.latency))
     if choice.repaired:
-        where = "the same: there is no other" if result.verified.seen else "further text, not used before"
+        where = "further text, not used before"
+        if result.verified.seen:
+            where = f"the same {'documents' if budget.tasks else 'text'}: there is no other"
         say(f"repaired: {choice.repaired} given back, held-out text showed the budget broken; verified on {where}")
     if compared:
         print_comparison(compared, len(choice.dropped))

@@ -84,6 +84,13 @@ class Verified(Comparison):
         description="No further text, or no further documents, were there to verify a repaired plan on: these had "
         "shown the plan before it to break its budget, and so took part in choosing",
     )
+    lot: int = Field(
+        default=0,
+        ge=0,
+        exclude_if=lambda value: not value,
+        description="How many times as many sequences as the profile keeps for verifying lie between those and `text`: "
+        "each lot had shown a plan to break its budget",
+    )
 
 
 class Latency(Part):

@@ -99,7 +99,10 @@ class Fisher(Part):
 
     terms: list[list[Point]] = Field(min_length=1)
     matrix: list[list[Finite]] = Field(description="Symmetric; of row i, columns i to the last")
-    stderr: list[list[Finite]] = Field(description="Standard error of each entry of `matrix`, over sequences")
+    stderr: list[list[Finite]] = Field(
+        description="Standard error of each entry of `matrix`, over sequences; of single sync points with the error of "
+        "what they were put right by"
+    )
     samples: int = Field(gt=0, description="Random scores drawn for each sequence")
     sampling_error: Finite = Field(ge=0, description="Relative standard error of a KL due to the scores alone")
     measured: list[MeasuredPoint] = left_out_if_empty("What the predictions were put right by")

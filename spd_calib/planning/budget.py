@@ -84,6 +84,8 @@ def _on_one(budget: Budget) -> Budget:
 
 def stderr(budget: Budget, measured: Comparison) -> float:
     """Standard error of `cost` over sequences, or documents; of a largest difference there is none."""
+    if budget.each_text:
+        return stderr(_on_one(budget), max(measured.per_text, key=lambda one: cost(_on_one(budget), one)))
     if budget.tasks:
         return math.hypot(*measured.task_accuracy_drop_stderr.values()) / len(measured.task_accuracy_drop_stderr)
     return {

@@ -94,7 +94,7 @@ def make_plan(
         blocks=blocks,
         budget=budget,
         predicted=_predicted(profile, choice),
-        verified=Verified(**vars(choice.verified), text=lots[-1].ref, seen=seen),
+        verified=Verified(**vars(choice.verified), text=lots[-1].ref, seen=seen, lot=len(lots) - 1),
         provenance=provenance,
     )
     return plan, choice, named.compare(choice) if named else {}

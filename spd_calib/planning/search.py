@@ -170,11 +170,11 @@ def choose(
         chosen = search.indices([c.point for c in search.ranked if tier(profile, budget, c) == "insensitive"])
         return search.choice(chosen, verify([search.drops(chosen)])[0])
 
-    def best(n: int) -> Set:
+    def best(n: int, simple: bool = True) -> Set:
         """Of n sync points, in the budget's own unit; where a number is asked for and tasks ranked, that ranking's.
 
         MLPs must earn their place, since not every runtime can defer their sync point: where a set without any is not
-        worse by MARGIN standard errors, it is taken.
+        worse by MARGIN standard errors, it is taken (`simple`).
         """
         if n == 0 or (budget.kind == "drop" and _ranked_by_tasks(profile)):
             return search.rankings[n]
@@ -185,8 +185,8 @@ def choose(
             return cost(budget, found[chosen]), found[chosen].kl
 
         cheapest = min(sets, key=costs)
-        if simple := [s for s in sets if s <= search.attention]:
-            simplest = min(simple, key=costs)
+        if simple and (without := [s for s in sets if s <= search.attention]):
+            simplest = min(without, key=costs)
             spare = MARGIN * math.hypot(stderr(budget, found[simplest]), stderr(budget, found[cheapest]))
             as_good = cost(budget, found[simplest]) <= cost(budget, found[cheapest]) + spare
             if as_good and kept(budget, found[simplest], certain=True):
@@ -201,16 +201,18 @@ def choose(
     chosen = best(largest)
     while largest < len(search.ranked) and kept(budget, search.measure([larger := best(largest + 1)])[0], certain=True):
         largest, chosen = largest + 1, larger
-    n = largest
+    n, simple = largest, True
     while n > 0:
         verified = verify([search.drops(chosen)])[0]
         if kept(budget, verified):
             return search.choice(chosen, verified, largest - n)
-        n = _smaller(search, budget, chosen, verified)
-        chosen = best(n)
+        if not simple or chosen == best(n, simple=False):
+            n = _smaller(search, budget, chosen, verified)
+        simple = False  # from here on MLPs are dropped wherever that is cheaper
+        chosen = best(n, simple)
         if n:
             spent()
-    least = best(1)
+    least = best(1, simple=False)
     verified = verify([search.drops(least)])[0]
     if largest == 0 and kept(budget, verified):  # too close to say on the calibration text; the other text decides
         return search.choice(least, verified)

@@ -121,7 +121,7 @@ def latency(found: Sequence[Latency]) -> Figure:
         ax.barh(places, [100 * share for share in shares], 0.24, color=colour, label=label)
     ax.set_yticks(range(len(found)), [m.phase for m in found])
     ax.invert_yaxis()
-    ax.set(xlabel="time of a step, % of the dense model's", xlim=(0, 100))
+    ax.set(xlabel="time of a step, % of the dense model's", xlim=(0, 100 * max(1.0, *(1 - m.saved for m in found))))
     _legend(fig)
     return fig
 

@@ -141,6 +141,12 @@ def _plan(run: Run) -> Section:
         "Predicted is what the profile says of the whole set; verified is the whole set, run on held-out "
         "text. The budget is held against the second.",
     ]
+    if lot := run.plan.verified.lot:
+        t = run.plan.verified.text
+        said.append(
+            "Repaired: what the profile keeps for verifying had shown another plan to break its budget. Verified on lot "
+            f"{lot} behind it: {t.source}, {t.sequences} sequences from number {t.first} on, sha256 {t.sha256}."
+        )
     if run.plan.recovered_from:
         said.append(f"Of a recovered checkpoint: verified against {run.plan.recovered_from.id}, its original.")
     kinds = [b.compensation.kind for b in run.plan.blocks if b.compensation]

@@ -11,7 +11,7 @@ from spd_calib.formats.common import ModelRef, TextRef
 from spd_calib.formats.files import FORMATS, F, read, sha256_of
 from spd_calib.formats.front import Front
 from spd_calib.formats.hardware import Hardware
-from spd_calib.formats.plan import Plan
+from spd_calib.formats.plan import Plan, Verified
 from spd_calib.formats.profile import Profile
 from spd_calib.formats.results import Results
 
@@ -77,19 +77,19 @@ def _check_made_from(plan: Plan, path: Path, profile: Profile, place: Path) -> N
     ranks = plan.tensor_parallel.size, profile.tensor_parallel.size
     if ranks[0] != ranks[1]:
         raise InputError(f"{path} is a plan for {ranks[0]} ranks, {place} a profile for {ranks[1]}; plan anew.")
-    if plan.model == profile.model and not _verifies(plan.verified.text, profile.verify_text):
+    if plan.model == profile.model and not _verifies(plan.verified, profile.verify_text):
         raise InputError(f"{path} was made from another profile than {place}; plan anew, or name the right one.")
 
 
-def _verifies(used: TextRef, kept: TextRef) -> bool:
-    """The text that a profile keeps for verifying, or text behind it, on which a repaired plan was verified."""
+def _verifies(verified: Verified, kept: TextRef) -> bool:
+    """Was the text that which a profile keeps for verifying, or, of a repaired plan, a lot behind it?"""
 
-    def kind(text: TextRef) -> tuple:
-        return text.source, text.seq_len, text.min_len, text.pack, text.sequences
+    def place(text: TextRef, lots: int) -> tuple:
+        return text.source, text.seq_len, text.min_len, text.pack, text.sequences, text.first + lots * text.sequences
 
-    pairs = list(zip(used.each, kept.each, strict=False))
-    behind = all(kind(a) == kind(b) and a.first > b.first for a, b in pairs)
-    return used == kept or (len(used.each) == len(kept.each) and behind)
+    if verified.lot == 0:
+        return verified.text == kept
+    return [place(t, 0) for t in verified.text.each] == [place(t, verified.lot) for t in kept.each]
 
 
 def _same(a: ModelRef, b: ModelRef) -> bool:

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spd_calib.errors import InputError
 from spd_calib.formats.common import Strategy
 from spd_calib.formats.profile import Baseline, Fisher, MeasuredPoint, Point, SyncPoint
 from spd_calib.parallel.block import Block
@@ -65,14 +66,17 @@ def fisher(
 ) -> tuple[Baseline, Fisher]:
     """The dense model's baseline and the interactions of all sync points, block_drop at each.
 
-    Samples are drawn until the signs' share of the relative standard error is at most `target_stderr` (mean over the
-    sync points). With Gaussian d that share is sqrt(2 / (sequences * samples)) where all sequences weigh the same;
-    the first pass draws as many samples, further passes what the error then found still asks for.
+    Raises InputError where there is none. Samples are drawn until the signs' share of the relative standard error is
+    at most `target_stderr` (mean over the sync points). With Gaussian d that share is sqrt(2 / (sequences * samples))
+    where all sequences weigh the same; the first pass draws as many samples, further passes what the error then found
+    still asks for.
     `tick` is called after each batch. What `journal` holds, by pass and batch, is not run again.
     """
     generator = torch.Generator(lm.device).manual_seed(seed)
     terms = fisher_terms(lm.num_blocks, sync_points)
     points = [term[0] for term in terms if len(term) == 1]
+    if not points:
+        raise InputError("There is no such sync point to drop: behind the last block's MLP nothing follows.")
     tokens = torch.tensor([len(s) - 1 for s in sequences], dtype=torch.float64)
     samples = first_samples(len(sequences), target_stderr)
     in_turn = _in_turn(len(points), seed)
@@ -112,10 +116,12 @@ def fisher(
         error = sampling_error(d[..., : len(points)])
         samples = math.ceil(len(d) * (error**2 / target_stderr**2 - 1) - 0.01)
     q = d[..., : len(points)].pow(2).mean(0) / 2
-    factor = factors(q, tokens, measured, error)
+    factor, left = factors(q, tokens, measured, error)
     of_point = dict(zip(points, factor.sqrt().tolist(), strict=True))
     scale = torch.tensor([math.prod(of_point.get(p, 1.0) for p in t) ** (1 / len(t)) for t in terms]).double()
     matrix, stderr = (m * scale[:, None] * scale for m in interactions(d, tokens))
+    own = range(len(points))
+    stderr[own, own] = (stderr[own, own] ** 2 + matrix[own, own] ** 2 * left).sqrt()
     rows = range(len(terms))
     return dense.baseline(), Fisher(
         terms=[list(term) for term in terms],

@@ -18,22 +18,25 @@ from torch import Tensor
 from .metrics import FIELDS, Tally
 
 BROKEN = 0.2  # KL, nats per token, beyond which second order says nothing of a sync point, nor it of the others
+NOISE = 1e-6  # KL below which float32 rounds away what a ratio would tell
 Dropped = dict[tuple[int, int], Tally]  # sync points really dropped: by index, and the first sequence it was on
 
 
-def factors(q: Tensor, tokens: Tensor, measured: Dropped, sampling_error: float) -> Tensor:
-    """By what the predicted KL of each sync point is to be multiplied, [points] float64.
+def factors(q: Tensor, tokens: Tensor, measured: Dropped, sampling_error: float) -> tuple[Tensor, Tensor]:
+    """By what the predicted KL of each sync point is to be multiplied, and the relative variance that is left beyond
+    the random signs'; both [points] float64.
 
     q [sequences, points]: KL predicted, summed over each sequence's tokens; tokens [sequences]; `sampling_error` s.
-    All ones where too little was measured to tell: it takes two sync points below BROKEN, of two sequences each.
+    Ones and zeros where too little was measured to tell: it takes two sync points between NOISE and BROKEN, of two
+    sequences each.
     """
     predicted = q.sum(0) / tokens.sum()
-    result = torch.ones_like(predicted)
+    result, left = torch.ones_like(predicted), torch.zeros_like(predicted)
     index, ratios, shares, spreads, trusted = [], [], [], [], []
     for i, (rows, tally) in sorted(joined(measured).items()):
         kl = tally.kl()
-        if len(rows) > 1 and kl > 0 and predicted[i] > 0:
-            some = predicted > 0
+        if len(rows) > 1 and kl > NOISE and predicted[i] > NOISE:
+            some = predicted > NOISE
             harder = (q[rows].sum(0)[some] / tokens[rows].sum() / predicted[some]).mean().item()
             of_sequence = torch.stack(tally.sums)[:, FIELDS.index("kl")] / torch.tensor(tally.tokens)
             index.append(i)
@@ -42,15 +45,17 @@ def factors(q: Tensor, tokens: Tensor, measured: Dropped, sampling_error: float)
             spreads.append((of_sequence.var() / kl**2).item())
             trusted.append(kl <= BROKEN)
     if sum(trusted) < 2:
-        return result
+        return result, left
     usable = torch.tensor(trusted)
     ratio = torch.tensor(ratios, dtype=torch.float64).log()
     v = torch.tensor(spreads, dtype=torch.float64)[usable].median() * torch.tensor(shares, dtype=torch.float64)
     mu, tau2 = random_effects(ratio[usable], v[usable] + sampling_error**2)
     own, prior = 1 / v.clamp(min=1e-12), 1 / (sampling_error**2 + tau2)
-    result *= mu.exp()
+    result[predicted <= BROKEN] = mu.exp()
+    left[predicted <= BROKEN] = tau2
     result[index] = torch.where(usable, (own * ratio + prior * mu) / (own + prior), ratio).exp()
-    return result
+    left[index] = torch.where(usable, 1 / (own + 1 / tau2), 1 / own)
+    return result, left
 
 
 def joined(measured: Dropped) -> dict[int, tuple[list[int], Tally]]:
