@@ -144,8 +144,8 @@ def _plan(run: Run) -> Section:
     if lot := run.plan.verified.lot:
         t = run.plan.verified.text
         said.append(
-            "Repaired: what the profile keeps for verifying had shown another plan to break its budget. Verified on lot "
-            f"{lot} behind it: {t.source}, {t.sequences} sequences from number {t.first} on, sha256 {t.sha256}."
+            "Repaired: what the profile keeps for verifying had shown another plan to break its budget. Verified on lot"
+            f" {lot} behind it: {t.source}, {t.sequences} sequences from number {t.first} on, sha256 {t.sha256}."
         )
     if run.plan.recovered_from:
         said.append(f"Of a recovered checkpoint: verified against {run.plan.recovered_from.id}, its original.")
