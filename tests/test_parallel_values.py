@@ -63,6 +63,7 @@ def test_two_processes_have_the_same_sum(size, tmp_path, monkeypatch):
         assert torch.equal(total, parts[0] + parts[1]) and torch.equal(own, parts[rank])
         assert comm.all_reduces == 1 and used == ["all_gather" if own.nbytes <= 2**15 else "all_reduce"]
         assert torch.equal(comm.all_gather([own]), torch.cat(parts, dim=-1)) and comm.all_reduces == 1
+        assert torch.equal(comm.all_gather([own[None]]), torch.cat(parts, dim=-1)[None])
 
     in_two_processes(tmp_path / "store", work)
 
@@ -123,6 +124,8 @@ def test_simulated_ranks_sum_in_their_order():
     comm = Simulated(3)
     parts = [torch.tensor([1e8]), torch.tensor([1.0]), torch.tensor([-1e8])]
     assert comm.all_reduce(iter(parts)).item() == 0.0 and comm.all_reduces == 1  # (1e8 + 1) - 1e8 in float32
+    assert comm.all_reduce(iter(parts)).item() == 0.0 and comm.all_reduces == 2
+    assert [p.item() for p in parts] == [1e8, 1.0, -1e8]  # as they were
     assert torch.equal(comm.all_gather([torch.ones(2, 1), torch.zeros(2, 2)]), torch.tensor([[1.0, 0, 0]] * 2))
     assert list(comm.ranks) == [0, 1, 2] and comm.size == 3
 
@@ -174,12 +177,13 @@ def test_only_what_the_mlp_reads_is_predicted(kind):
     assert torch.allclose(lm.record(ids).streams[1].shared, x + layer.mlp(layer.post_attention_layernorm(x)), atol=1e-5)
 
 
-def test_a_predictor_that_is_the_ranks_own_share_changes_nothing():
-    lm, ids = TensorParallelLM.simulated(tiny.build("llama"), 2), tiny.tokens(2, 6)
+@pytest.mark.parametrize("family", ["llama", "llama_bias"])
+def test_a_predictor_that_is_the_ranks_own_share_changes_nothing(family):
+    lm, ids = TensorParallelLM.simulated(tiny.build(family), 2), tiny.tokens(2, 6)
     lm.set_strategies([DROP, KEEP, KEEP, KEEP])
     plain = lm(ids)
     zero = torch.zeros(lm.blocks[0].width)
-    o_proj = tiny.build("llama").model.layers[0].self_attn.o_proj.weight
+    o_proj = tiny.build(family).model.layers[0].self_attn.o_proj.weight
     shares = [o_proj[:, :32].T.detach().clone(), o_proj[:, 32:].T.detach().clone()]  # of 64 columns, by heads
     lm.set_compensation({0: {r: Compensation(zero, w=w.clone()) for r, w in enumerate(shares)}})
     assert torch.allclose(lm(ids), plain, atol=1e-5)

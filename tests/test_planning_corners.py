@@ -1,5 +1,6 @@
 """Corners of planning/ against naive forms of the same: swaps, additions, knees, measured steps, sets not measured."""
 
+import itertools
 import math
 import random
 from types import SimpleNamespace
@@ -230,3 +231,79 @@ def test_a_table_of_other_ranks_names_the_way_out():
         "m holds all-reduce times of 2 ranks, not of 4, and how a link scales is not guessed; measure yours with "
         "`spd-calib bench`, or give a CSV of them."
     )
+
+
+def test_terms_may_stand_in_any_order():
+    fisher = random_fisher(3, 5)
+    n = len(fisher.terms)
+    order = random.Random(1).sample(range(n), n)
+    full = [[fisher.matrix[min(i, j)][abs(i - j)] for j in range(n)] for i in range(n)]
+    mixed = fisher.model_copy(
+        update={
+            "terms": [fisher.terms[i] for i in order],
+            "matrix": [[full[order[r]][order[c]] for c in range(r, n)] for r in range(n)],
+        }
+    )
+    one, two = Interactions.of_fisher(fisher), Interactions.of_fisher(mixed)
+    assert one.points == two.points
+    for k in range(6):
+        for s in itertools.combinations(range(5), k):
+            assert one.kl(frozenset(s)) == pytest.approx(two.kl(frozenset(s)))
+
+
+def test_fisher_of_the_attention_alone_has_no_pairs():
+    fisher = random_fisher(3, 5)
+    only = [i for i, t in enumerate(fisher.terms) if len(t) == 1 and t[0].sync_point == "attention"]
+    full = [[fisher.matrix[min(i, j)][abs(i - j)] for j in only] for i in only]
+    alone = fisher.model_copy(
+        update={"terms": [fisher.terms[i] for i in only], "matrix": [row[i:] for i, row in enumerate(full)]}
+    )
+    model = Interactions.of_fisher(alone)
+    assert model.kl(frozenset([0, 1, 2])) == pytest.approx(sum(map(sum, full)))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rivals_are_the_cheapest_within_two_swaps(seed):
+    model = Interactions.of_fisher(random_fisher(4, seed))
+    best, count = frozenset([0, 2, 5]), 5
+
+    def swaps(chosen):
+        return [chosen - {i} | {j} for i in chosen for j in model._all if j not in chosen]
+
+    starts = [best, *sorted(swaps(best), key=model.kl)[:2]]
+    near = {s for start in starts for s in swaps(start)} - {best}
+    assert model.rivals(best, count) == [best, *sorted(near, key=model.kl)[: count - 1]]
+
+
+def by_point(costs):
+    return lambda sets: [comparison(sum(costs[p] for p in drops)) for drops in sets]
+
+
+@pytest.mark.parametrize(
+    ("costs", "n", "taken"),
+    [
+        ({a(0): 0.0995, a(1): 0.099, m(0): 0.0985}, 1, [a(1)]),  # the cheapest of those without MLPs
+        ({a(0): 0.05, a(1): 0.05, m(0): 0.0495}, 2, [a(0), a(1)]),  # all that there are without MLPs
+    ],
+)
+def test_which_sets_without_mlps_stand_against_those_with(costs, n, taken):
+    p = make_profile([costs[a(0)], costs[a(1)]], mlp=[costs[m(0)]])
+    choice = choose(p, budget("drop", n, [DROP]), by_point(costs), by_point(costs))
+    assert sorted((c.point for c in choice.dropped), key=lambda q: q.block) == taken
+
+
+def test_where_the_profile_is_wrong_about_one_block_all_others_still_go():
+    """The block that it thinks cheapest breaks every set of the front; rivals without it are found size by size."""
+    truth = {a(0): 1.0, a(1): 0.01, a(2): 0.01}
+    p = make_profile([0.01, 0.011, 0.012])
+    choice = choose(p, budget(value=0.045, strategies=[DROP]), by_point(truth), by_point(truth))
+    assert sorted(c.block for c in choice.dropped) == [1, 2] and choice.repaired == 0
+
+
+def test_accuracy_without_tasks_ranks_but_does_not_decide():
+    """Next-token accuracy says block 0 is harmless; measured whole, block 1 is."""
+    p = make_profile([0.2, 0.1], rank_by="accuracy")
+    rows = [r.model_copy(update={"accuracy_drop": lost}) for r, lost in zip(p.measurements, (0.0, 0.1), strict=True)]
+    p = p.model_copy(update={"measurements": rows})
+    choice = choose(p, budget("drop", 1, [DROP]), total([0.2, 0.1]), total([0.2, 0.1]))
+    assert [c.block for c in choice.dropped] == [1]
