@@ -307,3 +307,21 @@ def test_accuracy_without_tasks_ranks_but_does_not_decide():
     p = p.model_copy(update={"measurements": rows})
     choice = choose(p, budget("drop", 1, [DROP]), total([0.2, 0.1]), total([0.2, 0.1]))
     assert [c.block for c in choice.dropped] == [1]
+
+
+def test_with_compare_an_obvious_set_that_measures_best_is_the_plan(monkeypatch):
+    """The last two blocks cost nothing, whatever the profile says of them alone."""
+    truth = {a(i): 0.1 for i in range(10)} | {a(10): 0.001, a(11): 0.001}
+
+    def measured(lm, sets, *more):
+        return [comparison(sum(truth[p] for p in drops)) for drops in sets]
+
+    monkeypatch.setattr(planning, "measure_sets", measured)
+    lm = SimpleNamespace(module_paths=[f"layers.{i}" for i in range(12)], num_blocks=12)
+    p = make_profile([0.1 + 0.01 * i for i in range(12)])
+    for compare, dropped in ((True, [10, 11]), (False, [0, 1])):
+        held_out = planning.HeldOut([[[1, 2]]], p.verify_text)
+        plan, _, _ = planning.make_plan(  # type: ignore[arg-type]
+            lm, p, budget("drop", 2, [DROP]), [[[1, 2]]], held_out, p.provenance, compare=compare
+        )
+        assert plan.dropped == dropped
