@@ -325,3 +325,11 @@ def test_with_compare_an_obvious_set_that_measures_best_is_the_plan(monkeypatch)
             lm, p, budget("drop", 2, [DROP]), [[[1, 2]]], held_out, p.provenance, compare=compare
         )
         assert plan.dropped == dropped
+
+
+def test_where_nothing_fits_the_cheapest_is_named_whatever_it_drops():
+    """On the calibration text both single drops keep the budget, on the other neither does."""
+    calibrated, held_out = {a(0): 0.041, a(1): 0.5, m(0): 0.040}, {a(0): 0.052, a(1): 0.5, m(0): 0.06}
+    p = make_profile([0.041, 0.5], mlp=[0.040])
+    with pytest.raises(SpdError, match=r"block 0's MLP alone with block_drop, costs KL 0\.06 on held-out text"):
+        choose(p, budget(value=0.05, strategies=[DROP]), by_point(calibrated), by_point(held_out))
