@@ -106,3 +106,13 @@ def test_a_recipe_is_understood_or_refused(tmp_path, content):
         taken, refusal = {}, str(e)
         assert str(path) in refusal and "\n" not in refusal
     assert set(taken) <= {p.name for p in context.command.params}
+
+
+@pytest.mark.parametrize("content", [b"?", b"1: {}", b'"a\\nb": {}', b"2020-01-01: x"])
+def test_sections_of_any_name_are_told_in_one_sentence(tmp_path, content):
+    """Found by `make fuzz`: keys of YAML need not be strings."""
+    path = tmp_path / "r.yaml"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"has no section 'plan'; it has .+\.$") as e:
+        section(path, "plan", typer.Context(typer.main.get_command(app).commands["plan"]))
+    assert "\n" not in str(e.value)

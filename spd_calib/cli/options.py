@@ -46,7 +46,7 @@ def section(path: Path, command: str, ctx: typer.Context) -> dict[str, Any]:
     """The section `command` of a recipe. Raises InputError for a file or a key that cannot be used."""
     recipe = read_recipe(path)
     if command not in recipe:
-        raise InputError(f"{path} has no section {command!r}; it has {', '.join(recipe) or 'none'}.")
+        raise InputError(f"{path} has no section {command!r}; it has {', '.join(map(repr, recipe)) or 'none'}.")
     given = recipe[command] or {}
     known = {p.name for p in ctx.command.params if p.name not in (None, "recipe", "help")}
     values = {str(key).replace("-", "_"): value for key, value in given.items()}
