@@ -26,7 +26,7 @@ from spd_calib.formats.profile import Point, Profile
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.session import Session, open_session, versions
 from spd_calib.planning.budget import cost, describe
-from spd_calib.planning.plan import HeldOut, make_plan, measure_sets
+from spd_calib.planning.plan import HeldOutText, make_plan, measure_sets
 from spd_calib.sensitivity import profile as profiling
 from spd_calib.sensitivity.text import Text, TextOptions, load_text
 
@@ -64,11 +64,11 @@ def of_model(folder: Path, source: Path, length: int, budgets: int) -> dict:
     text = load_text(TextOptions(str(source), length, length // 2, 128, 256), session.tokenizer)
     verification, fresh, more = text.verification[:64], text.verification[64:192], text.verification[192:]
 
-    def further(times: int) -> HeldOut | None:
-        return HeldOut([more], text.verification_ref()) if times == 1 else None
+    def further(times: int) -> HeldOutText | None:
+        return HeldOutText([more], text.verification_ref()) if times == 1 else None
 
     def plan(profile: Profile, budget: Budget):
-        held_out = HeldOut([verification], text.verification_ref())
+        held_out = HeldOutText([verification], text.verification_ref())
         return make_plan(lm, profile, budget, [text.calibration], held_out, profile.provenance, BATCH, further=further)
 
     both = profile(session, lm, text, [DROP, PLAIN], ["attention", "mlp"])
@@ -133,7 +133,7 @@ def against_all_sets(length: int) -> list[dict]:
     points = [Point(block=m.block, sync_point=m.sync_point) for m in profiles[0].measurements]
     rows = []
     for n in (3, 4):
-        held_out = HeldOut([text.verification], text.verification_ref())
+        held_out = HeldOutText([text.verification], text.verification_ref())
         budget = Budget(kind="drop", value=n, strategies=[DROP])
         ours = [
             _kl_of(make_plan(lm, p, budget, [text.calibration], held_out, p.provenance, BATCH)[1], lm, other)

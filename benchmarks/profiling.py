@@ -28,6 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pandas
 import torch
+from budgets import MODELS
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from spd_calib.formats.common import Strategy
@@ -40,12 +41,6 @@ from spd_calib.sensitivity.profile import drops, experiments_of, profile
 from spd_calib.sensitivity.text import TextOptions, load_text
 from spd_calib.sensitivity.tiers import tiers
 
-ROOT = Path(__file__).resolve().parent.parent
-SHARED, DEMO = ROOT.parent / "shared", ROOT / "spd_calib" / "demo"
-TRAINED = {
-    "demo": (DEMO / "model", DEMO / "data/calibration.jsonl"),
-    "stories260k": (SHARED / "models/stories260k", SHARED / "data/tinystories-calibration.jsonl"),
-}
 VOCABULARY = 256
 DROP = [Strategy.BLOCK_DROP]
 BATCH = 16
@@ -301,7 +296,7 @@ def main() -> None:
     ):
         tokens = random_tokens(options.sequences // (2 if name.endswith("64") else 1), 32)
         row(name, 4, TensorParallelLM.simulated(model, 4), tokens, kinds, 0.1)
-    for (name, (folder, data)), tp, length in itertools.product(TRAINED.items(), (2, 4), (64, 128)):
+    for (name, (folder, data, _)), tp, length in itertools.product(MODELS.items(), (2, 4), (64, 128)):
         if not folder.exists():
             print(f"{folder} is not here: left out")
             continue

@@ -129,10 +129,11 @@ def test_a_csv_is_read_and_a_bad_one_refused(tmp_path):
         latency.load("h200")
 
 
-def hardware(shape: Shape, dense: float, dropped: float) -> Hardware:
-    def timing(seconds: float) -> Timing:
-        return Timing(median=seconds, p10=seconds, p90=seconds, repeats=3)
+def timing(seconds: float) -> Timing:
+    return Timing(median=seconds, p10=seconds, p90=seconds, repeats=3)
 
+
+def hardware(shape: Shape, dense: float, dropped: float) -> Hardware:
     return Hardware(
         model=ModelRef(
             id="m", architecture="L", num_blocks=shape.blocks, config_hash=HASH, weight_fingerprint=HASH

@@ -13,7 +13,7 @@ from spd_calib.formats.plan import CompensationFile, PlannedBlock
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.planning import latency
 from spd_calib.planning import plan as planning
-from spd_calib.planning.plan import HeldOut, make_plan, measure_sets
+from spd_calib.planning.plan import HeldOutText, make_plan, measure_sets
 from spd_calib.sensitivity.measure import Experiment, measure
 
 KEEP = Strategy.KEEP_SYNC
@@ -43,7 +43,7 @@ def profile(**changes):
 
 def made(b, p=None, **options):
     p = p or profile()
-    held_out = HeldOut([VERIFICATION], p.verify_text)
+    held_out = HeldOutText([VERIFICATION], p.verify_text)
     return make_plan(LM, p, b, [CALIBRATION], held_out, p.provenance, **options)  # type: ignore[arg-type]
 
 
@@ -68,7 +68,9 @@ def test_every_block_says_what_is_done_and_why(asked):
     assert plan.compensation is None and plan.recovered_from is None
 
 
-FURTHER = HeldOut([[[5, 6]] * 3], make_profile([0.1]).verify_text.model_copy(update={"first": 8, "sha256": "8" * 64}))
+FURTHER = HeldOutText(
+    [[[5, 6]] * 3], make_profile([0.1]).verify_text.model_copy(update={"first": 8, "sha256": "8" * 64})
+)
 
 
 @pytest.mark.parametrize("more", [True, False])

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiny
-from test_latency import hardware, machine
+from test_latency import hardware, machine, timing
 from test_plan_file import COSTS, asked, made  # noqa: F401
 from test_planning import DROP, a, budget, comparison, m, make_profile, total
-from test_planning_values import random_fisher
+from test_planning_values import by_point, random_fisher
 
 from spd_calib.errors import InputError, SpdError
 from spd_calib.formats.files import dumps
-from spd_calib.formats.hardware import Collective, Timing
+from spd_calib.formats.hardware import Collective
 from spd_calib.formats.hardware import Step as Timed
 from spd_calib.planning import latency
 from spd_calib.planning import plan as planning
@@ -170,10 +170,6 @@ def test_more_drops_than_there_are_save_nothing_more():
         model.drops_for(0.16, 5)
 
 
-def timing(seconds: float) -> Timing:
-    return Timing(median=seconds, p10=seconds, p90=seconds, repeats=3)
-
-
 def of_prefill(shape: Shape, seconds: float, batch: int = 2, tokens: int = 8):
     """Measured prefill steps; an all-reduce takes 1 us a byte."""
     rows = [Collective(method="all_reduce", ranks=2, bytes=b, seconds=timing(1e-6 * b)) for b in (1, 10**9)]
@@ -275,10 +271,6 @@ def test_rivals_are_the_cheapest_within_two_swaps(seed):
     assert model.rivals(best, count) == [best, *sorted(near, key=model.kl)[: count - 1]]
 
 
-def by_point(costs):
-    return lambda sets: [comparison(sum(costs[p] for p in drops)) for drops in sets]
-
-
 @pytest.mark.parametrize(
     ("costs", "n", "taken"),
     [
@@ -320,7 +312,7 @@ def test_with_compare_an_obvious_set_that_measures_best_is_the_plan(monkeypatch)
     lm = SimpleNamespace(module_paths=[f"layers.{i}" for i in range(12)], num_blocks=12)
     p = make_profile([0.1 + 0.01 * i for i in range(12)])
     for compare, dropped in ((True, [10, 11]), (False, [0, 1])):
-        held_out = planning.HeldOut([[[1, 2]]], p.verify_text)
+        held_out = planning.HeldOutText([[[1, 2]]], p.verify_text)
         plan, _, _ = planning.make_plan(  # type: ignore[arg-type]
             lm, p, budget("drop", 2, [DROP]), [[[1, 2]]], held_out, p.provenance, compare=compare
         )

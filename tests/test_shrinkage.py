@@ -67,8 +67,7 @@ def test_between_prediction_and_measurement_by_the_inverse_of_their_variances():
     kl, predicted, s = [[0.09, 0.11], [0.038, 0.042]], [0.1, 0.1], 0.1
     measured = {(0, 0): tally(kl[0]), (1, 2): tally(kl[1])}
     spread = [0.0002 / 0.1**2, 0.000008 / 0.04**2]  # variance of a sequence's KL over its square
-    v = sum(spread) / 2 if spread[0] == spread[1] else min(spread)  # torch's median of two is the lower
-    v *= (1 - 2 / 4) / 2
+    v = min(spread) * (1 - 2 / 4) / 2  # torch's median of two is the lower
     ratio = [math.log(0.1 / 0.1), math.log(0.04 / 0.1)]
     mu, tau2 = random_effects(torch.tensor(ratio).double(), torch.full((2,), v + s**2).double())
     own, prior = 1 / v, 1 / (s**2 + tau2.item())

@@ -87,7 +87,7 @@ def plan(
     from spd_calib.formats.files import check_writable, dumps, read, write_text
     from spd_calib.formats.profile import Profile
     from spd_calib.planning.front import front_of
-    from spd_calib.planning.plan import HeldOut, make_plan
+    from spd_calib.planning.plan import HeldOutText, make_plan
     from spd_calib.planning.search import candidates
     from spd_calib.report import tables
 
@@ -152,7 +152,7 @@ def plan(
             measured,
             budget,
             [text.calibration for text in texts],
-            HeldOut([text.verification for text in texts], measured.verify_text),
+            HeldOutText([text.verification for text in texts], measured.verify_text),
             provenance(made.seed, device, dtype),
             batch_size,
             lambda experiment, tally: work.step(),

@@ -171,20 +171,20 @@ def profile(
     )
     if journal.finished:
         say(f"going on from {journal.path}: {journal.finished} measurements are finished")
+    journals: list = [journal] if len(texts) == 1 else [journal.of_text(number) for number in range(len(texts))]
     batches = sum(-(-len(t.calibration) // batch_size) for t in texts)
     measurements: list = []
     fisher = alone = None
     if method == "fisher":
         with working("profile") as work:
             predicted = []
-            for number, text in enumerate(texts):
+            for text, own_journal in zip(texts, journals, strict=True):
 
                 def step(batches: int = -(-len(text.calibration) // batch_size)) -> None:
                     if work.done == work.total:  # a text, or the error found asks for another pass
                         work.expect(batches)
                     work.step()
 
-                own_journal = journal if len(texts) == 1 else journal.of_text(number)
                 target = target_stderr or TARGET_STDERR
                 predicted.append(predict(lm, text.calibration, kinds, target, batch_size, seed, step, own_journal))
             baseline, fisher = average_fisher(predicted)
@@ -213,7 +213,7 @@ def profile(
                     tick,
                     (lambda: suite.accuracy(lm, session.tokenizer, batch_size)) if suite and number == 0 else None,
                     kinds,
-                    journal if len(texts) == 1 else journal.of_text(number),
+                    journals[number],
                     confidence,
                     dense,
                 )

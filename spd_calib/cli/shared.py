@@ -9,7 +9,7 @@ from spd_calib.formats.plan import Budget
 from spd_calib.formats.profile import Profile
 from spd_calib.parallel.session import Session
 from spd_calib.planning.budget import blocks, fraction
-from spd_calib.planning.plan import HeldOut
+from spd_calib.planning.plan import HeldOutText
 from spd_calib.report.table import nats
 from spd_calib.sensitivity.metrics import Tally
 from spd_calib.sensitivity.profile import Trial
@@ -65,12 +65,12 @@ def _reload(session: Session, calibration: TextRef, verification: TextRef) -> Te
     return text
 
 
-def further_texts(session: Session, texts: Sequence[Text], times: int) -> HeldOut | None:
+def further_texts(session: Session, texts: Sequence[Text], times: int) -> HeldOutText | None:
     """The `times`-th further lot to verify on, of every text; None where one of them is at its end."""
     lots = [lot for text in texts if (lot := further(text, times, session.tokenizer))]
     if len(lots) < len(texts):
         return None
-    return HeldOut([lot.verification for lot in lots], joint_ref([lot.verification_ref() for lot in lots]))
+    return HeldOutText([lot.verification for lot in lots], joint_ref([lot.verification_ref() for lot in lots]))
 
 
 def resolve_data(data: str) -> str:

@@ -23,7 +23,7 @@ RECOVERY: dict[str, Literal["distillation", "grouping+distillation"]] = {
 }
 
 
-class HeldOut(NamedTuple):
+class HeldOutText(NamedTuple):
     """Token ids to verify on, of each of the profile's texts, and what names them in a file."""
 
     texts: Sequence[Sequences]
@@ -35,7 +35,7 @@ def make_plan(
     profile: Profile,
     budget: Budget,
     texts: Sequence[Sequences],
-    held_out: HeldOut,
+    held_out: HeldOutText,
     provenance: Provenance,
     batch_size: int = 8,
     tick: Tick = lambda experiment, tally: None,
@@ -45,7 +45,7 @@ def make_plan(
     compensation: CompensationFile | None = None,
     tasks: tuple[TaskLoss, TaskLoss] | None = None,
     expect: Callable[[int], None] = lambda ticks: None,
-    further: Callable[[int], HeldOut | None] = lambda times: None,
+    further: Callable[[int], HeldOutText | None] = lambda times: None,
 ) -> tuple[Plan, Choice, dict[str, Comparison]]:
     """Choose, verify and, where needed, repair. Raises SpdError where the budget cannot be met.
 

@@ -7,7 +7,6 @@ KL drives the search, whatever the budget: it is the least noisy measure, and th
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from spd_calib.errors import InputError, SpdError
 from spd_calib.formats.common import Strategy
@@ -109,21 +108,20 @@ class Search:
         self.rankings = [self.indices([c.point for c in self.ranked[:n]]) for n in range(len(self.ranked) + 1)]
         attention = [c.point for c in self.ranked if c.point.sync_point == "attention"]
         self.attention = self.indices(attention)
-        self.without_mlp = self.model.restricted(attention) if 0 < len(attention) < len(self.ranked) else None
+        self.views = [(self.model, self.front, [c.point for c in self.ranked])]  # a model, its front, its points ranked
+        if 0 < len(attention) < len(self.ranked):
+            without_mlps = self.model.restricted(attention)
+            self.views.append((without_mlps, without_mlps.front(), attention))
 
     def few(self, n: int) -> list[Set]:
         """The sets of n worth measuring: the best few of the model and the profile's ranking, of both kinds of sync
         points and of the attention's alone: so no plan over both is worse than the one over the attention's."""
-        sets = [*self.model.rivals(self.front[n], RIVALS), self.rankings[n]]
-        if self.without_mlp and n <= len(self.attention):
-            best = self._without_mlp_front[n]
-            sets += [self.indices(self.without_mlp.points_of(s)) for s in self.without_mlp.rivals(best, RIVALS)]
-            sets.append(self.indices([c.point for c in self.ranked if c.point.sync_point == "attention"][:n]))
+        sets = []
+        for model, front, ranked in self.views:
+            if n <= len(ranked):
+                sets += [self.indices(model.points_of(s)) for s in model.rivals(front[n], RIVALS)]
+                sets.append(self.indices(ranked[:n]))
         return list(dict.fromkeys(sets))
-
-    @cached_property
-    def _without_mlp_front(self) -> list[Set]:
-        return self.without_mlp.front() if self.without_mlp else []
 
     def measure(self, sets: Sequence[Set]) -> list[Comparison]:
         """On the calibration text, each set once."""
@@ -201,15 +199,16 @@ def choose(
     chosen = best(largest)
     while largest < len(search.ranked) and kept(budget, search.measure([larger := best(largest + 1)])[0], certain=True):
         largest, chosen = largest + 1, larger
-    n, simple = largest, True
+    n = largest
     while n > 0:
         verified = verify([search.drops(chosen)])[0]
         if kept(budget, verified):
             return search.choice(chosen, verified, largest - n)
-        if not simple or chosen == best(n, simple=False):
+        cheapest = best(n, simple=False)  # from here on MLPs are dropped wherever that is cheaper
+        if chosen == cheapest:
             n = _smaller(search, budget, chosen, verified)
-        simple = False  # from here on MLPs are dropped wherever that is cheaper
-        chosen = best(n, simple)
+            cheapest = best(n, simple=False)
+        chosen = cheapest
         if n:
             spent()
     least = best(1, simple=False)

@@ -118,7 +118,7 @@ def fisher(
     q = d[..., : len(points)].pow(2).mean(0) / 2
     factor, left = factors(q, tokens, measured, error)
     of_point = dict(zip(points, factor.sqrt().tolist(), strict=True))
-    scale = torch.tensor([math.prod(of_point.get(p, 1.0) for p in t) ** (1 / len(t)) for t in terms]).double()
+    scale = torch.tensor([math.prod(of_point[p] for p in t) ** (1 / len(t)) for t in terms]).double()
     matrix, stderr = (m * scale[:, None] * scale for m in interactions(d, tokens))
     own = range(len(points))
     stderr[own, own] = (stderr[own, own] ** 2 + matrix[own, own] ** 2 * left).sqrt()
@@ -128,7 +128,7 @@ def fisher(
         matrix=[[_short(matrix[i, j]) for j in rows[i:]] for i in rows],
         stderr=[[_short(stderr[i, j]) for j in rows[i:]] for i in rows],
         samples=len(d),
-        sampling_error=_short(torch.tensor(error)),
+        sampling_error=_short(error),
         measured=_measured(points, measured, q.sum(0) / tokens.sum()),
     )
 
@@ -147,8 +147,8 @@ def _measured(points: Sequence[Point], measured: Dropped, predicted: Tensor) -> 
         rows.append(
             MeasuredPoint(
                 point=points[i],
-                kl=_short(torch.tensor(found.kl)),
-                kl_stderr=_short(torch.tensor(found.kl_stderr)),
+                kl=_short(found.kl),
+                kl_stderr=_short(found.kl_stderr),
                 sequences=found.sequences,
                 second_order=_short(predicted[i]),
             )
@@ -333,6 +333,6 @@ def _signed_root(p: Tensor, generator: torch.Generator) -> Tensor:
     return root - p * root.sum(-1, keepdim=True)
 
 
-def _short(value: Tensor) -> float:
+def _short(value: Tensor | float) -> float:
     """Six digits: a file of many entries stays readable, and small."""
-    return float(f"{value.item():.6g}")
+    return float(f"{float(value):.6g}")

@@ -32,11 +32,11 @@ def factors(q: Tensor, tokens: Tensor, measured: Dropped, sampling_error: float)
     """
     predicted = q.sum(0) / tokens.sum()
     result, left = torch.ones_like(predicted), torch.zeros_like(predicted)
+    some = predicted > NOISE
     index, ratios, shares, spreads, trusted = [], [], [], [], []
     for i, (rows, tally) in sorted(joined(measured).items()):
         kl = tally.kl()
-        if len(rows) > 1 and kl > NOISE and predicted[i] > NOISE:
-            some = predicted > NOISE
+        if len(rows) > 1 and kl > NOISE and some[i]:
             harder = (q[rows].sum(0)[some] / tokens[rows].sum() / predicted[some]).mean().item()
             of_sequence = torch.stack(tally.sums)[:, FIELDS.index("kl")] / torch.tensor(tally.tokens)
             index.append(i)
