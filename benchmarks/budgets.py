@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import random
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,14 +21,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from spd_calib.errors import SpdError
-from spd_calib.formats.common import Provenance, Strategy, TensorParallel
+from spd_calib.formats.common import Provenance, TensorParallel
+from spd_calib.formats.drops import Drops, Point, Strategy
 from spd_calib.formats.plan import Budget
-from spd_calib.formats.profile import Point, Profile
-from spd_calib.parallel.model import TensorParallelLM
+from spd_calib.formats.profile import Profile
 from spd_calib.parallel.session import Session, open_session, versions
 from spd_calib.planning.budget import cost, describe
-from spd_calib.planning.plan import HeldOutText, make_plan, measure_sets
+from spd_calib.planning.plan import Planned, make_plan
+from spd_calib.planning.whole_plans import Calibration, HeldOut, Round, measure_plans
 from spd_calib.sensitivity import profile as profiling
+from spd_calib.sensitivity.measure import Subject
 from spd_calib.sensitivity.text import Text, TextOptions, load_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,18 +63,11 @@ def main() -> None:
 
 def of_model(folder: Path, source: Path, length: int, budgets: int) -> dict:
     session = open_session(str(folder), TP)
-    lm = session.load()
+    subject = Subject(session.load())
     text = load_text(TextOptions(str(source), length, length // 2, 128, 256), session.tokenizer)
     verification, fresh, more = text.verification[:64], text.verification[64:192], text.verification[192:]
-
-    def further(times: int) -> HeldOutText | None:
-        return HeldOutText([more], text.verification_ref()) if times == 1 else None
-
-    def plan(profile: Profile, budget: Budget):
-        held_out = HeldOutText([verification], text.verification_ref())
-        return make_plan(lm, profile, budget, [text.calibration], held_out, profile.provenance, BATCH, further=further)
-
-    both = profile(session, lm, text, [DROP, PLAIN], ["attention", "mlp"])
+    rounds = [Round([part], text.verification_ref()) for part in (verification, more)]
+    both = profile(session, subject, text, [DROP, PLAIN], ["attention", "mlp"])
     dice, rows = random.Random(0), []
     for i in range(budgets):
         kind = list(KINDS)[i % len(KINDS)]
@@ -79,39 +75,51 @@ def of_model(folder: Path, source: Path, length: int, budgets: int) -> dict:
         budget = Budget(kind=kind, value=low * (high / low) ** dice.random(), strategies=[DROP, PLAIN])
         row = {"budget": describe(budget), "kind": kind, "value": budget.value}
         try:
-            planned, choice, _ = plan(both, budget)
+            planned = plan(subject, both, budget, text, rounds)
         except SpdError as e:
             row |= {"refused": str(e)}
         else:
-            drops = {c.point: c.strategy for c in choice.dropped}
-            other = measure_sets(lm, [drops], fresh, BATCH, lambda i, tally: None)[0]
+            choice, found = planned.choice, planned.plan.verified
+            other = measure_plans([choice.drops], [fresh], subject=subject, batch_size=BATCH)[0]
             row |= {
-                "dropped": len(choice.dropped), "repaired": choice.repaired, "seen": planned.verified.seen,
-                "verified": (verified := cost(budget, planned.verified)), "verified_kept": verified <= budget.value,
+                "dropped": len(choice.drops), "given_back": choice.given_back, "reused": found.reused,
+                "verified": (verified := cost(budget, found)), "verified_kept": verified <= budget.value,
                 "fresh": cost(budget, other), "fresh_kept": cost(budget, other) <= budget.value,
             }  # fmt: skip
         rows.append(row)
         print(json.dumps(row), flush=True)
     found = [r for r in rows if "refused" not in r]
-    profiles = [profile(session, lm, text, [DROP], kinds) for kinds in (["attention", "mlp"], ["attention"])]
+    profiles = [profile(session, subject, text, [DROP], kinds) for kinds in (["attention", "mlp"], ["attention"])]
     by_drops = []
-    for n in range(1, lm.num_blocks + 1):
-        kl = [_kl_of(plan(p, Budget(kind="drop", value=n, strategies=[DROP]))[1], lm, fresh) for p in profiles]
+    for n in range(1, subject.lm.num_blocks + 1):
+        budget = Budget(kind="drop", value=n, strategies=[DROP])
+        kl = [_kl_of(plan(subject, p, budget, text, rounds), subject, fresh) for p in profiles]
         by_drops.append({"drops": n, "both_kinds": kl[0], "attention_only": kl[1], "ratio": kl[0] / kl[1]})
         print(json.dumps(by_drops[-1]), flush=True)
     return {
         "tp": TP, "budgets": rows, "plans": len(found), "refused": len(rows) - len(found),
         "verified_within_budget": sum(r["verified_kept"] for r in found),
         "fresh_within_budget": sum(r["fresh_kept"] for r in found),
-        "verified_on_text_that_chose": sum(r["seen"] for r in found),
-        "repaired": sum(r["repaired"] > 0 for r in found), "by_drops": by_drops,
+        "verified_on_text_that_chose": sum(r["reused"] for r in found),
+        "repaired": sum(r["given_back"] > 0 for r in found), "by_drops": by_drops,
     }  # fmt: skip
 
 
-def profile(session: Session, lm: TensorParallelLM, text: Text, strategies: list, kinds: list) -> Profile:
-    baseline, measurements, _ = profiling.profile(
-        lm, text.calibration, "single", strategies, BATCH, lambda i, tally: None, sync_points=kinds
+def plan(subject: Subject, profile: Profile, budget: Budget, text: Text, rounds: list[Round]) -> Planned:
+    measure = partial(measure_plans, subject=subject, batch_size=BATCH)
+    return make_plan(
+        profile,
+        budget,
+        calibration=Calibration(partial(measure, texts=[text.calibration])),
+        held_out=HeldOut(rounds, measure=measure),
+        module_paths=subject.lm.module_paths,
+        provenance=profile.provenance,
     )
+
+
+def profile(session: Session, subject: Subject, text: Text, strategies: list, kinds: list) -> Profile:
+    rows = list(profiling.experiments("single", strategies, num_blocks=subject.lm.num_blocks, sync_points=kinds))
+    baseline, measurements, _ = profiling.profile(subject, text.calibration, rows=rows, batch_size=BATCH)
     made = Provenance(command="benchmarks/budgets.py", seed=0, device="cpu", dtype="float32", versions=versions())
     return Profile(
         model=session.ref, tensor_parallel=TensorParallel(size=TP), method="single", rank_by="kl",
@@ -124,25 +132,21 @@ def against_all_sets(length: int) -> list[dict]:
     """stories260k, planned on its calibration text; on other text the plans' ratio and that of the best of all sets."""
     folder, source, _ = MODELS["stories260k"]
     session = open_session(str(folder), TP)
-    lm = session.load()
+    subject = Subject(session.load())
     text = load_text(TextOptions(str(source), length, length, 128, 64), session.tokenizer)
     other = load_text(
         TextOptions(str(SHARED / "data/tinystories-eval.jsonl"), length, length, 128, 16), session.tokenizer
     ).calibration
-    profiles = [profile(session, lm, text, [DROP], kinds) for kinds in (["attention", "mlp"], ["attention"])]
-    points = [Point(block=m.block, sync_point=m.sync_point) for m in profiles[0].measurements]
-    rows = []
+    profiles = [profile(session, subject, text, [DROP], kinds) for kinds in (["attention", "mlp"], ["attention"])]
+    points = [Point(m.block, m.sync_point) for m in profiles[0].measurements]
+    rounds, rows = [Round([text.verification], text.verification_ref())], []
     for n in (3, 4):
-        held_out = HeldOutText([text.verification], text.verification_ref())
         budget = Budget(kind="drop", value=n, strategies=[DROP])
-        ours = [
-            _kl_of(make_plan(lm, p, budget, [text.calibration], held_out, p.provenance, BATCH)[1], lm, other)
-            for p in profiles
-        ]
-        sets = list(itertools.combinations(points, n))
-        measured = measure_sets(lm, [dict.fromkeys(s, DROP) for s in sets], other, BATCH, lambda i, tally: None)
-        kl = {s: m.kl for s, m in zip(sets, measured, strict=True)}
-        of_attention = min(v for s, v in kl.items() if all(p.sync_point == "attention" for p in s))
+        ours = [_kl_of(plan(subject, p, budget, text, rounds), subject, other) for p in profiles]
+        sets = [Drops.of(dict.fromkeys(some, DROP)) for some in itertools.combinations(points, n)]
+        measured = measure_plans(sets, [other], subject=subject, batch_size=BATCH)
+        kl = {drops: m.kl for drops, m in zip(sets, measured, strict=True)}
+        of_attention = min(v for drops, v in kl.items() if not drops.requires_mlp_drop)
         rows.append(
             {"tokens": length, "sequences": len(other), "drops": n, "both_kinds": ours[0], "attention_only": ours[1],
              "ratio": ours[0] / ours[1], "ratio_of_the_best_sets": min(kl.values()) / of_attention}
@@ -151,9 +155,8 @@ def against_all_sets(length: int) -> list[dict]:
     return rows
 
 
-def _kl_of(choice, lm, sequences) -> float:
-    drops: dict[Point, Strategy] = {c.point: c.strategy for c in choice.dropped}
-    return measure_sets(lm, [drops], sequences, BATCH, lambda i, tally: None)[0].kl
+def _kl_of(planned: Planned, subject: Subject, sequences: list[list[int]]) -> float:
+    return measure_plans([planned.choice.drops], [sequences], subject=subject, batch_size=BATCH)[0].kl
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ def signals(usual: Usual, number: signal.Signals, count: int, timed: int, dice: 
         prepare(out, command, old)
         end = run(command.line(out), out, usual.work / "try.log", k, number, t)
         if command.name == "bench":
-            wait_for_ranks(out, found)
+            wait_for_ranks(usual.work, found)
         judge(usual, old, found, end, (130,) if number == signal.SIGINT else (-number,))
         again(usual, found)
     return found
@@ -217,10 +217,10 @@ def while_measuring(usual: Usual, times: int, dice: random.Random) -> Found:
     return found
 
 
-def wait_for_ranks(out: Path, found: Found, seconds: float = 15) -> None:
-    """The ranks that a bench started must end with it."""
+def wait_for_ranks(work: Path, found: Found, seconds: float = 15) -> None:
+    """The ranks that a bench started must end with it; their command lines name a file below `work`."""
     end = time.monotonic() + seconds
-    while ranks := processes_naming(str(out)):
+    while ranks := processes_naming(str(work)):
         if time.monotonic() > end:
             found.wrong.append(f"{len(ranks)} ranks still run {seconds:.0f} s later")
             for pid in ranks:

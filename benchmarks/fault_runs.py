@@ -68,6 +68,7 @@ def _child(
     code = 99
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        tempfile.tempdir = str(out.parent)  # where a bench puts what its ranks read: they are found by it
         os.dup2(said, 2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115

@@ -181,7 +181,7 @@ What was done:
   torchrun, says one sentence). No process may be left.
 
 `diff`, `generate`, `check` and `lm-eval` write no file of their own. NaN and Inf in weights and logits are tried by
-`tests/test_not_finite.py`: every command names the block where they first appear.
+`tests/test_nonfinite.py`: every command names the block where they first appear.
 
 Found by such tries, and mended: a full disk ended with exit code 2, as if the input were wrong; the state of a
 recovery killed as it began was refused afterwards, and two recoveries could share it; an interrupt went without a

@@ -21,7 +21,10 @@ from spd_calib.errors import InputError
 from spd_calib.formats.files import read
 from spd_calib.formats.hardware import Hardware
 from spd_calib.parallel.session import versions
-from spd_calib.planning.latency import Shape, Step, as_measured, held_against, load, on_machine, shipped
+from spd_calib.planning.latency import Step
+from spd_calib.planning.machine_latency import as_measured, held_against, on_machine
+from spd_calib.planning.machine_tables import load, shipped
+from spd_calib.planning.model_sizes import ModelSizes
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA2_70B = {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
@@ -38,11 +41,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
     with torch.device("meta"):
-        shape = Shape.of(AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA2_70B)))
+        sizes = ModelSizes.of(AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA2_70B)))
     rows = []
     for name in shipped():
         for step in STEPS:
-            model = on_machine(load(name), shape, 8, step)
+            model = on_machine(load(name), sizes, tp=8, step=step)
             rows.append({
                 "hardware": name, "phase": step.phase, "batch": step.batch, "context": step.context,
                 "dense_ms": 1e3 * model.seconds(0), "attention_saved": model.saved(80),
@@ -71,11 +74,11 @@ def measured(rounds: int) -> dict:
         hardware = read(Hardware, folder / "hardware.json")
     from spd_calib.demo.assets import model_dir
 
-    shape = Shape.of(AutoModelForCausalLM.from_pretrained(model_dir()))
+    sizes = ModelSizes.of(AutoModelForCausalLM.from_pretrained(model_dir()))
     rows = []
     for step in STEPS:
         try:
-            model = as_measured(hardware, shape, step.phase, "hardware.json")
+            model = as_measured(hardware, sizes, phase=step.phase, name="hardware.json")
         except InputError as e:  # on a noisy machine a sum timed alone can take longer than one within a step
             rows.append({"phase": step.phase, "refused": str(e)})
             print(json.dumps(rows[-1]))

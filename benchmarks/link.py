@@ -53,15 +53,15 @@ def rank_main(
     import torch.distributed as dist
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from spd_calib.formats.common import Strategy
-    from spd_calib.parallel.comm import GATHERED_AT_MOST, Distributed
+    from spd_calib.formats.drops import Drops, Point, Strategy
+    from spd_calib.parallel.comm import GATHERED_AT_MOST, DistributedComm
     from spd_calib.parallel.model import TensorParallelLM
 
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     dist.init_process_group("gloo", init_method=f"tcp://{address}:{PORT}", rank=rank, world_size=2,
                             timeout=timedelta(minutes=2))  # fmt: skip
-    comm = Distributed()
+    comm = DistributedComm()
     torch.manual_seed(0)
     lm = TensorParallelLM(LlamaForCausalLM(LlamaConfig(**SHAPE)).eval(), comm)
     prompt = torch.arange(16)[None]
@@ -81,15 +81,15 @@ def rank_main(
         """Seconds of each token, and its all-reduces."""
         comm.gathered_at_most = ways[way]
         dropped = {int(i * 100 / share) for i in range(lm.num_blocks * share // 100)} if share else set()
-        lm.set_strategies([Strategy.BLOCK_DROP if i in dropped else Strategy.KEEP_SYNC for i in range(lm.num_blocks)])
-        out: Any = lm.model(input_ids=prompt, use_cache=True, logits_to_keep=1)
         seconds, counts = [], []
-        for turn in range(tokens + 1):  # the first is to warm up
-            token, before, begun = out.logits[:, -1:].argmax(-1), comm.all_reduces, time.perf_counter()
-            out = lm.model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
-            if turn:
-                seconds.append(time.perf_counter() - begun)
-                counts.append(comm.all_reduces - before)
+        with lm.running(Drops.of({Point(i, "attention"): Strategy.BLOCK_DROP for i in dropped})):
+            out: Any = lm.model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+            for turn in range(tokens + 1):  # the first is to warm up
+                token, before, begun = out.logits[:, -1:].argmax(-1), comm.all_reduces, time.perf_counter()
+                out = lm.model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+                if turn:
+                    seconds.append(time.perf_counter() - begun)
+                    counts.append(comm.all_reduces - before)
         return seconds, counts
 
     def add_up(way: str, floats: int) -> list[float]:

@@ -1,4 +1,4 @@
-"""Which changes of the code would the tests not notice? mutmut over parallel/, planning/ and the metrics.
+"""Which changes of the code would the tests not notice? mutmut over parallel/, planning/, the metrics and the drops.
 
     make mutation                                  # EVERY=1: every mutant; 2: every second, ... (an hour on one core)
     .venv/bin/python benchmarks/mutation.py --lived    # those of the record that lived, once more: after new tests
@@ -91,9 +91,13 @@ def metas() -> list[tuple[str, dict[str, int | None]]]:
 
 
 def keep(tried: set[str], every: int, again: bool) -> None:
-    """Add what was found to the record: in place of a module's earlier result, or, tried `again`, within it."""
+    """Add what was found to the record: in place of a module's earlier result, or, tried `again`, within it.
+
+    What is recorded of modules that are gone is left out.
+    """
     path = KEPT / "record.json"
     record = json.loads(path.read_text()) if path.exists() else {"modules": {}}
+    record["modules"] = {module: found for module, found in record["modules"].items() if (ROOT / module).is_file()}
     for module, exits in metas():
         mine = {name: code for name, code in exits.items() if name in tried and code is not None}
         if mine:

@@ -31,18 +31,19 @@ import torch
 from budgets import MODELS
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
 
-from spd_calib.formats.common import Strategy
+from spd_calib.formats.drops import Strategy, Sublayer
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.session import open_session, versions
-from spd_calib.sensitivity.fisher import fisher
-from spd_calib.sensitivity.measure import batches
+from spd_calib.sensitivity.fisher import predict
+from spd_calib.sensitivity.measure import Subject, batches
 from spd_calib.sensitivity.metrics import Tally, token_metrics
-from spd_calib.sensitivity.profile import drops, experiments_of, profile
+from spd_calib.sensitivity.profile import Experiment, experiments, profile
 from spd_calib.sensitivity.text import TextOptions, load_text
 from spd_calib.sensitivity.tiers import tiers
 
 VOCABULARY = 256
-DROP = [Strategy.BLOCK_DROP]
+ATTENTION: list[Sublayer] = ["attention"]
+BOTH: list[Sublayer] = ["attention", "mlp"]
 BATCH = 16
 
 
@@ -100,21 +101,24 @@ def random_tokens(sequences: int, length: int, vocabulary: int = VOCABULARY) -> 
     return torch.randint(0, vocabulary, (sequences, length), generator=generator).tolist()
 
 
-def by_hand(lm: TensorParallelLM, sequences: list[list[int]], kinds: list, batch: int) -> list[float]:
+def block_drops(lm: TensorParallelLM, kinds: list[Sublayer] = ATTENTION) -> list[Experiment]:
+    """Every sync point of these kinds dropped alone, by block_drop."""
+    return list(experiments("single", [Strategy.BLOCK_DROP], num_blocks=lm.num_blocks, sync_points=kinds))
+
+
+def by_hand(lm: TensorParallelLM, sequences: list[list[int]], kinds: list[Sublayer], batch: int) -> list[float]:
     """KL of each candidate. Sequences of one length, or else metrics a row."""
-    experiments = experiments_of(list(drops("single", DROP, lm.num_blocks, kinds)), lm.num_blocks)
-    tallies = [Tally() for _ in experiments]
+    rows = block_drops(lm, kinds)
+    tallies = [Tally() for _ in rows]
     for input_ids, lengths in batches(sequences, batch, lm.device):
-        lm.keep_all()
         dense = lm(input_ids)
-        for experiment, tally in zip(experiments, tallies, strict=True):
-            lm.set_strategies(experiment.attention, experiment.mlp)
-            logits = lm(input_ids)
-            for row, length in enumerate(lengths):
-                found, _ = token_metrics(dense[row, : length - 1], logits[row, : length - 1], input_ids[row, 1:length])
+        for row, tally in zip(rows, tallies, strict=True):
+            with lm.running(row.drops):
+                logits = lm(input_ids)
+            for i, length in enumerate(lengths):
+                found, _ = token_metrics(dense[i, : length - 1], logits[i, : length - 1], input_ids[i, 1:length])
                 tally.sums.append(found.sum(0))
                 tally.tokens.append(length - 1)
-    lm.keep_all()
     return [tally.kl() for tally in tallies]
 
 
@@ -124,17 +128,18 @@ def timed(run: Callable) -> tuple[float, object]:
     return time.process_time() - start, found
 
 
-def compare(lm: TensorParallelLM, sequences: list[list[int]], kinds: list, target: float, batch: int) -> dict:
+def compare(lm: TensorParallelLM, sequences: list[list[int]], kinds: list[Sublayer], target: float, batch: int) -> dict:
     def single(confidence: float | None = None) -> list:
-        return profile(
-            lm, sequences, "single", DROP, batch, lambda i, t: None, sync_points=kinds, confidence=confidence
-        )[1]
+        rows = block_drops(lm, kinds)
+        return profile(Subject(lm), sequences, rows=rows, batch_size=batch, confidence=confidence)[1]
 
     by_hand(lm, sequences[:batch], kinds, batch)  # warm
     hand_seconds, hand = timed(lambda: by_hand(lm, sequences, kinds, batch))
     single_seconds, rows = timed(single)
     early_seconds, early = timed(lambda: single(0.95))
-    fisher_seconds, (_, predicted) = timed(lambda: fisher(lm, sequences, kinds, target, batch))
+    fisher_seconds, (_, predicted) = timed(
+        lambda: predict(lm, sequences, sync_points=kinds, target_stderr=target, batch_size=batch)
+    )
     points = {
         (term[0].block, term[0].sync_point): predicted.of(term[0])[0] for term in predicted.terms if len(term) == 1
     }
@@ -178,7 +183,7 @@ def share_of_floor(blocks: int, width: int, tp: int, sequences: int, length: int
     head = 2 * width * VOCABULARY
     passes = blocks + sum(blocks - first for first in range(blocks))
     flops = sequences * length * (passes * block + (1 + blocks) * head)
-    seconds, _ = timed(lambda: profile(lm, text, "single", DROP, sequences, lambda i, t: None))
+    seconds, _ = timed(lambda: profile(Subject(lm), text, rows=block_drops(lm), batch_size=sequences))
     return {
         "blocks": blocks,
         "width": width,
@@ -205,7 +210,7 @@ def _grown(connection, what: str, blocks: int, width: int, vocabulary: int) -> N
         for input_ids, _ in batches(sequences, BATCH, torch.device("cpu")):
             forward(input_ids)
     else:
-        profile(lm, sequences, "single", DROP, BATCH, lambda i, t: None)
+        profile(Subject(lm), sequences, rows=block_drops(lm), batch_size=BATCH)
     connection.send(_status("VmHWM") - before)
 
 
@@ -284,15 +289,15 @@ def main() -> None:
     torch.set_num_threads(1)
     done: dict = {"versions": versions(), "models": []}
 
-    def row(name: str, tp: int, lm: TensorParallelLM, sequences: list[list[int]], kinds: list, target: float) -> None:
+    def row(name: str, tp: int, lm: TensorParallelLM, sequences: list, kinds: list, target: float) -> None:
         rows = compare(lm, sequences, kinds, target, BATCH)
         done["models"].append({"model": name, "blocks": lm.num_blocks, "tp": tp, **rows})
         print(done["models"][-1], flush=True)
 
     for name, model, kinds in (
-        ("random Llama, width 128", random_llama(24, 128), ["attention"]),
-        ("random Llama, width 64", random_llama(80, 64), ["attention"]),
-        ("random OPT, width 64", random_opt(8, 64), ["attention", "mlp"]),
+        ("random Llama, width 128", random_llama(24, 128), ATTENTION),
+        ("random Llama, width 64", random_llama(80, 64), ATTENTION),
+        ("random OPT, width 64", random_opt(8, 64), BOTH),
     ):
         tokens = random_tokens(options.sequences // (2 if name.endswith("64") else 1), 32)
         row(name, 4, TensorParallelLM.simulated(model, 4), tokens, kinds, 0.1)
@@ -304,7 +309,7 @@ def main() -> None:
         count = 2 * options.sequences * 64 // length
         text = load_text(TextOptions(str(data), length, length // 2, count, 8), session.tokenizer)
         name = f"{name}, {length} tokens a sequence"
-        row(name, tp, session.load(), text.calibration, ["attention", "mlp"], 0.08)
+        row(name, tp, session.load(), text.calibration, BOTH, 0.08)
     for name, run in (
         ("floor", lambda: [share_of_floor(4, 1024, tp, 8, 128) for tp in (2, 4)]),
         ("memory", lambda: [memory(24, 256, VOCABULARY), memory(24, 256, 32000)]),

@@ -22,22 +22,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from spd_calib.formats.common import Strategy
+from spd_calib.formats.drops import Drops, Point, Strategy
 from spd_calib.models.load import load_dense, load_tokenizer, locate, read_config
 from spd_calib.parallel.session import versions
-from spd_calib.recovery import costs
 from spd_calib.recovery.distillation import Schedule
-from spd_calib.recovery.planned import HeldOut, PlannedModel
-from spd_calib.recovery.recover import Method, Options, recover
+from spd_calib.recovery.held_out import HeldOut
+from spd_calib.recovery.options import RecoveryMethod, RecoveryOptions
+from spd_calib.recovery.planned_model import PlannedModel
+from spd_calib.recovery.recover import recover
 from spd_calib.sensitivity.text import TextOptions, load_text
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 RESULTS = ROOT / "results" / "recovery"
 CACHE = ROOT / "build" / "recovery"
-DROP, KEEP = Strategy.BLOCK_DROP, Strategy.KEEP_SYNC
-CLOSED: tuple[Method, ...] = ("grouping", "compensation")
-METHODS: dict[str, tuple[tuple[Method, ...], int | None]] = {  # what is done, and the predictor's greatest rank
+CLOSED: tuple[RecoveryMethod, ...] = ("grouping", "compensation")
+METHODS: dict[str, tuple[tuple[RecoveryMethod, ...], int | None]] = {  # what is done, and the predictor's greatest rank
     "grouping": (("grouping",), None),
     "mean": (("compensation",), 0),
     "full predictor": (("compensation",), None),
@@ -114,37 +114,48 @@ def one(args: argparse.Namespace, method: str) -> dict:
     source = locate(str(folder))
     config = read_config(source)
     tokenizer = load_tokenizer(source)
-    model_of = load_dense(source, config, "cpu", "float32")
-    blocks = config.num_hidden_layers
-    dropped = range(blocks) if args.drop is None else args.drop
-    model = PlannedModel(model_of, args.tp, [DROP if b in dropped else KEEP for b in range(blocks)], [KEEP] * blocks)
+    dense = load_dense(source, config, device="cpu", dtype="float32")
+    dropped = range(config.num_hidden_layers) if args.drop is None else args.drop
+    drops = Drops.of({Point(b, "attention"): Strategy.BLOCK_DROP for b in dropped})
+    model = PlannedModel(dense, args.tp, drops)
     text = load_text(TextOptions(str(fit), args.seq_len, args.seq_len // 4, args.samples, args.judge), tokenizer)
     other = load_text(TextOptions(str(measured), args.seq_len, args.seq_len // 2, args.eval, 1), tokenizer)
-    held = HeldOut(model, other.calibration, args.batch)
+    held = HeldOut(model, other.calibration, batch_size=args.batch)
     as_is, began, cpu = held.measure().comparison(), time.monotonic(), time.process_time()
     attempts: list = []
     if method != "as is":
         what, max_rank = METHODS[method]
         report = recover(
-            model, text.calibration, text.verification, dict.fromkeys(model.students, "extremely sensitive"),
-            Options(
-                what, max_rank, args.exchange, own_inputs=not args.dense_inputs, batch_size=args.batch,
-                block_schedule=Schedule(args.steps), whole_schedule=Schedule(args.final_steps),
+            model, fitting=text.calibration, held_out=text.verification,
+            tiers=dict.fromkeys(model.students, "extremely sensitive"),
+            options=RecoveryOptions(
+                methods=what, max_rank=max_rank, exchange=args.exchange, own_inputs=not args.dense_inputs,
+                batch_size=args.batch, block_schedule=Schedule(args.steps), whole_schedule=Schedule(args.final_steps),
             ),
             tick=lambda note: print(f"{method}: {note}", file=sys.stderr, flush=True),
         )  # fmt: skip
         attempts = report.json()["attempts"]
     seconds, cpu = time.monotonic() - began, time.process_time() - cpu
     now = held.measure().comparison()
-    weights = costs.added(model)
+    parameters, flops = added_by_predictors(model)
     return {
         "method": method, "kl": now.kl, "kl_stderr": now.kl_stderr, "ratio": now.kl / as_is.kl,
         "accuracy_drop": now.accuracy_drop, "ppl_increase": now.ppl_increase, "tokens": now.tokens,
         "seconds": seconds, "cpu_seconds": cpu,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "added_parameters_a_rank": weights.parameters, "added_flops_per_token_and_rank": weights.flops,
+        "added_parameters_a_rank": parameters, "added_flops_per_token_and_rank": flops,
         "dropped": list(dropped), "attempts": attempts,
     }  # fmt: skip
+
+
+def added_by_predictors(model: PlannedModel) -> tuple[int, int]:
+    """Parameters (biases included) and FLOPs per token that predictors add to each rank, over all blocks.
+
+    Grouping and distillation add nothing. A full predictor is a second o_proj slice; the bias is one addition a value.
+    """
+    of_first_ranks = [s.predictors[0] for s in model.students.values() if s.predictors]  # all ranks' have one shape
+    tensors = [p for predictor in of_first_ranks for p in predictor.parameters()]
+    return sum(p.numel() for p in tensors), sum(2 * p.numel() if p.dim() == 2 else p.numel() for p in tensors)
 
 
 def spawn(argv: list[str], method: str, drop: list[int] | None = None) -> dict:

@@ -5,7 +5,63 @@
 1 M tokens to fit on, 4 M tokens trained on a block, TP 8, 200 TFLOP/s sustained on one accelerator.
 """
 
-from spd_calib.recovery.costs import LLAMAS, on_paper
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from spd_calib.models.predictor import PredictorKind, predictor_shapes
+
+FLOPS_PER_SECOND = 2e14
+
+
+@dataclass(frozen=True)
+class LlamaSizes:
+    """Sizes of a Llama."""
+
+    blocks: int
+    d: int
+    neurons: int
+    kv_width: int
+
+    @property
+    def block_parameters(self) -> int:
+        """Weights of a block: q, o; k, v; gate, up, down."""
+        return 2 * self.d**2 + 2 * self.d * self.kv_width + 3 * self.d * self.neurons
+
+
+LLAMAS: Mapping[str, LlamaSizes] = {
+    "Llama-2-7B": LlamaSizes(32, 4096, 11008, 4096),
+    "Llama-2-70B": LlamaSizes(80, 8192, 28672, 1024),
+}
+
+
+def on_paper(sizes: LlamaSizes, *, tp: int, tokens: int, steps_tokens: int) -> dict[str, float]:
+    """Return an account of recovering every block: bytes, hours of one accelerator, weights added a rank and block.
+
+    `tokens` to fit on, `steps_tokens` trained on a block. bfloat16 dense weights and feed; the student, its gradient
+    and AdamW's two moments in float32 (16 bytes a weight). A forward pass takes 2 FLOPs a weight and token, forward
+    and backward 6; neuron costs run the MLP's first layers once a rank.
+    """
+    p, d = sizes.block_parameters, sizes.d
+    forward = 2 * p * tokens
+    grouping = forward + tp * 2 * 2 * d * sizes.neurons * tokens
+
+    def parameters(kind: PredictorKind, k: int = 0) -> int:
+        return sum(map(math.prod, predictor_shapes(kind, k, d_rank=d // tp, d=d).values()))
+
+    return {
+        "dense_bytes": 2.0 * p * sizes.blocks,
+        "feed_bytes": 2.0 * 4 * d * tokens,
+        "student_bytes": 16.0 * p,
+        "moments_bytes": 2 * 8.0 * d * d,
+        "closed_form_hours": sizes.blocks * (2 * forward + 2 * d * d * tokens + grouping) / FLOPS_PER_SECOND / 3600,
+        "distillation_hours": sizes.blocks * (6 + 2) * p * steps_tokens / FLOPS_PER_SECOND / 3600,
+        "mean_parameters": parameters("mean"),
+        "rank_8_parameters": parameters("low_rank", 8),
+        "full_parameters": parameters("full"),
+        "full_share_of_block": (parameters("full") - d) / (p / tp),
+    }
+
 
 ROWS = {  # key of the account -> what it is called, and how it is shown
     "dense_bytes": ("dense model, bfloat16, GiB", lambda v: f"{v / 2**30:.0f}"),
@@ -21,7 +77,7 @@ ROWS = {  # key of the account -> what it is called, and how it is shown
 }
 
 if __name__ == "__main__":
-    accounts = [on_paper(shape, tp=8, tokens=1_000_000, steps_tokens=4_000_000) for shape in LLAMAS.values()]
+    accounts = [on_paper(sizes, tp=8, tokens=1_000_000, steps_tokens=4_000_000) for sizes in LLAMAS.values()]
     print(f"| | {' | '.join(LLAMAS)} |\n|---|---|---|")
     for key, (name, show) in ROWS.items():
         print(f"| {name} | {' | '.join(show(account[key]) for account in accounts)} |")

@@ -11,3 +11,7 @@ class InputError(SpdError):
     """The input cannot be used: a file, a model, a number."""
 
     exit_code = 2
+
+
+class OtherModel(InputError):
+    """A file is of another model than the one at hand."""

@@ -59,8 +59,10 @@ def text(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def profile_file(tmp_path_factory, llama, text) -> Path:
     """A profile of the tiny Llama at TP 4, both strategies."""
-    from spd_calib.cli.profile import profile
+    from spd_calib import RunOptions, TextSelection, profile
+    from spd_calib.formats.files import dumps
 
     path = tmp_path_factory.mktemp("profile") / "profile.json"
-    profile(str(llama), tp=4, data=[str(text)], output=path, seq_len=32, max_samples=12, verify_samples=8, device="cpu")
+    selection = TextSelection(seq_len=32, max_samples=12, verify_samples=8)
+    path.write_text(dumps(profile(str(llama), tp=4, data=str(text), text=selection, run=RunOptions(device="cpu"))))
     return path

@@ -8,13 +8,13 @@ import pytest
 import tiny
 import yaml
 
-from spd_calib.formats.common import Strategy
+from spd_calib.formats.drops import Drops, Point, Strategy
 from spd_calib.formats.files import read
-from spd_calib.formats.front import Front
+from spd_calib.formats.pareto import Pareto
 from spd_calib.formats.plan import Plan
 from spd_calib.formats.profile import Profile
 from spd_calib.parallel.session import open_session
-from spd_calib.sensitivity.measure import Experiment, measure
+from spd_calib.sensitivity.measure import Subject, measure
 from spd_calib.sensitivity.text import TextOptions, load_text
 
 
@@ -60,11 +60,12 @@ def test_cumulative_ranked_by_ppl(spd, llama, text, tmp_path):
 
 def test_plan_drops_what_it_was_asked_to(plan_file, profile_file, llama, text):
     plan, p = read(Plan, plan_file), read(Profile, profile_file)
-    assert len(plan.dropped) == 2
+    assert len(plan.drops) == 2
     session = open_session(str(llama), 4)
     sequences = load_text(TextOptions(str(text), 32, 32, 12, 8), session.tokenizer).calibration
-    sets = [Experiment.dropping(s, Strategy.BLOCK_DROP, 4) for s in (plan.dropped, p.ranking(Strategy.BLOCK_DROP)[:2])]
-    chosen, ranked = measure(session.load("cpu"), sequences, sets)[1]
+    best = [Point(block, "attention") for block in p.ranking(Strategy.BLOCK_DROP)[:2]]
+    plans = [plan.drops, Drops.of(dict.fromkeys(best, Strategy.BLOCK_DROP))]
+    chosen, ranked = measure(Subject(session.load("cpu")), sequences, plans=plans)[1]
     assert chosen.kl <= ranked.kl
     assert plan.verified.text == p.verify_text and plan.verified.kl > 0
     assert plan.blocks[1].module == "model.layers.1"
@@ -77,7 +78,7 @@ def test_plan_keeps_its_budget_on_held_out_text(spd, profile_file, tmp_path):
     outcome = spd("plan", profile_file, "--max-kl", limit, "--json", "-o", tmp_path / "plan.json")
     assert outcome.code == 0, outcome.err
     plan = Plan.model_validate_json(outcome.out)
-    assert plan.dropped and plan.verified.kl <= limit
+    assert len(plan.drops) and plan.verified.kl <= limit
     assert "verified, held-out text" in outcome.err
 
 
@@ -151,14 +152,14 @@ def test_both_sync_points_from_profile_to_check(spd, llama, text, tmp_path):
     outcome = spd("plan", profile, "--drop", "100%", "--compare", "-o", plan)
     assert outcome.code == 0 and "evenly spaced" in outcome.err, outcome.err
     made = read(Plan, plan)
-    assert made.requires == ["mlp_drop"] and made.dropped == [0, 1, 2, 3] and made.mlp_dropped == [0, 1, 2]
+    assert made.requires == ["mlp_drop"] and made.drops == Drops.of_blocks(["block_drop"] * 4, ["block_drop"] * 3)
     assert "8 a forward and rank become 1" in " ".join(outcome.err.split())
     assert spd("check", plan).code == 0
     assert spd("report", profile, "--plan", plan, "--png", tmp_path / "f.png").code == 0
 
 
 def test_fisher_from_profile_to_plan(spd, llama, text, tmp_path):
-    profile, plan, front = tmp_path / "p.json", tmp_path / "plan.json", tmp_path / "front.json"
+    profile, plan, front = tmp_path / "p.json", tmp_path / "plan.json", tmp_path / "pareto.json"
     fisher = ("--method", "fisher", "--sync-points", "attention,mlp", "--target-stderr", 0.3)
     outcome = spd("profile", llama, "--tp", 2, "--data", text, *SHORT, *fisher, "-o", profile)
     assert outcome.code == 0 and "of error in a KL" in outcome.err, outcome.err
@@ -166,12 +167,12 @@ def test_fisher_from_profile_to_plan(spd, llama, text, tmp_path):
     assert p.rank_by == "kl" and p.fisher is not None and p.fisher.sampling_error <= 0.3
     outcome = spd("plan", profile, "--pareto", front)
     assert outcome.code == 0 and not plan.exists(), outcome.err
-    assert [x.drops for x in read(Front, front).points] == list(range(8))
+    assert [x.drops for x in read(Pareto, front).points] == list(range(8))
     outcome = spd("plan", profile, "--max-ppl-increase", "20%", "--pareto", front, "-o", plan)
     assert outcome.code == 0, outcome.err
     made = read(Plan, plan)
     assert made.verified.ppl_increase <= 0.2 and made.predicted.ppl_increase is None
-    assert any(x.measured_kl is not None for x in read(Front, front).points)
+    assert any(x.measured_kl is not None for x in read(Pareto, front).points)
     assert spd("report", profile, "--plan", plan, "--png", tmp_path / "f.png").code == 0
 
 

@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 import tiny
 from plans import write_plan
+from profiles import make_profile
 from scipy import stats
-from test_planning import DROP, PLAIN, make_profile
-from test_terminal import command, on_terminal
+from screens import command, on_terminal
 
 from spd_calib.errors import InputError
-from spd_calib.formats.common import Strategy
+from spd_calib.formats.drops import Strategy
 from spd_calib.formats.files import dumps, read
 from spd_calib.formats.plan import Budget, Latency, Plan
 from spd_calib.formats.profile import Profile
-from spd_calib.report.agreement import agreements
-from spd_calib.report.diff import diff_plans, diff_profiles
+from spd_calib.reporting.agreement import agreements
+from spd_calib.reporting.diff import diff_plans, diff_profiles
 
-KEEP = Strategy.KEEP_SYNC
+KEEP, DROP, PLAIN = Strategy.KEEP_SYNC, Strategy.BLOCK_DROP, Strategy.PLAIN_DROP
 
 
 def profile_of(kl, stderr=0.01, text="1", sequences=16, **changes) -> Profile:

@@ -13,25 +13,48 @@ import pytest
 import reference
 import tiny
 import torch
-from distributed_cases import ATTENTION, DROP, KEEP, LONG, MLP, NEW_TOKENS, PADS, SMALL_VOCABULARY
+from distributed_cases import (
+    ATTENTION,
+    ATTENTIONS,
+    BLOCKS,
+    BOTH,
+    DROP,
+    KEEP,
+    LONG,
+    MIXED,
+    MLP,
+    NEW_TOKENS,
+    PADS,
+    SMALL_VOCABULARY,
+)
 from safetensors.torch import load_file
 
-from spd_calib.errors import InputError
+from spd_calib.api.check import check
+from spd_calib.api.options import RunOptions
+from spd_calib.errors import SpdError
+from spd_calib.formats.drops import NOTHING_DROPPED
 from spd_calib.formats.files import read
 from spd_calib.formats.hardware import Hardware
 from spd_calib.formats.profile import Profile
+from spd_calib.models.plan_files import load_plan
 from spd_calib.parallel.model import TensorParallelLM
-from spd_calib.runtimes.torchrun import check
+from spd_calib.parallel.session import open_session
+from spd_calib.runtimes.torchrun.check import WORKER, check_torchrun
 
 HERE = Path(__file__).parent
-BLOCKS = 4
+WORKERS = HERE / "workers"  # what torchrun starts
 
 
 def torchrun(ranks: int, *arguments: object) -> subprocess.CompletedProcess:
     """torchrun on this machine's loopback."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--rdzv-backend=c10d"]
     command += ["--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE), "COLUMNS": "200"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{HERE}:{os.environ.get('PYTHONPATH', '')}",
+        "COLUMNS": "200",
+    }
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -52,7 +75,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module", params=[2, 4])
 def ranks(request, folder) -> tuple[int, dict]:
     """TP size, and what as many real ranks made of every case."""
-    done = torchrun(request.param, HERE / "distributed_worker.py", request.param, folder)
+    done = torchrun(request.param, WORKERS / "run_cases.py", request.param, folder)
     assert done.returncode == 0, done.stderr[:2000]
     return request.param, torch.load(folder / f"seen_{request.param}.pt")
 
@@ -69,18 +92,19 @@ def test_logits_of_real_ranks_are_those_of_the_simulation_and_of_the_reference(r
     tp, seen = ranks
     ids = tiny.tokens(2, 12)
     padded, mask = tiny.left_padded(ids, PADS)
+    kept, dropped = (KEEP,) * BLOCKS, (DROP,) * BLOCKS
     cases = {
-        "keep": ((KEEP,) * BLOCKS, (KEEP,) * BLOCKS),
-        "drop": ((DROP,) * BLOCKS, (KEEP,) * BLOCKS),
-        "deferred": ((DROP,) * BLOCKS, MLP),
-        "mixed": (ATTENTION, MLP),
+        "keep": (NOTHING_DROPPED, kept, kept),
+        "drop": (ATTENTIONS, dropped, kept),
+        "deferred": (BOTH, dropped, MLP),
+        "mixed": (MIXED, ATTENTION, MLP),
     }
     for family in tiny.SUPPORTED:
         dense, lm = tiny.build(family), TensorParallelLM.simulated(tiny.build(family), tp)
-        for case, (attention, mlp) in cases.items():
-            lm.set_strategies(attention, mlp)
+        for case, (drops, attention, mlp) in cases.items():
             found = seen[family][case]
-            assert gap(found, lm(ids)) < 1e-5, (family, case)
+            with lm.running(drops):
+                assert gap(found, lm(ids)) < 1e-5, (family, case)
             assert gap(found, reference.logits(dense, ids, tp, words(attention), words(mlp))) < 1e-5, (family, case)
         expected = reference.logits(dense, padded, tp, words(ATTENTION), words(MLP), attention_mask=mask)
         assert gap(seen[family]["padded"] * mask[..., None], expected) < 1e-5, family
@@ -89,8 +113,8 @@ def test_logits_of_real_ranks_are_those_of_the_simulation_and_of_the_reference(r
 def test_the_last_part_of_the_vocabulary_may_be_empty(ranks):
     tp, seen = ranks
     lm = TensorParallelLM.simulated(tiny.build("llama", vocab=9), tp)
-    lm.set_strategies(ATTENTION, MLP)
-    assert gap(seen[SMALL_VOCABULARY], lm(tiny.tokens(2, 12, vocab=9))) < 1e-5
+    with lm.running(MIXED):
+        assert gap(seen[SMALL_VOCABULARY], lm(tiny.tokens(2, 12, vocab=9))) < 1e-5
 
 
 def test_generate_with_the_cache_is_the_same_on_all_ranks_and_in_the_simulation(ranks):
@@ -98,12 +122,12 @@ def test_generate_with_the_cache_is_the_same_on_all_ranks_and_in_the_simulation(
     padded, mask = tiny.left_padded(tiny.tokens(2, 12), PADS)
     for family in tiny.SUPPORTED:
         lm = TensorParallelLM.simulated(tiny.build(family), tp)
-        lm.set_strategies(ATTENTION, MLP)
         lm.model.generation_config.eos_token_id = None
         arguments = {"attention_mask": mask, "max_new_tokens": NEW_TOKENS, "pad_token_id": 0}
-        greedy = lm.model.generate(padded, do_sample=False, **arguments)
-        torch.manual_seed(7)
-        sampled = lm.model.generate(padded, do_sample=True, **arguments)
+        with lm.running(MIXED):
+            greedy = lm.model.generate(padded, do_sample=False, **arguments)
+            torch.manual_seed(7)
+            sampled = lm.model.generate(padded, do_sample=True, **arguments)
         assert all(torch.equal(ids, greedy) for ids in seen[family]["greedy"]), family
         assert all(torch.equal(ids, sampled) for ids in seen[family]["sampled"]), family
     dense = tiny.build("llama")
@@ -164,7 +188,7 @@ def test_torchrun_with_another_number_of_ranks_is_refused_once(folder, text):
     ],
 )
 def test_one_rank_failing_ends_all_soon_with_one_message(how, message):
-    done = torchrun(2, HERE / "failing_worker.py", how)
+    done = torchrun(2, WORKERS / "fail.py", how)
     ended = time.time()
     assert done.returncode != 0
     failed = max(float(t) for t in re.findall(r"rank \d at ([\d.]+)", done.stderr))
@@ -174,10 +198,10 @@ def test_one_rank_failing_ends_all_soon_with_one_message(how, message):
         assert done.stderr.count("spd-calib: ") == done.stderr.count(message) <= 1
     else:
         assert done.stderr.count(message) == done.stderr.count("spd-calib: ") == 1
-    assert not _running("failing_worker.py")
+    assert not _running(WORKERS / "fail.py")
 
 
-def _running(script: str) -> list[str]:
+def _running(script: Path) -> list[str]:
     """Processes of ours whose command line names `script`."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
@@ -185,7 +209,7 @@ def _running(script: str) -> list[str]:
             command = path.read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
-        if str(HERE / script) in command:
+        if str(script) in command:
             found.append(" ".join(command))
     return found
 
@@ -193,11 +217,19 @@ def _running(script: str) -> list[str]:
 PLANNED = ["block_drop", "keep_sync", "block_drop", "block_drop"]
 
 
+def checked(plan: Path, folder: Path, prompts: list[str], *, worker: str, new_tokens: int = 4) -> list:
+    """The rows of a check whose ranks run the module `worker`."""
+    document, drops = load_plan(plan)
+    session = open_session(str(folder), document.tensor_parallel.size, expected=document.model)
+    return check_torchrun(session, plan, drops=drops, prompts=prompts, new_tokens=new_tokens, worker=worker)
+
+
 def test_check_passes_a_runtime_that_runs_the_plan(folder, tmp_path):
     plan = plans.write_plan(tmp_path / "plan.json", folder / "llama", 2, PLANNED, words(MLP))
-    rows = check.run(plan, tiny.stories(2, shortest=6, longest=9), new_tokens=8)
-    assert all(row.ok for row in rows), rows
-    found = {row.what: row.found for row in rows}
+    prompts = tiny.stories(2, shortest=6, longest=9)
+    result = check(plan, runtime="torchrun", prompts=prompts, new_tokens=8, run=RunOptions(device="cpu"))
+    assert result.ok and all(row.ok for row in result.rows), result
+    found = {row.what: row.found for row in result.rows}
     assert found["plan: all-reduces per forward and rank"] == "3"
     assert found["dense: all-reduces per forward and rank"] == "8"
 
@@ -205,34 +237,30 @@ def test_check_passes_a_runtime_that_runs_the_plan(folder, tmp_path):
 @pytest.mark.parametrize(
     ("worker", "caught_by"),
     [
-        ("worker_without_plan", {"prompt tokens", "greedy continuation", "all-reduces per forward and rank"}),
-        ("worker_plain_drops", {"prompt tokens", "greedy continuation", "residual streams of the ranks"}),
+        ("ignore_plan", {"prompt tokens", "greedy continuation", "all-reduces per forward and rank"}),
+        ("drop_plainly", {"prompt tokens", "greedy continuation", "residual streams of the ranks"}),
     ],
 )
 def test_check_catches_a_runtime_that_does_something_else(folder, tmp_path, monkeypatch, worker, caught_by):
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("PYTHONPATH", f"{WORKERS}:{os.environ.get('PYTHONPATH', '')}")
     plan = plans.write_plan(tmp_path / "plan.json", folder / "llama", 2, PLANNED)
-    rows = check.run(plan, tiny.stories(1, shortest=6, longest=9), new_tokens=4, worker=worker)
+    rows = checked(plan, folder / "llama", tiny.stories(1, shortest=6, longest=9), worker=worker)
     wrong = {row.what for row in rows if not row.ok}
     assert {f"plan: {what}" for what in caught_by} <= wrong
     assert all(what.startswith("plan: ") for what in wrong)
 
 
-@pytest.mark.parametrize("worker", [check.WORKER, "worker_without_compensation"])
+@pytest.mark.parametrize("worker", [WORKER, "ignore_predictors"])
 def test_check_of_a_compensation(folder, tmp_path, monkeypatch, worker):
     """Every kind of predictor on real ranks; a runtime that ignores them is caught."""
-    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    monkeypatch.setenv("PYTHONPATH", f"{WORKERS}:{os.environ.get('PYTHONPATH', '')}")
     drop = ["block_drop"] * 4
     mlp = ["keep_sync", "block_drop", "keep_sync", "keep_sync"]
-    plan = plans.write_plan(
-        tmp_path / "plan.json", folder / "llama_bias", 2, drop, mlp, ["mean", "low_rank", "full", None]
-    )
-    wrong = {
-        row.what
-        for row in check.run(plan, tiny.stories(1, shortest=6, longest=9), new_tokens=4, worker=worker)
-        if not row.ok
-    }
-    if worker == check.WORKER:
+    kinds = ["mean", "low_rank", "full", None]
+    plan = plans.write_plan(tmp_path / "plan.json", folder / "llama_bias", 2, drop, mlp, kinds)
+    rows = checked(plan, folder / "llama_bias", tiny.stories(1, shortest=6, longest=9), worker=worker)
+    wrong = {row.what for row in rows if not row.ok}
+    if worker == WORKER:
         assert not wrong
     else:
         assert "plan: prompt tokens" in wrong and "plan: all-reduces per forward and rank" not in wrong
@@ -240,8 +268,9 @@ def test_check_of_a_compensation(folder, tmp_path, monkeypatch, worker):
 
 def test_check_refuses_a_stale_plan(folder, tmp_path):
     plan = plans.write_plan(tmp_path / "plan.json", folder / "llama", 2, PLANNED)
-    with pytest.raises(InputError, match="not the model"):
-        check.run(plan, ["a"], model=str(folder / "llama_bias"))
+    with pytest.raises(SpdError, match="not the model") as refused:
+        check(plan, runtime="torchrun", prompts=["a"], model=folder / "llama_bias")
+    assert refused.value.exit_code == 1  # it is an answer: whether they fit was the question
 
 
 def test_bench_measures_sums_and_steps_on_real_ranks(folder, tmp_path, spd):

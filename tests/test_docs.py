@@ -20,7 +20,7 @@ import pytest
 import typer
 
 from spd_calib.cli.main import app
-from spd_calib.demo.assets import data_file, tasks_dir
+from spd_calib.demo.assets import data_file, model_dir, tasks_dir
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -175,14 +175,14 @@ LINES = lines()
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Where the lines are run: a profile and a plan of the shipped model lie there, as they do for who reads on."""
-    from spd_calib.cli.plan import plan
-    from spd_calib.cli.profile import profile
+    from spd_calib import RunOptions, TextSelection, plan, profile
+    from spd_calib.formats.files import dumps
 
-    place = tmp_path_factory.mktemp("docs")
-    data = [str(data_file("calibration"))]
-    sizes = {"seq_len": 48, "max_samples": 8, "verify_samples": 8, "device": "cpu"}
-    profile("demo", tp=2, data=data, output=place / "profile.json", **sizes)
-    plan(place / "profile.json", output=place / "plan.json", drop="4", device="cpu")
+    place, run = tmp_path_factory.mktemp("docs"), RunOptions(device="cpu")
+    text = TextSelection(seq_len=48, max_samples=8, verify_samples=8)
+    profiled = profile("demo", tp=2, data=str(data_file("calibration")), text=text, run=run)
+    (place / "profile.json").write_text(dumps(profiled))
+    (place / "plan.json").write_text(dumps(plan(profiled, drop=4, run=run)))
     for name in ("profile", "plan"):
         shutil.copy(place / f"{name}.json", place / f"other-{name}.json")
     return place
@@ -194,6 +194,35 @@ def test_the_command_line_works(line, folder, spd, monkeypatch):
     assert words[0] in RUN, f"{words[0]} is new: say in RUN how it is to be tried"
     monkeypatch.chdir(folder)
     RUN[words[0]](words, spd)
+
+
+IN_PYTHON = (
+    (r'"meta-llama/[^"]+"', repr(str(model_dir()))),
+    (r"torch\.bfloat16", "torch.float32"),
+    (r'"wikitext"', '"demo"'),
+    (r"\btp=8\b", "tp=2"),
+    (r"seq_len=\d+, max_samples=\d+, verify_samples=\d+", "seq_len=48, max_samples=8, verify_samples=4"),
+    (r'\["arc_easy", "hellaswag"\], limit=\d+', '["demo"], limit=2'),
+)
+"""As SUBSTITUTIONS, in blocks of Python."""
+
+
+def cells_of(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if cells_of(p)], ids=lambda p: p.name)
+def test_the_cells_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for cell in cells_of(page):
+        for pattern, replacement in IN_PYTHON:
+            cell = re.sub(pattern, replacement.replace("\\", "/"), cell)
+        exec(compile(cell, str(page), "exec"), names)
+    if page.name == "from_python.md":
+        printed = capsys.readouterr().out
+        assert "block 0: KL" in printed and "are dropped, verified at KL" in printed and "would be run: " in printed
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["plan.json", "report.html"]
 
 
 def test_no_line_escapes(tmp_path):

@@ -6,24 +6,23 @@ import pytest
 import tiny
 import torch
 
-from spd_calib.formats.common import Strategy
+from spd_calib.formats.drops import Strategy
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.sensitivity.estimate import estimate
-from spd_calib.sensitivity.profile import drops, experiments_of, profile
+from spd_calib.sensitivity.measure import Subject
+from spd_calib.sensitivity.profile import experiments, profile
 
 
 def test_forwards_are_the_blocks_that_are_run():
     lm = TensorParallelLM.simulated(tiny.build("llama"), 2)
     sequences = tiny.tokens(6, 12).tolist()
     strategies = [Strategy.BLOCK_DROP, Strategy.PLAIN_DROP]
-    plan = list(drops("single", strategies, lm.num_blocks, ["attention", "mlp"]))
-    found = estimate(lm, sequences, experiments_of(plan, lm.num_blocks), 4)
+    rows = list(experiments("single", strategies, num_blocks=lm.num_blocks, sync_points=["attention", "mlp"]))
+    found = estimate(lm, sequences, plans=[row.drops for row in rows], batch_size=4)
     tokens = []
     for block in lm.blocks:
-        block.register_forward_hook(
-            lambda m, args, kwargs, out: tokens.append(out.shared.shape[:2].numel()), with_kwargs=True
-        )
-    profile(lm, sequences, "single", strategies, 4, lambda i, t: None, sync_points=["attention", "mlp"])
+        block.mlps[0].register_forward_hook(lambda m, args, out: tokens.append(out.shape[:2].numel()))
+    profile(Subject(lm), sequences, rows=rows, batch_size=4)
     assert found.forwards == pytest.approx(sum(tokens) / lm.num_blocks / found.tokens)
     assert (found.batches, found.tokens) == (2, 72)
     assert found.seconds > 0
@@ -50,10 +49,10 @@ def test_memory_is_that_of_a_process_that_runs_it():
     """Tensors alive at the peak, by torch's own profiler of allocations."""
     lm = TensorParallelLM.simulated(tiny.build("llama", positions=512), 2)
     sequences = tiny.tokens(8, 512).tolist()
-    plan = list(drops("single", [Strategy.BLOCK_DROP], lm.num_blocks))
-    found = estimate(lm, sequences, experiments_of(plan, lm.num_blocks), 8)
+    rows = list(experiments("single", [Strategy.BLOCK_DROP], num_blocks=lm.num_blocks))
+    found = estimate(lm, sequences, plans=[row.drops for row in rows], batch_size=8)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
-        profile(lm, sequences, "single", [Strategy.BLOCK_DROP], 8, lambda i, t: None)
+        profile(Subject(lm), sequences, rows=rows, batch_size=8)
     alive = peak = 0
     for event in sorted(seen.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
         if event.name() == "[memory]":

@@ -13,7 +13,8 @@ import torch
 import yaml
 
 from spd_calib.errors import InputError
-from spd_calib.formats.common import ModelRef, Provenance, Strategy, TensorParallel, TextRef
+from spd_calib.formats.common import ModelRef, Provenance, TensorParallel, TextRef
+from spd_calib.formats.drops import Drops, Strategy
 from spd_calib.formats.files import dumps
 from spd_calib.formats.plan import Budget, Plan, PlannedBlock, Predicted, Verified
 from spd_calib.formats.results import TaskResult
@@ -142,7 +143,7 @@ def results(lm, tokenizer, plan, tasks) -> dict[tuple[str, str], TaskResult]:
     """Every kind of task and the group, with attention and MLP sync points dropped and one written off."""
     from spd_calib.evaluation.harness import TaskSuite
 
-    found = TaskSuite([*KINDS, "t_group"], tasks, None, 0).evaluate(lm, tokenizer, plan, 4)
+    found = TaskSuite([*KINDS, "t_group"], tasks, None, 0).evaluate(lm, tokenizer, plan.drops, 4)
     return {(r.task, r.metric): r for r in found}
 
 
@@ -240,7 +241,7 @@ def test_a_plan_that_keeps_everything_changes_nothing(family, tokenizer, tasks):
     ref = ModelRef(id="x", architecture="x", num_blocks=BLOCKS, config_hash="0" * 64, weight_fingerprint="0" * 64)
     ids = tiny.tokens(2, 8)
     before = lm(ids)
-    for r in TaskSuite(KINDS, tasks, 4, 0).evaluate(lm, tokenizer, make_plan(ref, *KEPT), 4):
+    for r in TaskSuite(KINDS, tasks, 4, 0).evaluate(lm, tokenizer, make_plan(ref, *KEPT).drops, 4):
         assert abs(r.difference) <= 1e-6 and not r.difference_stderr and r.documents == 4
     assert torch.equal(lm(ids), before)
 
@@ -254,10 +255,9 @@ def test_a_suite_is_run_again_and_again_on_the_same_requests(lm, tokenizer, task
         task: results[task, metric].dense
         for task, metric in (("t_choice", "acc"), ("t_shown", "acc"), ("t_generate", "exact_match,whole"))
     }
-    lm.set_strategies(*DROPPED)
-    planned = suite.run(lm, tokenizer, 4, told.append)
+    with lm.running(Drops.of_blocks(*DROPPED)):
+        planned = suite.run(lm, tokenizer, 4, told.append)
     assert {key: s.value for key, s in planned.items()} == {key: results[key].planned for key in planned}
-    lm.keep_all()
     assert suite.accuracy(lm, tokenizer, 4) == dense
     assert not suite.truncated
     assert told[-1] == f"{suite.requests} of {suite.requests} requests"
@@ -326,7 +326,7 @@ def test_lm_evals_command_line_runs_a_plan(plan, folder, tasks, results, tmp_pat
     arguments = ["run", "--model", "spd_calib", "--tasks", ",".join(KINDS), "--include_path", str(tasks)]
     arguments += ["--output_path", str(tmp_path / "out"), "--log_samples", "--batch_size", "4", "--seed", "0"]
     arguments += ["--model_args", f"plan={tmp_path / 'plan.json'},device=cpu"]
-    assert run_command_line(arguments, lambda model: {"demo": str(folder)}[model]) == 0
+    assert run_command_line(arguments, lambda model, plan: {"demo": str(folder)}[model]) == 0
     assert "|t_choice" in capsys.readouterr().out
     written = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())
     for task, metric in (("t_choice", "acc,none"), ("t_rolling", "bits_per_byte,none"), ("t_continue", "acc,none")):

@@ -75,7 +75,7 @@ def test_a_full_disk_is_no_fault_of_the_input_whoever_says_so(number):
 
 RANK = """
 import os, time
-from spd_calib.ranks import ending_together
+from spd_calib.parallel.ending import ending_together
 with ending_together():
     print(os.getpid(), flush=True)
     time.sleep(600)

@@ -1,6 +1,7 @@
 """Fisher's predictions against logits differentiated token by token, and against what the loop measures."""
 
 import itertools
+from functools import partial
 from pathlib import Path
 
 import pandas
@@ -8,45 +9,39 @@ import pytest
 import tiny
 import torch
 
-from spd_calib.formats.common import Strategy
-from spd_calib.formats.profile import Point
+from spd_calib.formats.drops import NOTHING_DROPPED, Drops, Point, Strategy
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.session import open_session
 from spd_calib.parallel.streams import Streams
 from spd_calib.planning.interactions import Interactions
-from spd_calib.sensitivity.fisher import fisher, fisher_terms, interactions, sampling_error, score
-from spd_calib.sensitivity.measure import Experiment, batches, measure
+from spd_calib.sensitivity.fisher import fisher_terms, interactions, predict, sampling_error, score
+from spd_calib.sensitivity.measure import Subject, batches, measure
 from spd_calib.sensitivity.text import TextOptions, load_text
 
-KEEP, DROP = Strategy.KEEP_SYNC, Strategy.BLOCK_DROP
 BOTH = ["attention", "mlp"]
 SEQUENCES = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (12, 9, 16, 12)]
 
 
-def experiment(points, num_blocks=4) -> Experiment:
-    attention, mlp = [KEEP] * num_blocks, [KEEP] * num_blocks
-    for p in points:
-        (attention if p.sync_point == "attention" else mlp)[p.block] = DROP
-    return Experiment(tuple(attention), tuple(mlp))
+def dropping(points) -> Drops:
+    """These sync points dropped by block_drop."""
+    return Drops.of(dict.fromkeys(points, Strategy.BLOCK_DROP))
 
 
 def change_of(lm, recording, points, block) -> tuple[torch.Tensor, torch.Tensor]:
     """The stream behind `block` as the dense model has it, and with `points` dropped."""
     first, found = min(p.block for p in points), []
-    for e in (experiment([]), experiment(points)):
-        lm.set_strategies(e.attention, e.mlp)
+    for drops in (NOTHING_DROPPED, dropping(points)):
         s = recording.streams[first]
         for i in range(first, block + 1):
-            s = lm.blocks[i](s, **recording.kwargs[i])
+            s = lm.blocks[i].run(s, drops, **recording.kwargs[i])
         found.append(s.shared)
-    lm.keep_all()
     return found[0], found[1]
 
 
 def logits_from(lm, recording, block, stream):
     s = Streams(stream)
     for i in range(block + 1, lm.num_blocks):
-        s = lm.blocks[i](s, **recording.kwargs[i])
+        s = lm.blocks[i].run(s, NOTHING_DROPPED, **recording.kwargs[i])
     return lm.head(lm.final_norm(s))
 
 
@@ -84,7 +79,8 @@ def test_the_attention_matrix_is_the_fisher_form_of_the_logits_changes(family):
 def scores(lm, kinds, samples):
     """d of every term [samples, sequences], F the dense model's alone."""
     ids, lengths = next(batches(SEQUENCES, 4, lm.device))
-    found = score(lm, lm.record(ids), lengths, kinds, samples, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    found = score(lm, lm.record(ids), lengths=lengths, sync_points=kinds, samples=samples, generator=generator)
     return {term: d.double() for term, d in found.items()}
 
 
@@ -102,19 +98,19 @@ def quiet(family: str):
 def test_sets_of_both_kinds_cost_what_is_predicted(family):
     """Single sync points, consecutive pairs (either way round), others, and three in a row."""
     lm = quiet(family)
-    _, found = fisher(lm, SEQUENCES, BOTH, 0.06, batch_size=4)
+    _, found = predict(lm, SEQUENCES, sync_points=BOTH, target_stderr=0.06, batch_size=4)
     model = Interactions.of_fisher(found)
     sets = [s for k in (1, 2) for s in itertools.combinations(range(7), k)] + [(0, 1, 2), (1, 2, 3), (0, 3, 6)]
-    measured = measure(lm, SEQUENCES, [experiment([model.points[i] for i in s]) for s in sets])[1]
+    measured = measure(Subject(lm), SEQUENCES, plans=[dropping(model.points[i] for i in s) for s in sets])[1]
     for s, m in zip(sets, measured, strict=True):
-        assert model.kl(frozenset(s)) == pytest.approx(m.kl, rel=0.35), s
+        assert model.kl(dropping(model.points[i] for i in s)) == pytest.approx(m.kl, rel=0.35), s
 
 
 def test_the_mlp_alone_can_be_asked_for():
     terms = fisher_terms(3, ["mlp"])
     assert [(t[0].block, t[0].sync_point, len(t)) for t in terms] == [(0, "mlp", 1), (1, "mlp", 1)]
     lm = quiet("llama")
-    _, alone = fisher(lm, SEQUENCES, ["mlp"], 0.3)
+    _, alone = predict(lm, SEQUENCES, sync_points=["mlp"], target_stderr=0.3)
     assert [t[0].sync_point for t in alone.terms] == ["mlp"] * 3
     together, attention = scores(lm, BOTH, 2), scores(lm, ["attention"], 2)
     assert all(torch.equal(d, together[term]) for term, d in attention.items())
@@ -124,18 +120,21 @@ def test_samples_are_drawn_until_the_error_asked_for():
     lm = quiet("llama")
     for target in (0.5, 0.15):
         ticks: list[None] = []
-        _, found = fisher(
-            lm, SEQUENCES, ["attention"], target, batch_size=2, tick=lambda ticks=ticks: ticks.append(None)
-        )
+        _, found = predict(
+            lm, SEQUENCES, sync_points=["attention"], target_stderr=target, batch_size=2,
+            tick=partial(ticks.append, None),
+        )  # fmt: skip
         assert found.sampling_error <= target and found.samples >= 2 / (4 * target**2)
         assert len(ticks) % 2 == 0
 
 
 def test_the_seed_decides_and_the_strategies_are_left_kept():
     lm = quiet("llama")
-    one, two, three = (fisher(lm, SEQUENCES, ["attention"], 0.5, seed=seed) for seed in (0, 0, 1))
+    one, two, three = (
+        predict(lm, SEQUENCES, sync_points=["attention"], target_stderr=0.5, seed=seed) for seed in (0, 0, 1)
+    )
     assert one == two and one[1].matrix != three[1].matrix
-    baseline, (kept,) = measure(lm, SEQUENCES, [experiment([])])
+    baseline, (kept,) = measure(Subject(lm), SEQUENCES, plans=[NOTHING_DROPPED])
     assert kept.kl == 0 and one[0] == baseline
     assert all(not p.grad_fn and p.grad is None for p in lm.model.parameters())
 
@@ -166,15 +165,16 @@ def test_on_a_real_model_sets_are_ranked_as_they_measure(tp):
     session = open_session(str(STORIES / "models/stories260k"), tp)
     options = TextOptions(str(STORIES / "data/tinystories-calibration.jsonl"), 128, 128, 64, 8)
     sequences, lm = load_text(options, session.tokenizer).calibration, session.load()
-    _, found = fisher(lm, sequences, BOTH, 0.08)
+    _, found = predict(lm, sequences, sync_points=BOTH, target_stderr=0.08)
     model = Interactions.of_fisher(found)
     attention = [i for i, p in enumerate(model.points) if p.sync_point == "attention"]
     subsets = [s for k in range(1, 6) for s in itertools.combinations(attention, k)]
     singles, pairs = [(i,) for i in range(9)], list(itertools.combinations(range(9), 2))
     sets = subsets + singles + pairs
-    measured = measure(lm, sequences, [experiment([model.points[i] for i in s], 5) for s in sets], 16)[1]
+    plans = [dropping(model.points[i] for i in s) for s in sets]
+    measured = measure(Subject(lm), sequences, plans=plans, batch_size=16)[1]
     rows = pandas.DataFrame(
-        {"predicted": [model.kl(frozenset(s)) for s in sets], "measured": [m.kl for m in measured]}, index=sets
+        {"predicted": [model.kl(drops) for drops in plans], "measured": [m.kl for m in measured]}, index=sets
     )
     for some in (subsets, singles):
         assert rows.loc[some].corr("spearman").iloc[0, 1] >= 0.9

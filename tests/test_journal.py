@@ -12,13 +12,14 @@ import pytest
 import tiny
 
 from spd_calib.errors import InputError
-from spd_calib.formats.common import Strategy
+from spd_calib.formats.drops import Strategy
 from spd_calib.formats.files import read
 from spd_calib.formats.profile import Profile
 from spd_calib.parallel.model import TensorParallelLM
-from spd_calib.sensitivity.fisher import fisher
-from spd_calib.sensitivity.journal import Journal
-from spd_calib.sensitivity.profile import profile
+from spd_calib.sensitivity.fisher import predict
+from spd_calib.sensitivity.journal import MeasurementJournal
+from spd_calib.sensitivity.measure import Subject
+from spd_calib.sensitivity.profile import experiments, profile
 
 KINDS = ["attention", "mlp"]
 STRATEGIES = [Strategy.BLOCK_DROP, Strategy.PLAIN_DROP]
@@ -40,22 +41,24 @@ def tasks():
 
 def single(lm, journal):
     tasks.calls = 0
-    return profile(lm, SEQUENCES, "single", STRATEGIES, 2, lambda i, tally: None, tasks, KINDS, journal)
+    rows = list(experiments("single", STRATEGIES, num_blocks=lm.num_blocks, sync_points=KINDS))
+    return profile(Subject(lm), SEQUENCES, rows=rows, batch_size=2, task_accuracy=tasks, journal=journal)
 
 
 def cumulative(lm, journal):
-    return profile(lm, SEQUENCES, "cumulative", STRATEGIES, 2, lambda i, tally: None, journal=journal)
+    rows = list(experiments("cumulative", STRATEGIES, num_blocks=lm.num_blocks))
+    return profile(Subject(lm), SEQUENCES, rows=rows, batch_size=2, journal=journal)
 
 
-def predicted(lm, journal):
-    return fisher(lm, SEQUENCES, KINDS, 0.15, 2, journal=journal)  # more than one pass
+def predicted(lm, journal):  # by more than one pass
+    return predict(lm, SEQUENCES, sync_points=KINDS, target_stderr=0.15, batch_size=2, journal=journal)
 
 
 @pytest.mark.parametrize("method", [single, cumulative, predicted])
 def test_cut_off_anywhere_the_run_goes_on_to_the_same_bits(lm, method, tmp_path):
     expected = method(lm, None)
     path = tmp_path / "p.json.journal"
-    journal = Journal(path, RUN)
+    journal = MeasurementJournal(path, RUN)
     assert method(lm, journal) == expected
     journal.close()
     whole = path.read_bytes()
@@ -63,7 +66,7 @@ def test_cut_off_anywhere_the_run_goes_on_to_the_same_bits(lm, method, tmp_path)
     cuts = [0, len(whole.splitlines(keepends=True)[0]) - 3, len(whole) - 1, len(whole)]
     for cut in [*cuts, *(dice.randrange(len(whole)) for _ in range(4))]:
         path.write_bytes(whole[:cut])
-        journal = Journal(path, RUN)
+        journal = MeasurementJournal(path, RUN)
         assert journal.finished == max(whole[:cut].count(b"\n") - 1, 0)
         assert method(lm, journal) == expected
         assert path.read_bytes() == whole
@@ -73,7 +76,7 @@ def test_cut_off_anywhere_the_run_goes_on_to_the_same_bits(lm, method, tmp_path)
 
 def test_what_is_finished_is_not_run_again(lm, tmp_path, monkeypatch):
     path = tmp_path / "p.json.journal"
-    journal = Journal(path, RUN)
+    journal = MeasurementJournal(path, RUN)
     expected = single(lm, journal)
     journal.close()
     lines = path.read_bytes().splitlines(keepends=True)
@@ -81,12 +84,12 @@ def test_what_is_finished_is_not_run_again(lm, tmp_path, monkeypatch):
     path.write_bytes(b"".join([lines[0], *in_first_batch]))
     recorded, real = [], lm.record
     monkeypatch.setattr(lm, "record", lambda ids: recorded.append(len(ids)) or real(ids))
-    journal = Journal(path, RUN)
+    journal = MeasurementJournal(path, RUN)
     assert single(lm, journal) == expected
     assert recorded == [2, 1], "the first batch is not even recorded"
     journal.close()
     recorded.clear()
-    assert single(lm, Journal(path, RUN)) == expected
+    assert single(lm, MeasurementJournal(path, RUN)) == expected
     assert recorded == [] and tasks.calls == 0
 
 
@@ -95,12 +98,12 @@ def test_what_is_finished_is_not_run_again(lm, tmp_path, monkeypatch):
 )
 def test_a_journal_of_another_run_is_refused_and_left_alone(other, named, tmp_path):
     path = tmp_path / "p.json.journal"
-    journal = Journal(path, other)
+    journal = MeasurementJournal(path, other)
     journal.once((0, 1), lambda: {"x": 1.0})
     journal.close()
     before = path.read_bytes()
     with pytest.raises(InputError, match=f"whose {named} differs; delete it"):
-        Journal(path, RUN)
+        MeasurementJournal(path, RUN)
     assert path.read_bytes() == before
 
 
@@ -109,21 +112,21 @@ def test_a_file_that_is_no_journal_is_left_alone(content, tmp_path):
     path = tmp_path / "p.json.journal"
     path.write_text(content)
     with pytest.raises(InputError, match="no journal"):
-        Journal(path, RUN)
+        MeasurementJournal(path, RUN)
     assert path.read_text() == content
 
 
 def test_a_journal_that_is_being_written_is_refused(tmp_path):
-    journal = Journal(tmp_path / "p.json.journal", RUN)
+    journal = MeasurementJournal(tmp_path / "p.json.journal", RUN)
     journal.once((0, 1), lambda: {"x": 1.0})
     with pytest.raises(InputError, match="Another process"):
-        Journal(tmp_path / "p.json.journal", RUN)
+        MeasurementJournal(tmp_path / "p.json.journal", RUN)
     journal.remove()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_not_finite_is_not_remembered(tmp_path):
-    journal = Journal(tmp_path / "p.json.journal", RUN)
+    journal = MeasurementJournal(tmp_path / "p.json.journal", RUN)
     journal.once((0, 1), lambda: {"sums": [[1.0, float("nan")]]})
     assert list(tmp_path.iterdir()) == []
 
@@ -162,11 +165,11 @@ def test_real_ranks_agree_on_what_is_finished(llama, text, tmp_path):
     script = tmp_path / "kept.py"
     script.write_text(
         "import os, shutil, sys\n"
-        "from spd_calib.sensitivity.journal import Journal\n"
-        "def remove(self):\n"
+        "from spd_calib.sensitivity.journal import MeasurementJournal\n"
+        "def close(self):\n"
         "    if int(os.environ['RANK']) == 0: shutil.copy(self.path, str(self.path) + '.whole')\n"
         "    real(self)\n"
-        "real, Journal.remove = Journal.remove, remove\n"
+        "real, MeasurementJournal.close = MeasurementJournal.close, close\n"
         "from spd_calib.cli.main import main\n"
         "main()\n"
     )

@@ -1,85 +1,25 @@
-"""Metrics and measurements against loops written out by hand."""
-
-import math
+"""Measuring plans, run whole against the dense model: the same as the reference run by hand, however it is batched."""
 
 import pytest
 import reference
 import tiny
 import torch
+from naive_metrics import agrees, naive
+from predictors import predictor
 
 from spd_calib.errors import InputError
-from spd_calib.formats.common import Strategy
+from spd_calib.formats.drops import NOTHING_DROPPED, Drop, Drops, Point, Strategy
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.sensitivity import measure as measuring
-from spd_calib.sensitivity.measure import Experiment, measure
-from spd_calib.sensitivity.metrics import Tally, token_metrics
-from spd_calib.sensitivity.profile import drops, profile
+from spd_calib.sensitivity.measure import Reference, Subject, measure
 
 KEEP, DROP, PLAIN = Strategy.KEEP_SYNC, Strategy.BLOCK_DROP, Strategy.PLAIN_DROP
+SEQUENCES = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (12, 9, 16, 7, 12)]
 
 
-def naive(dense, planned, targets):
-    """Every field of a comparison, token by token, in Python floats. Lists of [T, V] and [T], one a sequence."""
-    rows = []
-    for p_logits, q_logits, target in zip(dense, planned, targets, strict=True):
-        tokens = []
-        for p, q, t in zip(p_logits.double(), q_logits.double(), target.tolist(), strict=True):
-            lp = [x.item() - math.log(sum(math.exp(y) for y in p.tolist())) for x in p]
-            lq = [x.item() - math.log(sum(math.exp(y) for y in q.tolist())) for x in q]
-            tokens.append(
-                {
-                    "kl": sum(math.exp(a) * (a - b) for a, b in zip(lp, lq, strict=True)),
-                    "nll_increase": lp[t] - lq[t],
-                    "accuracy_drop": (max(range(len(lp)), key=lp.__getitem__) == t)
-                    - (max(range(len(lq)), key=lq.__getitem__) == t),
-                    "top1_agreement": float(lp.index(max(lp)) == lq.index(max(lq))),
-                    "largest": max(abs(a - b) for a, b in zip(lp, lq, strict=True)),
-                    "nll": -lq[t],
-                    "nll_dense": -lp[t],
-                }
-            )
-        rows.append(tokens)
-    everything = [t for tokens in rows for t in tokens]
-    out = {k: sum(t[k] for t in everything) / len(everything) for k in everything[0]}
-    out["largest"] = max(t["largest"] for t in everything)
-    for k in ("kl", "nll_increase", "accuracy_drop", "top1_agreement"):  # jackknife-free: residuals of the ratio
-        residuals = [sum(t[k] for t in tokens) - out[k] * len(tokens) for tokens in rows]
-        m = len(rows)
-        out[f"{k}_stderr"] = math.sqrt(m / (m - 1) * sum(r * r for r in residuals)) / len(everything)
-    return out
-
-
-def agrees(comparison, expected, tolerance=2e-5):
-    for key, value in expected.items():
-        if key in ("nll", "nll_dense", "largest"):
-            continue
-        assert getattr(comparison, key) == pytest.approx(value, abs=tolerance), key
-    assert comparison.max_abs_logprob_diff == pytest.approx(expected["largest"], abs=1e-4)
-    assert comparison.ppl == pytest.approx(math.exp(expected["nll"]), rel=1e-5)
-    assert comparison.ppl_increase == pytest.approx(math.exp(expected["nll"] - expected["nll_dense"]) - 1, abs=1e-5)
-
-
-def test_token_metrics_equal_a_loop():
-    torch.manual_seed(0)
-    dense, planned = torch.randn(3, 7, 19) * 2, torch.randn(3, 7, 19) * 2
-    targets = torch.randint(0, 19, (3, 7))
-    tally = Tally()
-    lengths = (7, 4, 2)
-    for i, n in enumerate(lengths):
-        rows, largest = token_metrics(dense[i, :n], planned[i, :n], targets[i, :n])
-        tally.sums.append(rows.sum(0))
-        tally.tokens.append(n)
-        tally.max_abs_logprob_diff = max(tally.max_abs_logprob_diff, largest)
-    cut = [[x[i, :n] for i, n in enumerate(lengths)] for x in (dense, planned, targets)]
-    agrees(tally.comparison(), naive(*cut))
-
-
-def test_with_equal_lengths_the_error_is_that_of_the_sequences_means():
-    values = torch.tensor([1.0, 3.0, 2.0, 7.0], dtype=torch.float64)
-    tally = Tally(sums=[torch.full((6,), 5 * float(v), dtype=torch.float64) for v in values], tokens=[5] * 4)
-    mean, error = tally._mean("kl")
-    assert mean == pytest.approx(values.mean().item())
-    assert error == pytest.approx(values.std().item() / 2)
+def attentions(blocks, strategy) -> Drops:
+    """The attention of these blocks dropped, nothing else."""
+    return Drops.of({Point(b, "attention"): strategy for b in blocks})
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -88,74 +28,117 @@ def test_measuring_equals_the_reference_run_whole(family, monkeypatch):
     monkeypatch.setattr(measuring, "LOGITS_AT_A_TIME", 131 * 5)  # several chunks a sequence
     dense = tiny.build(family)
     lm = TensorParallelLM.simulated(tiny.build(family), 4)
-    sequences = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (12, 9, 16, 7, 12)]
-    experiments = [
-        Experiment.dropping([2], DROP, 4),
-        Experiment.dropping([0, 3], PLAIN, 4),
-        Experiment((DROP, PLAIN, KEEP, DROP), (DROP, KEEP, DROP, KEEP)),
-        Experiment.dropping([], DROP, 4),
+    plans = [
+        attentions([2], DROP),
+        attentions([0, 3], PLAIN),
+        Drops.of_blocks((DROP, PLAIN, KEEP, DROP), (DROP, KEEP, DROP, KEEP)),
+        NOTHING_DROPPED,
     ]
-    baseline, found = measure(lm, sequences, experiments, batch_size=2)
-    targets = [torch.tensor(s[1:]) for s in sequences]
+    baseline, found = measure(Subject(lm), SEQUENCES, plans=plans, batch_size=2)
+    targets = [torch.tensor(s[1:]) for s in SEQUENCES]
 
-    def run(experiment):
-        return [
-            reference.logits(
-                dense, torch.tensor([s]), 4, [*map(str, experiment.attention)], [*map(str, experiment.mlp)]
-            )[0, :-1]
-            for s in sequences
-        ]
+    def run(drops):
+        attention, mlp = ([str(drops.strategy(Point(b, s))) for b in range(4)] for s in ("attention", "mlp"))
+        return [reference.logits(dense, torch.tensor([s]), 4, attention, mlp)[0, :-1] for s in SEQUENCES]
 
-    p = run(experiments[-1])
-    for experiment, comparison in zip(experiments, found, strict=True):
-        agrees(comparison, naive(p, run(experiment), targets))
+    p = run(plans[-1])
+    for drops, comparison in zip(plans, found, strict=True):
+        agrees(comparison, naive(p, run(drops), targets))
     assert found[-1].kl == 0 and found[-1].top1_agreement == 1
     expected = naive(p, p, targets)
     assert baseline.nll == pytest.approx(expected["nll_dense"], abs=1e-5)
-    assert baseline.tokens == sum(len(s) - 1 for s in sequences)
+    assert baseline.tokens == sum(len(s) - 1 for s in SEQUENCES)
 
 
 def test_the_batch_size_changes_nothing():
     lm = TensorParallelLM.simulated(tiny.build("llama"), 2)
-    sequences = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (12, 9, 16, 7, 12)]
-    experiments = [Experiment.dropping([1], DROP, 4)]
-    one, five = (measure(lm, sequences, experiments, batch_size=n)[1][0] for n in (1, 5))
+    plans = [attentions([1], DROP)]
+    one, five = (measure(Subject(lm), SEQUENCES, plans=plans, batch_size=n)[1][0] for n in (1, 5))
     for key, value in one.model_dump().items():
         assert getattr(five, key) == pytest.approx(value, rel=1e-5, abs=1e-5), key
-
-
-def test_cumulative_goes_from_the_last_block_backwards():
-    assert [(t.block, t.dropped) for t in drops("cumulative", [DROP], 3)] == [(2, [2]), (1, [1, 2]), (0, [0, 1, 2])]
-    assert [(t.block, t.dropped) for t in drops("single", [DROP], 3)] == [(0, [0]), (1, [1]), (2, [2])]
-
-
-def test_the_mlp_sync_point_is_deferred_in_every_block_but_the_last():
-    both = list(drops("single", [DROP, PLAIN], 3, ["attention", "mlp"]))
-    assert [(t.block, t.strategy) for t in both if t.sync_point == "mlp"] == [(0, DROP), (1, DROP)]
-    assert len(both) == 8 and {t.sync_point for t in drops("single", [DROP], 3, ["mlp"])} == {"mlp"}
-
-
-def test_an_mlp_measurement_is_of_the_mlp():
-    lm = TensorParallelLM.simulated(tiny.build("llama"), 2)
-    sequences = tiny.tokens(4, 16).tolist()
-    _, rows, _ = profile(lm, sequences, "single", [DROP], 4, lambda i, tally: None, sync_points=["attention", "mlp"])
-    assert [(r.block, r.sync_point) for r in rows[4:]] == [(0, "mlp"), (1, "mlp"), (2, "mlp")]
-    deferred = Experiment((KEEP,) * 4, (KEEP, DROP, KEEP, KEEP))
-    assert rows[5].kl == measure(lm, sequences, [deferred])[1][0].kl
-
-
-def test_cumulative_measures_the_whole_set():
-    lm = TensorParallelLM.simulated(tiny.build("llama"), 2)
-    sequences = tiny.tokens(4, 16).tolist()
-    _, rows, _ = profile(lm, sequences, "cumulative", [DROP], 4, lambda i, tally: None)
-    together = measure(lm, sequences, [Experiment.dropping([1, 2, 3], DROP, 4)])[1][0]
-    (row,) = [r for r in rows if r.block == 1]
-    assert row.dropped == [1, 2, 3]
-    assert row.kl == together.kl and row.nll_increase == together.nll_increase
 
 
 def test_weights_that_are_not_finite_are_named():
     lm = TensorParallelLM.simulated(tiny.build("llama"), 2)
     lm.blocks[1].down_bias = torch.full((64,), float("nan"))
     with pytest.raises(InputError, match="NaN or Inf"):
-        measure(lm, tiny.tokens(2, 8).tolist(), [Experiment.dropping([0], DROP, 4)])
+        measure(Subject(lm), tiny.tokens(2, 8).tolist(), plans=[attentions([0], DROP)])
+
+
+def test_a_plan_under_which_numbers_overflow_is_named():
+    """Predictors that make what the MLP reads too large: nothing is wrong with the model itself."""
+    lm = TensorParallelLM.simulated(tiny.build("opt"), 2)
+    block = lm.blocks[2]
+    huge = predictor("mean", block.d_rank, block.width, 0)
+    huge.bias.data.fill_(float("inf"))
+    plan = Drops({Point(2, "attention"): Drop(DROP, {0: huge, 1: huge})})
+    with pytest.raises(InputError, match=r"in block 2 .*, MLP of rank 0: its numbers become too large for float32"):
+        measure(Subject(lm), SEQUENCES, plans=[attentions([0], DROP), plan])
+    assert lm(tiny.tokens(1, 4)).isfinite().all(), "the model is dense again"
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_what_is_dropped_always_is_dropped_in_every_plan(streamed):
+    """Compared with the model itself with nothing dropped, where it was not made from another."""
+    lm = TensorParallelLM.simulated(tiny.build("llama"), 2)
+    lm.streamed = streamed  # its weights are in memory all the same; its plans go through the blocks in lockstep
+    always = Drops.of({Point(1, "attention"): PLAIN, Point(1, "mlp"): DROP})
+    some = [NOTHING_DROPPED, attentions([3], DROP), attentions([0, 1], DROP)]
+    baseline, found = measure(Subject(lm, always), SEQUENCES, plans=some, batch_size=2)
+    assert (baseline, found) == measure(Subject(lm), SEQUENCES, plans=[always | drops for drops in some], batch_size=2)
+    assert found[0].kl > 0
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_model_made_from_another_is_compared_with_that_one(streamed):
+    lm, original = (TensorParallelLM.simulated(tiny.build("llama", seed=seed), 2) for seed in (0, 1))
+    lm.streamed = streamed
+    always = Drops.of({Point(1, "attention"): DROP})
+    plans = [attentions([3], PLAIN), NOTHING_DROPPED]
+    baseline, (found, alone) = measure(Subject(lm, always, original), SEQUENCES, plans=plans, batch_size=2)
+
+    def logits(model, drops):
+        with model.running(drops):
+            return [lm.logits(model.record(torch.tensor([s])).final)[0, :-1] for s in SEQUENCES]
+
+    p, targets = logits(original, NOTHING_DROPPED), [torch.tensor(s[1:]) for s in SEQUENCES]
+    agrees(found, naive(p, logits(lm, always | plans[0]), targets))
+    expected = naive(p, logits(lm, always), targets)
+    agrees(alone, expected)
+    assert baseline.nll == pytest.approx(expected["nll_dense"], abs=1e-5)
+
+
+def test_the_model_is_left_dense_and_what_it_ran_before_does_not_count():
+    lm, ids = TensorParallelLM.simulated(tiny.build("llama"), 2), tiny.tokens(1, 6)
+    plans = [attentions([1], DROP)]
+    dense, expected = lm(ids), measure(Subject(lm), SEQUENCES, plans=plans)
+    assert torch.equal(lm(ids), dense)
+    with lm.running(attentions([0], PLAIN)):
+        assert measure(Subject(lm), SEQUENCES, plans=plans) == expected
+
+
+@pytest.mark.parametrize("held", [0, 2**24])
+def test_streams_that_differ_are_compared_rank_by_rank(monkeypatch, held):
+    """Whether the dense model's log-probabilities are held or computed anew."""
+    monkeypatch.setattr(measuring, "LOGITS_HELD", held)
+    lm = TensorParallelLM.simulated(tiny.build("llama"), 4)
+    ids, lengths, drops = tiny.tokens(2, 8), [8, 8], attentions([1, 2], PLAIN)
+    recording = lm.record(ids)
+    tally = Reference(lm, recording.final, input_ids=ids, lengths=lengths).compare(lm.resume(recording, drops))
+    with lm.running(drops):
+        expected = naive(lm.logits(recording.final)[:, :-1], lm(ids)[:, :-1], ids[:, 1:])
+    agrees(tally.comparison(), expected)
+
+
+def test_blocks_that_all_plans_run_alike_are_run_once():
+    """Also where predictors had to be brought to the model's dtype: those of the recording are the plans' own."""
+    lm = TensorParallelLM.simulated(tiny.build("llama").to(torch.bfloat16), 2)
+    block = lm.blocks[1]
+    predictors = {r: predictor("mean", block.d_rank, block.width, r) for r in (0, 1)}
+    always = Drops({Point(1, "attention"): Drop(DROP, predictors)})
+    runs = [0] * 4
+    for i, b in enumerate(lm.blocks):
+        b.mlps[0].register_forward_hook(lambda m, args, out, i=i: runs.__setitem__(i, runs[i] + 1))
+    plans = [attentions([2], DROP), attentions([3], DROP), NOTHING_DROPPED]
+    measure(Subject(lm, always), SEQUENCES, plans=plans, batch_size=len(SEQUENCES))
+    assert runs == [2, 2, 3, 4]  # the dense model, the recording, and what each plan changes

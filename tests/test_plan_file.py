@@ -1,38 +1,40 @@
 """make_plan: what stands in the plan file for a profile made by hand, and what is measured for it on the way."""
 
+from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import tiny
-from test_planning import DROP, PLAIN, a, budget, comparison, m, make_profile
-from test_planning_values import recovered
+from profiles import DROP, PLAIN, a, budget, comparison, fisher_profile, m, make_profile, random_fisher, recovered
 
 from spd_calib.errors import SpdError
-from spd_calib.formats.common import Strategy
+from spd_calib.formats.drops import NOTHING_DROPPED, Drops, Strategy
 from spd_calib.formats.plan import CompensationFile, PlannedBlock
 from spd_calib.parallel.model import TensorParallelLM
-from spd_calib.planning import latency
 from spd_calib.planning import plan as planning
-from spd_calib.planning.plan import HeldOutText, make_plan, measure_sets
-from spd_calib.sensitivity.measure import Experiment, measure
+from spd_calib.planning import whole_plans
+from spd_calib.planning.whole_plans import Calibration, HeldOut, Round, measure_plans
+from spd_calib.sensitivity.measure import Subject, measure
 
 KEEP = Strategy.KEEP_SYNC
 COSTS = {a(0): 0.4, a(1): 0.1, a(2): 0.05, m(0): 0.02, m(1): 0.3}
-LM = SimpleNamespace(module_paths=["layers.0", "layers.1", "layers.2"], num_blocks=3)
+MODULES = ["layers.0", "layers.1", "layers.2"]
+LM = SimpleNamespace()
 CALIBRATION, VERIFICATION = [[1, 2]] * 5, [[3, 4]] * 3
 
 
 @pytest.fixture
 def asked(monkeypatch) -> list:
-    """What was measured: (sets, sequences, batch size, tick, dense). A set costs the sum of its parts, held out too."""
+    """What was measured: (plans, sequences, batch size, tick, dense). A plan costs the sum of its parts on any text."""
     calls: list = []
 
-    def measured(lm, sets, sequences, batch_size, tick, dense=None):
-        assert lm is LM
-        calls.append((sets, sequences, batch_size, tick, dense))
-        return [comparison(sum(COSTS[p] for p in drops)) for drops in sets]
+    def measured(subject, sequences, *, plans, batch_size, tick):
+        assert subject.lm is LM
+        calls.append((plans, sequences, batch_size, tick, subject.original))
+        return None, [comparison(sum(COSTS[p] for p in drops)) for drops in plans]
 
-    monkeypatch.setattr(planning, "measure_sets", measured)
+    monkeypatch.setattr(whole_plans, "measure", measured)
     return calls
 
 
@@ -41,16 +43,30 @@ def profile(**changes):
     return p.model_copy(update=changes)
 
 
-def made(b, p=None, **options):
+def made(b, p=None, *, more=(), losses=None, lm=LM, original=None, modules=MODULES, measuring=None, **options):
+    """The plan, the choice and the comparison for a budget; `more` rounds of held-out text follow the first."""
     p = p or profile()
-    held_out = HeldOutText([VERIFICATION], p.verify_text)
-    return make_plan(LM, p, b, [CALIBRATION], held_out, p.provenance, **options)  # type: ignore[arg-type]
+    run = partial(measure_plans, subject=Subject(lm, original=original), **(measuring or {}))
+    chosen_by, verified_by = losses or (None, None)
+    calibration = Calibration(partial(run, texts=[CALIBRATION], task_loss=chosen_by))
+    rounds = [Round([VERIFICATION], p.verify_text), *more]
+    held_out = HeldOut(rounds, measure=partial(run, task_loss=verified_by), same_documents=losses is not None)
+    planned = planning.make_plan(
+        p,
+        b,
+        calibration=calibration,
+        held_out=held_out,
+        module_paths=modules,
+        provenance=p.provenance,
+        **options,
+    )
+    return planned.plan, planned.choice, planned.compared
 
 
 def test_every_block_says_what_is_done_and_why(asked):
     plan, choice, compared = made(budget(value=0.2))
-    assert compared == {} and plan.dropped == [1, 2] and plan.mlp_dropped == [0]
-    assert {c.point for c in choice.dropped} == {a(1), a(2), m(0)}
+    assert compared == {} and plan.drops.blocks("attention") == [1, 2] and plan.drops.blocks("mlp") == [0]
+    assert set(choice.drops) == {a(1), a(2), m(0)}
     assert [b.model_dump(exclude={"compensation", "recovery"}) for b in plan.blocks] == [
         {"index": 0, "module": "layers.0", "strategy": KEEP, "mlp_strategy": DROP, "kl": 0.4, "mlp_kl": 0.02,
          "reason": "block_drop costs KL 0.4, beyond the budget; MLP: its sync joins the next one kept"},
@@ -68,45 +84,66 @@ def test_every_block_says_what_is_done_and_why(asked):
     assert plan.compensation is None and plan.recovered_from is None
 
 
-FURTHER = HeldOutText(
-    [[[5, 6]] * 3], make_profile([0.1]).verify_text.model_copy(update={"first": 8, "sha256": "8" * 64})
-)
+FURTHER = Round([[[5, 6]] * 3], make_profile([0.1]).verify_text.model_copy(update={"first": 8, "sha256": "8" * 64}))
 
 
 @pytest.mark.parametrize("more", [True, False])
-def test_a_repaired_plan_is_verified_on_further_text(asked, monkeypatch, more):
+def test_a_repaired_plan_is_verified_on_further_text(monkeypatch, more):
     """On the text to verify on everything costs three times as much, on further text twice as much."""
     seen = []
 
-    def measured(lm, sets, sequences, batch_size, tick, dense=None):
+    def measured(subject, sequences, *, plans, batch_size, tick):
         seen.append(sequences)
         factor = {1: 1, 3: 3, 5: 2}[sequences[0][0]]
-        return [comparison(factor * sum(COSTS[p] for p in drops)) for drops in sets]
+        return None, [comparison(factor * sum(COSTS[p] for p in drops)) for drops in plans]
 
-    monkeypatch.setattr(planning, "measure_sets", measured)
-    lots: list[int] = []
+    monkeypatch.setattr(whole_plans, "measure", measured)
+    yielded: list[Round] = []
 
-    def further(times):
-        lots.append(times)
-        return FURTHER if more else None
+    def further():
+        for following in [FURTHER] if more else []:
+            yielded.append(following)
+            yield following
 
-    plan, choice, _ = made(budget(value=0.2, strategies=[DROP]), further=further)
-    assert choice.repaired and lots == [1] and plan.verified.seen == (not more)
+    plan, choice, _ = made(budget(value=0.2, strategies=[DROP]), more=further())
+    assert choice.given_back and choice.rounds == 1 and plan.verified.reused == (not more)
     assert (plan.verified.text, seen[-1]) == (
         (FURTHER.ref, FURTHER.texts[0]) if more else (profile().verify_text, VERIFICATION)
     )
-    assert ("seen" in plan.model_dump()["verified"]) == (not more) and plan.verified.lot == (1 if more else 0)
-    whole, unbroken, _ = made(budget(value=9, strategies=[DROP]), further=further)
-    assert not unbroken.repaired and lots == [1] and not whole.verified.seen
+    assert ("reused" in plan.model_dump()["verified"]) == (not more) and plan.verified.round == (1 if more else 0)
+    yielded.clear()
+    whole, unbroken, _ = made(budget(value=9, strategies=[DROP]), more=further())
+    assert not unbroken.given_back and not whole.verified.reused and "round" not in whole.model_dump()["verified"]
+
+
+def test_held_out_text_is_read_as_it_is_needed_and_used_again_at_its_end():
+    read = []
+
+    def rounds():
+        for i in range(2):
+            read.append(i)
+            yield Round([[[i]]], SimpleNamespace(first=i))
+
+    held_out = HeldOut(rounds(), measure=lambda plans, texts: [texts])
+    assert held_out.after(0)[0] == 0 and read == [0]
+    assert held_out.verify(NOTHING_DROPPED, 1) == [[[1]]] and read == [0, 1] and not held_out.reused(1)
+    assert held_out.after(3)[0] == 1 and held_out.reused(2) and not held_out.reused(0)
+    tasks = HeldOut(rounds(), measure=lambda plans, texts: [texts], same_documents=True)
+    assert tasks.reused(1) and not tasks.reused(0)
 
 
 def test_what_the_profile_predicts_of_the_whole(asked):
     """KL: singles and what consecutive ones add; perplexity and accuracy add up, perplexity as a share of 10."""
     plan, _, _ = made(budget(value=0.2, strategies=[DROP]))
-    assert plan.dropped == [1, 2] and plan.mlp_dropped == [0]
+    assert plan.drops.blocks("attention") == [1, 2] and plan.drops.blocks("mlp") == [0]
     assert plan.predicted.kl == pytest.approx(0.17 + 2 * (0.02 * 0.1) ** 0.5)
     assert plan.predicted.ppl_increase == pytest.approx((1 + 0.5 + 0.2) / 10)
     assert plan.predicted.accuracy_drop == pytest.approx(0.17 / 4)
+
+
+def test_predictions_of_fisher_are_kl_alone():
+    predicted = planning._predicted(fisher_profile(random_fisher(3, 1)), [], kl=0.125)
+    assert (predicted.kl, predicted.ppl_increase, predicted.accuracy_drop) == (0.125, None, None)
 
 
 def test_a_recovered_checkpoint_keeps_what_its_plan_drops(asked):
@@ -124,8 +161,8 @@ def test_a_recovered_checkpoint_keeps_what_its_plan_drops(asked):
     left = [r for r in p.measurements if (r.block, r.sync_point) not in ((1, "attention"), (0, "mlp"))]
     p = p.model_copy(update={"measurements": left})
     beside, dense = CompensationFile(file="c.safetensors", sha256="0" * 64), object()
-    plan, choice, _ = made(budget("drop", 3, [DROP]), p, recovered=old, recovered_from=dense, compensation=beside)
-    assert [c.point for c in choice.dropped] == [a(2)] and all(call[4] is dense for call in asked[-2:])
+    plan, choice, _ = made(budget("drop", 3, [DROP]), p, recovered=old, original=dense, predictors=beside)
+    assert list(choice.drops) == [a(2)] and all(call[4] is dense for call in asked[-2:])
     assert [(b.strategy, b.mlp_strategy) for b in plan.blocks] == [(KEEP, DROP), (DROP, KEEP), (DROP, KEEP)]
     assert [b.reason for b in plan.blocks] == [
         "its MLP; block_drop costs KL 0.37, beyond the budget",
@@ -162,19 +199,19 @@ def test_the_papers_thresholds_name_the_treatment(asked):
 
 def test_what_is_measured_and_announced(asked):
     expected, tick = [], lambda experiment, tally: None
-    made(budget(value=0.2), batch_size=2, tick=tick, expect=expected.append)
+    made(budget(value=0.2), measuring={"batch_size": 2, "tick": tick, "expect": expected.append})
     assert {len(sequences) for _, sequences, *_ in asked} == {5, 3} and asked[-1][1] == VERIFICATION
     assert all((size, used, dense) == (2, tick, None) for _, _, size, used, dense in asked)
     assert expected == [len(sets) * (3 if sequences == CALIBRATION else 2) for sets, sequences, *_ in asked]
-    assert not any(len(sets) != len({frozenset(s) for s in sets}) for sets, *_ in asked)
+    assert not any(len(sets) != len(set(sets)) for sets, *_ in asked)
     made(budget(value=0.2))
-    assert asked[-1][2] == 8 and asked[-1][3](0, None) is None
+    assert asked[-1][2] == 8 and asked[-1][3] is None
 
 
-def test_the_obvious_sets_are_measured_once_and_compared(asked):
+def test_the_baseline_sets_are_measured_once_and_compared(asked):
     plan, choice, compared = made(budget("drop", 2, [DROP]), compare=True)
     assert list(compared)[:3] == ["this plan", "the paper's back-to-front order", "the last"] and len(compared) == 9
-    assert compared["this plan"] == choice.measured[frozenset([a(2), m(0)])]
+    assert compared["this plan"] == comparison(COSTS[m(0)] + COSTS[a(2)]) and set(choice.drops) == {a(2), m(0)}
     assert compared["the last"].kl == pytest.approx(COSTS[a(2)] + COSTS[a(1)])
     whole = [frozenset(s) for sets, sequences, *_ in asked if sequences == CALIBRATION for s in sets]
     cumulative = [frozenset([a(0), a(1), a(2)]), frozenset([a(1), a(2)]), frozenset([a(2)])]
@@ -184,30 +221,69 @@ def test_the_obvious_sets_are_measured_once_and_compared(asked):
     assert nothing == {}
 
 
-def test_an_accuracy_of_tasks_is_chosen_by_the_one_half_and_verified_by_the_other(asked, monkeypatch):
-    """Block 1's attention costs most on the tasks; the loss is asked for with the strategies set, and only then."""
-    state: list = []
-    lm = SimpleNamespace(
-        **vars(LM),
-        set_strategies=lambda attention, mlp: state.append((attention, mlp)),
-        keep_all=lambda: state.append(0),
-    )
-    monkeypatch.setattr("test_plan_file.LM", lm)
+def test_with_compare_a_baseline_that_measures_best_is_the_plan(monkeypatch):
+    """The last two blocks cost nothing, whatever the profile says of them alone."""
+    truth = {a(i): 0.1 for i in range(10)} | {a(10): 0.001, a(11): 0.001}
+
+    def measured(subject, sequences, *, plans, batch_size, tick):
+        return None, [comparison(sum(truth[p] for p in drops)) for drops in plans]
+
+    monkeypatch.setattr(whole_plans, "measure", measured)
+    p = make_profile([0.1 + 0.01 * i for i in range(12)])
+    for compare, dropped in ((True, [10, 11]), (False, [0, 1])):
+        plan, _, _ = made(budget("drop", 2, [DROP]), p, compare=compare, modules=[f"layers.{i}" for i in range(12)])
+        assert plan.drops.blocks("attention") == dropped
+
+
+def noting(state: list) -> SimpleNamespace:
+    """A model that notes what it runs, and that it is dense again."""
+
+    @contextmanager
+    def running(drops):
+        state.append(drops)
+        yield
+        state.append(NOTHING_DROPPED)
+
+    return SimpleNamespace(running=running)
+
+
+def test_an_accuracy_of_tasks_is_chosen_by_the_one_half_and_verified_by_the_other(monkeypatch):
+    """Block 1's attention costs most on the tasks; the loss is asked for with the plan running, and only then."""
+    state: list[Drops] = []
+    lm = noting(state)
     halves = []
+
+    def measured(subject, sequences, *, plans, batch_size, tick):
+        assert subject.lm is lm
+        return None, [comparison(sum(COSTS[p] for p in drops)) for drops in plans]
+
+    monkeypatch.setattr(whole_plans, "measure", measured)
 
     def losing(name):
         def loss():
-            attention, _ = state[-1]
             halves.append(name)
-            return {"t": 0.5 if attention[1] != KEEP else 0.01}, {"t": 0.001}
+            return {"t": 0.5 if a(1) in state[-1] else 0.01}, {"t": 0.001}
 
         return loss
 
     b = budget("max_accuracy_drop", 0.1, [DROP], tasks=["t"])
-    plan, _, _ = made(b, make_profile([0.4, 0.1, 0.05]), tasks=(losing("calibrate"), losing("verify")))
-    assert 1 not in plan.dropped and plan.dropped and state[-1] == 0
+    losses = (losing("calibrate"), losing("verify"))
+    plan, _, _ = made(b, make_profile([0.4, 0.1, 0.05]), lm=lm, losses=losses)
+    assert a(1) not in plan.drops and plan.drops and state[-1] == NOTHING_DROPPED
     assert plan.verified.task_accuracy_drop == {"t": 0.01} and plan.verified.task_accuracy_drop_stderr == {"t": 0.001}
-    assert halves[-1] == "verify" and "calibrate" in halves and state[1::2] == [0] * (len(state) // 2)
+    assert halves[-1] == "verify" and "calibrate" in halves
+    assert state[1::2] == [NOTHING_DROPPED] * (len(state) // 2)
+
+
+def test_a_budget_of_tasks_sees_the_plan_it_is_about(monkeypatch):
+    state: list[Drops] = []
+    monkeypatch.setattr(whole_plans, "measure", lambda subject, sequences, **given: (None, [comparison(0.1)]))
+    plan, always = Drops.of({a(1): DROP, m(0): DROP}), Drops.of({a(0): DROP})
+    found = measure_plans(
+        [plan], [[[1]]], subject=Subject(noting(state), always=always), task_loss=lambda: ({"t": 0.25}, {"t": 0.01})
+    )[0]
+    assert found.task_accuracy_drop == {"t": 0.25} and found.task_accuracy_drop_stderr == {"t": 0.01}
+    assert state == [always | plan, NOTHING_DROPPED] and found.kl == comparison(0.1).kl
 
 
 def test_a_budget_that_nothing_keeps_writes_no_plan(asked):
@@ -215,32 +291,17 @@ def test_a_budget_that_nothing_keeps_writes_no_plan(asked):
         made(budget(value=0.001))
 
 
-def test_measuring_sets_is_measuring_their_experiments():
+def test_measuring_plans_is_measuring_them_on_each_text():
     lm, ticks = TensorParallelLM.simulated(tiny.build("llama"), 2), []
     sequences = [tiny.tokens(1, 8, seed=n)[0].tolist() for n in range(3)]
-    sets = [{a(1): DROP}, {a(0): PLAIN, m(2): DROP}]
-    found = measure_sets(lm, sets, sequences, 2, lambda i, tally: ticks.append(i))
-    experiments = [
-        Experiment((KEEP, DROP, KEEP, KEEP), (KEEP,) * 4),
-        Experiment((PLAIN, KEEP, KEEP, KEEP), (KEEP, KEEP, DROP, KEEP)),
-    ]
-    assert found == measure(lm, sequences, experiments, 2)[1] and ticks == [0, 1, 0, 1]
+    plans = [Drops.of({a(1): DROP}), Drops.of({a(0): PLAIN, m(2): DROP})]
+    one = {"batch_size": 2, "tick": lambda i, tally: ticks.append(i)}
+    found = measure_plans(plans, [sequences], subject=Subject(lm), **one)
+    assert found == measure(Subject(lm), sequences, plans=plans, batch_size=2)[1] and ticks == [0, 1, 0, 1]
     other = TensorParallelLM.simulated(tiny.build("llama", seed=1), 2)
-    assert measure_sets(lm, sets, sequences, 2, lambda i, tally: None, other)[0].kl > found[0].kl
-
-
-def test_latency_as_it_stands_in_a_plan():
-    step = latency.Step("prefill", 3, 7, 2)
-    model = latency.LatencyModel("h", step, 4, compute=1.0, all_reduce=0.125)
-    found = model.latency(3)
-    assert found.model_dump() == {
-        "hardware": "h", "phase": "prefill", "batch": 3, "context": 7, "all_reduce_seconds": 0.125,
-        "dense_seconds": 2.0, "planned_seconds": 1.625, "saved": 0.1875, "ceiling": 7 * 0.0625,
-    }  # fmt: skip
-    with pytest.raises(SpdError) as e:
-        model.drops_for(0.5, 3)
-    assert str(e.value) == (
-        "--min-speedup 50% is beyond what can be saved here: dropping all 3 sync points profiled saves 18.8 %, all 7 "
-        "there are 43.8 % (prefill, batch 3, context 7, h); ask for less."
+    compared = measure_plans(plans, [sequences], subject=Subject(lm, original=other), **one)
+    assert compared[0].kl > found[0].kl
+    both = measure_plans(plans, [sequences[:1], sequences[1:]], subject=Subject(lm), **one)
+    assert [c.kl for c in both[0].per_text] == pytest.approx(
+        [measure(Subject(lm), part, plans=plans[:1])[1][0].kl for part in (sequences[:1], sequences[1:])]
     )
-    assert model.drops_for(0.1875, 3) == 3

@@ -8,13 +8,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spd_calib.formats.common import Strategy
-from spd_calib.formats.files import read
+from spd_calib.formats.drops import NOTHING_DROPPED, Drops, Point, Strategy
+from spd_calib.formats.files import dumps, read
 from spd_calib.formats.plan import Plan
 from spd_calib.formats.profile import Profile
-from spd_calib.parallel.compensation import load_compensation
+from spd_calib.models.plan_files import load_plan
 from spd_calib.parallel.session import open_session
-from spd_calib.planning.latency import ATTAINED, Shape, predictor_weights
+from spd_calib.planning.machine_latency import ATTAINED
+from spd_calib.planning.model_sizes import ModelSizes, predictor_weights
 
 KEEP, DROP, PLAIN = Strategy.KEEP_SYNC, Strategy.BLOCK_DROP, Strategy.PLAIN_DROP
 FIT = ("--seq-len", 24, "--max-samples", 20, "--verify-samples", 6, "--device", "cpu")
@@ -23,37 +24,33 @@ FIT = ("--seq-len", 24, "--max-samples", 20, "--verify-samples", 6, "--device", 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, llama, text) -> Path:
     """A checkpoint whose block 1 was distilled and given predictors, from a plan that drops blocks 1 and 2."""
-    from spd_calib.cli.plan import plan
-    from spd_calib.cli.profile import profile
-    from spd_calib.cli.recover import recover
+    from spd_calib import RunOptions, TextSelection, plan, profile, recover
 
-    path = tmp_path_factory.mktemp("recovered")
-    (path / "all.jsonl").write_text(Path(text).read_text())
-    profile(str(llama), tp=4, data=[str(path / "all.jsonl")], output=path / "p.json", seq_len=24, max_samples=12,
-            verify_samples=8, strategy=["block_drop", "plain_drop"], device="cpu")  # fmt: skip
-    plan(path / "p.json", drop="2", output=path / "plan.json", device="cpu", strategy=["block_drop"])
-    raw = json.loads((path / "plan.json").read_text())
+    path, run = tmp_path_factory.mktemp("recovered"), RunOptions(device="cpu")
+    data = str(path / "all.jsonl")
+    Path(data).write_text(Path(text).read_text())
+    profiled = profile(str(llama), tp=4, data=data, text=TextSelection(24, None, 12, 8), run=run)
+    raw = json.loads(dumps(plan(profiled, drop=2, strategies=["block_drop"], run=run)))
     for block, strategy in zip(raw["blocks"], (KEEP, DROP, PLAIN, KEEP), strict=True):
         block["strategy"] = strategy
     (path / "plan.json").write_text(json.dumps(raw))
-    recover(path / "plan.json", str(path / "all.jsonl"), path / "out", methods="compensation,distillation", tau1=0.0,
-            tau2=0.0, exchange=0.0, seq_len=24, max_samples=20, verify_samples=6, steps=50, final_steps=50,
-            batch_size=4, device="cpu")  # fmt: skip
+    recover(path / "plan.json", path / "out", data=data, methods=["compensation", "distillation"], tau1=0.0, tau2=0.0,
+            exchange=0.0, text=TextSelection(24, None, 20, 6), steps=50, final_steps=50,
+            run=RunOptions(device="cpu", batch_size=4))  # fmt: skip
     return path
 
 
 def kl_by_hand(folder: Path, llama: Path, sequences: list[list[int]], drops: dict[int, Strategy]) -> float:
     """KL a token of the checkpoint with `drops` on top of its plan's, against the original in plain transformers."""
-    plan = read(Plan, folder / "plan.json")
+    _, planned = load_plan(folder / "plan.json")
     lm = open_session(str(folder), 4).load()
-    lm.set_compensation(load_compensation(plan, folder / "plan.json"))
-    lm.set_strategies([drops.get(i, s) for i, s in enumerate(plan.strategies)])
+    more = Drops.of({Point(i, "attention"): strategy for i, strategy in drops.items()})
     original = AutoModelForCausalLM.from_pretrained(llama)
     total = tokens = 0.0
     for ids in sequences:
-        with torch.no_grad():
-            p, q = (m(torch.tensor([ids])) for m in (original, lm))
-        p, q = (x[0, :-1].double().log_softmax(-1) for x in (p.logits, q))
+        with torch.no_grad(), lm.running(planned | more):
+            p, q = original(torch.tensor([ids])).logits, lm(torch.tensor([ids]))
+        p, q = (x[0, :-1].double().log_softmax(-1) for x in (p, q))
         total += (p.exp() * (p - q)).sum().item()
         tokens += len(p)
     return total / tokens
@@ -61,7 +58,7 @@ def kl_by_hand(folder: Path, llama: Path, sequences: list[list[int]], drops: dic
 
 def test_every_figure_compares_with_the_model_it_was_made_from(spd, folder, llama, tmp_path) -> None:
     plan = read(Plan, folder / "out/plan.json")
-    assert plan.strategies == (KEEP, DROP, PLAIN, KEEP) and plan.compensation
+    assert plan.drops == Drops.of_blocks([KEEP, DROP, PLAIN, KEEP]) and plan.compensation
     weights = [AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (llama, folder / "out")]
     assert not all(torch.equal(a, b) for a, b in zip(*(w.values() for w in weights), strict=True))  # it was trained
 
@@ -97,24 +94,25 @@ def test_every_figure_compares_with_the_model_it_was_made_from(spd, folder, llam
     # a plan over what is left, with the predictors beside it
     out = tmp_path / "again.json"
     run = spd("plan", tmp_path / "p.json", "--drop", 3, "--strategy", "block_drop", "-o", out, "--compare",
-              "--pareto", tmp_path / "front.json", "--device", "cpu")  # fmt: skip
+              "--pareto", tmp_path / "pareto.json", "--device", "cpu")  # fmt: skip
     assert run.code == 0, run.err
     new = read(Plan, out)
     drops = {b.index: b.strategy for b in new.blocks if b.strategy != KEEP}
-    assert drops.pop(1) == DROP and drops.pop(2) == PLAIN and len(new.dropped) + len(new.mlp_dropped) == 3
+    assert drops.pop(1) == DROP and drops.pop(2) == PLAIN and len(new.drops) == 3
     assert new.recovered_from == plan.recovered_from and new.blocks[1].compensation == plan.blocks[1].compensation
-    front = json.loads((tmp_path / "front.json").read_text())
+    front = json.loads((tmp_path / "pareto.json").read_text())
     assert [p["drops"] for p in front["points"]] == [2, 3, 4, 5, 6, 7]
-    if not new.mlp_dropped:
+    if not new.drops.blocks("mlp"):
         assert new.verified.kl == pytest.approx(kl_by_hand(folder / "out", llama, kept, drops), rel=1e-4)
-    lm = open_session(new.model.id, 4, new.model).load()
-    lm.set_compensation(load_compensation(new, out))  # the file lies beside the new plan
+    lm = open_session(new.model.id, 4, expected=new.model).load()
+    with lm.running(load_plan(out)[1]):  # the file lies beside the new plan
+        pass
 
     # what the predictors add to a rank is in the modelled latency: as many weights as one rank's tensors hold
     tensors = load_file(out.parent / new.compensation.file)
     of_rank = sum(t.numel() for name, t in tensors.items() if ".ranks.0." in name)
-    shape = Shape.of(AutoModelForCausalLM.from_pretrained(llama))
-    assert predictor_weights(new, shape) == of_rank > 0
+    sizes = ModelSizes.of(AutoModelForCausalLM.from_pretrained(llama))
+    assert predictor_weights(new, sizes) == of_rank > 0
     run = spd("plan", tmp_path / "p.json", "--drop", 3, "--strategy", "block_drop", "-o", out, "--device", "cpu",
               "--hardware", cable(tmp_path / "cable.csv"))  # fmt: skip
     assert run.code == 0, run.err
@@ -153,20 +151,20 @@ def test_eval_compares_with_the_model_it_was_made_from(spd, folder, llama, tmp_p
     seen = []
     plan = read(Plan, folder / "out/plan.json")
     original, recovered = open_session(str(llama), 4).load(), open_session(str(folder / "out"), 4).load()
-    recovered.set_compensation(load_compensation(plan, folder / "out/plan.json"))
+    _, drops = load_plan(folder / "out/plan.json")
 
     class Noting(TaskSuite):
         def __init__(self):
             self.loaded = {"tasks": {}, "groups": {}}
 
         def run(self, lm, tokenizer, batch_size, note=None):
-            seen.append((lm, [b.attention_strategy for b in lm.blocks]))
+            seen.append((lm, lm.blocks[0].present.drops))
             return {}
 
     with pytest.raises(Exception, match="No metric"):
-        Noting().evaluate(recovered, None, plan, 1, dense_lm=original)
+        Noting().evaluate(recovered, None, drops, 1, dense_lm=original)
     assert [lm for lm, _ in seen] == [original, recovered]
-    assert [s for _, s in seen] == [[KEEP] * 4, list(plan.strategies)]
+    assert [d for _, d in seen] == [NOTHING_DROPPED, plan.drops | drops]
 
 
 def test_what_cannot_be_profiled_again(spd, folder, tmp_path) -> None:

@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 import tiny
 from plans import write_plan
-from test_planning import comparison, make_profile
+from profiles import comparison, make_profile
 
+from spd_calib.formats.drops import Point
 from spd_calib.formats.files import dumps, read, sha256_of
 from spd_calib.formats.plan import Latency, Plan
-from spd_calib.formats.profile import Point, Profile, Recovered
+from spd_calib.formats.profile import Profile, Recovered
 from spd_calib.formats.results import Results
-from spd_calib.report.table import nats
-from spd_calib.report.tables import rankings
+from spd_calib.reporting.table import nats
+from spd_calib.reporting.tables import rankings
 
 DEMO = Path(__file__).parent.parent / "results/demo"
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -149,7 +150,7 @@ def test_the_page_shows_everything_and_loads_nothing(spd, run):
         assert all(f"{what} {version}" in body for what, version in document.provenance.versions.items())
     for m in profile.measurements:
         row = [str(m.block), nats(m.kl, m.kl_stderr)]
-        assert row in [[r[0], r[2]] for r in page.rows(f"attention: {m.strategy}")]
+        assert row in [r[:2] for r in page.rows(f"attention: {m.strategy}")]
     assert [r[:2] for r in page.rows("plan for demo")] == [[str(b.index), b.strategy] for b in plan.blocks]
     v = plan.verified
     predicted, verified = page.rows("the whole plan")
@@ -271,26 +272,26 @@ def test_predictors_are_counted(spd, tmp_path, llama, profile_file):
 
 
 def test_a_plan_verified_on_text_behind_that_of_its_profile_belongs_to_it(spd, run):
-    """A repaired plan's text begins so many lots further on; anything else is another profile's."""
+    """A repaired plan's text begins so many rounds further on; anything else is another profile's."""
     plan, kept = read(Plan, run / "plan.json"), read(Profile, run / "profile.json").verify_text
     behind = {"first": kept.first + 2 * kept.sequences, "sha256": "b" * 64}
-    for changes, lot, code in (
+    for changes, number, code in (
         (behind, 2, 0), (behind, 1, 2), (behind, 0, 2),
         ({**behind, "seq_len": 3}, 2, 2), ({**behind, "first": 0}, 2, 2),
     ):  # fmt: skip
         text = kept.model_copy(update=changes)
-        verified = plan.verified.model_copy(update={"text": text, "lot": lot})
+        verified = plan.verified.model_copy(update={"text": text, "round": number})
         (run / "plan.json").write_text(dumps(plan.model_copy(update={"verified": verified})))
         outcome = spd("report", run, "-o", run / "report.html")
         assert outcome.code == code, outcome.err
         assert code == 0 or "made from another profile" in outcome.err
-        assert code == 2 or f"Verified on lot 2 behind it: {kept.source}" in (run / "report.html").read_text()
+        assert code == 2 or f"Verified on round 2 behind it: {kept.source}" in (run / "report.html").read_text()
 
 
 def test_text_that_took_part_in_choosing_is_not_called_fresh(spd, run):
     plan = read(Plan, run / "plan.json")
     for seen, words in ((False, "sequences that nothing was chosen on"), (True, "that had shown the plan before it")):
-        verified = plan.verified.model_copy(update={"seen": seen})
+        verified = plan.verified.model_copy(update={"reused": seen})
         (run / "plan.json").write_text(dumps(plan.model_copy(update={"verified": verified})))
         _, page = made(spd, run)
         assert words in page.all("body")[0][1]
@@ -326,13 +327,14 @@ def test_several_texts_are_shown_each(spd, llama, text, tmp_path):
 
 
 def test_a_front_and_a_bench_beside_it_are_shown(spd, run):
-    from spd_calib.formats.hardware import Collective, Hardware, Step, Timing
-    from spd_calib.planning.front import front_of
+    from spd_calib.formats.hardware import Collective, Hardware, TimedStep, Timing
+    from spd_calib.planning.pareto import pareto_of
 
     profile = read(Profile, run / "profile.json")
-    front = front_of(profile, ["block_drop"], profile.provenance.model_copy(update={"command": "the front"}), {})
+    made_by = profile.provenance.model_copy(update={"command": "the front"})
+    front = pareto_of(profile, provenance=made_by, strategies=["block_drop"])
     points = [p.model_copy(update={"measured_kl": 0.0123}) if p.drops == 3 else p for p in front.points]
-    (run / "front.json").write_text(dumps(front.model_copy(update={"points": points})))
+    (run / "pareto.json").write_text(dumps(front.model_copy(update={"points": points})))
     time = Timing(median=0.001, p10=0.0005, p90=0.002, repeats=3)
     hardware = Hardware(
         model=profile.model,
@@ -344,7 +346,7 @@ def test_a_front_and_a_bench_beside_it_are_shown(spd, run):
         collectives=[
             Collective(method=m, ranks=4, bytes=64, seconds=time) for m in ("all_reduce", "all_gather_and_sum")
         ],
-        steps=[Step(phase="decode", blocks="dense", dropped=0, batch=1, tokens=8, seconds=time)],
+        steps=[TimedStep(phase="decode", blocks="dense", dropped=0, batch=1, tokens=8, seconds=time)],
         provenance=profile.provenance,
     )
     (run / "hardware.json").write_text(dumps(hardware))
@@ -352,12 +354,12 @@ def test_a_front_and_a_bench_beside_it_are_shown(spd, run):
     assert page.rows("the cheapest set of every size")[3][2] == "0.0123"
     assert page.rows("sum over 4 ranks, gloo, a processor") == [["64", *["1000.0 (500.0 to 2000.0)"] * 2]]
     assert [r[0] for r in page.rows("the files read")] == [
-        "profile.json", "plan.json", "results.json", "hardware.json", "front.json"
+        "profile.json", "plan.json", "results.json", "hardware.json", "pareto.json"
     ]  # fmt: skip
     other = profile.model.model_copy(update={"config_hash": "0" * 64})
-    (run / "front.json").write_text(dumps(front.model_copy(update={"model": other})))
+    (run / "pareto.json").write_text(dumps(front.model_copy(update={"model": other})))
     _, page = made(spd, run)
-    assert "front.json is there, but of another model. This one is from the profile alone." in page.all("main")[0][1]
+    assert "pareto.json is there, but of another model. This one is from the profile alone." in page.all("main")[0][1]
 
 
 def luminance(colour: str) -> float:

@@ -5,7 +5,7 @@ import reference
 import tiny
 import torch
 
-from spd_calib.formats.common import Strategy
+from spd_calib.formats.drops import Drops, Strategy
 from spd_calib.parallel.session import open_session
 
 
@@ -16,18 +16,18 @@ def test_a_saved_model_runs_its_plan(family, tmp_path):
     assert session.max_length == 128 and session.ref.architecture == type(model).__name__
     lm = session.load()
     strategies = [Strategy.BLOCK_DROP, Strategy.KEEP_SYNC, Strategy.PLAIN_DROP, Strategy.BLOCK_DROP]
-    lm.set_strategies(strategies)
     ids = tiny.tokens(2, 12)
-    assert (lm(ids) - reference.logits(model, ids, 4, list(map(str, strategies)))).abs().max() < 1e-5
+    with lm.running(Drops.of_blocks(strategies)):
+        assert (lm(ids) - reference.logits(model, ids, 4, list(map(str, strategies)))).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_near_the_reference(dtype, tmp_path):
     model = tiny.build("llama")
     lm = open_session(str(tiny.save(model, tmp_path / "m")), 4).load(dtype=dtype)
-    lm.set_strategies([Strategy.BLOCK_DROP] * 4)
     ids = tiny.tokens(2, 12)
-    found = lm(ids)
+    with lm.running(Drops.of_blocks([Strategy.BLOCK_DROP] * 4)):
+        found = lm(ids)
     assert found.dtype == getattr(torch, dtype)
     assert (found.float() - reference.logits(model, ids, 4, ["block_drop"] * 4)).abs().mean() < 0.02
 
@@ -49,6 +49,6 @@ def test_cuda_equals_the_cpu(tmp_path):
     session = open_session(str(tiny.save(tiny.build("llama"), tmp_path / "m")), 4)
     cpu, gpu = session.load("cpu"), session.load("cuda")
     ids = tiny.tokens(2, 12)
-    for lm in (cpu, gpu):
-        lm.set_strategies([Strategy.BLOCK_DROP, Strategy.PLAIN_DROP] * 2)
-    assert (cpu(ids) - gpu(ids.cuda()).cpu()).abs().max() < 1e-4
+    drops = Drops.of_blocks([Strategy.BLOCK_DROP, Strategy.PLAIN_DROP] * 2)
+    with cpu.running(drops), gpu.running(drops):
+        assert (cpu(ids) - gpu(ids.cuda()).cpu()).abs().max() < 1e-4

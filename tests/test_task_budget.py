@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spd_calib.demo.assets import model_dir, tasks_dir
-from spd_calib.formats.common import Strategy
+from spd_calib.formats.drops import Drops, Strategy
 from spd_calib.formats.files import read
 from spd_calib.formats.plan import Budget, Plan
 from spd_calib.formats.profile import Comparison
@@ -22,11 +22,12 @@ TASKS = {"spd_demo_where": "where", "spd_demo_count": "count"}
 
 @pytest.fixture(scope="module")
 def demo_profile(tmp_path_factory):
-    from spd_calib.cli.profile import profile
+    from spd_calib import RunOptions, TextSelection, profile
+    from spd_calib.formats.files import dumps
 
-    path = tmp_path_factory.mktemp("tasks") / "p.json"
-    profile("demo", tp=4, data=["demo"], output=path, seq_len=48, max_samples=8, verify_samples=8, device="cpu",
-            strategy=["block_drop"])  # fmt: skip
+    path, text = tmp_path_factory.mktemp("tasks") / "p.json", TextSelection(seq_len=48, max_samples=8, verify_samples=8)
+    run = RunOptions(device="cpu")
+    path.write_text(dumps(profile("demo", tp=4, data="demo", text=text, strategies=["block_drop"], run=run)))
     return path
 
 
@@ -49,18 +50,18 @@ def test_a_plan_is_verified_on_the_documents_it_was_not_chosen_by(spd, demo_prof
     assert run.code == 0, run.err
     plan = read(Plan, out)
     assert plan.budget.tasks == list(TASKS) and plan.budget.kind == "max_accuracy_drop"
-    assert len(plan.dropped) == 8  # nothing can break this budget
+    assert len(plan.drops) == 8  # nothing can break this budget
 
     tokenizer, dense = AutoTokenizer.from_pretrained(model_dir()), AutoModelForCausalLM.from_pretrained(model_dir())
     lm = open_session(str(model_dir()), 4).load()
-    lm.set_strategies([Strategy.BLOCK_DROP] * 8)
     hurt = False
     for task, name in TASKS.items():
         lines = (tasks_dir() / f"{name}.jsonl").read_text().splitlines()
         others = [json.loads(line) for line in lines[1:LIMIT:2]]
-        lost = [
-            correct(lambda ids: dense(ids).logits, tokenizer, d) - correct(lm, tokenizer, d) for d in others
-        ]  # one call a choice
+        with lm.running(Drops.of_blocks([Strategy.BLOCK_DROP] * 8)):
+            lost = [
+                correct(lambda ids: dense(ids).logits, tokenizer, d) - correct(lm, tokenizer, d) for d in others
+            ]  # one call a choice
         hurt = hurt or any(lost)
         assert plan.verified.task_accuracy_drop[task] == pytest.approx(statistics.mean(lost))
         error = statistics.stdev(lost) / math.sqrt(len(lost))
@@ -75,7 +76,7 @@ def test_a_tight_budget_keeps_block_0(spd, demo_profile, tmp_path):
               tasks_dir(), "--limit", 40, "-o", out, "--device", "cpu")  # fmt: skip
     assert run.code == 0, run.err
     plan = read(Plan, out)
-    assert plan.dropped and 0 not in plan.dropped
+    assert plan.drops and 0 not in plan.drops.blocks("attention")
     assert cost(plan.budget, plan.verified) <= 0.05
 
 

@@ -3,100 +3,22 @@
 Each command runs once, in a forked process whose stderr is a pseudo-terminal of 60 columns and whose stdout is a pipe.
 """
 
-import fcntl
+import hashlib
 import json
-import os
-import pty
 import re
-import struct
-import sys
-import termios
-import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
+from screens import WIDTH, Shown, command, on_terminal
 
-from spd_calib.cli import check as check_command
-from spd_calib.cli import demo, main, terminal
-from spd_calib.cli import eval as eval_command
-from spd_calib.cli import plan as plan_command
-from spd_calib.cli import profile as profile_command
-from spd_calib.cli import report as report_command
-from spd_calib.report.table import nats
+from spd_calib.api.check import CheckResult
+from spd_calib.cli import demo, terminal
+from spd_calib.formats.files import dumps
+from spd_calib.formats.plan import Plan
+from spd_calib.formats.profile import Profile
+from spd_calib.formats.results import Results
+from spd_calib.reporting.table import nats
 
-WIDTH = 60
-ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 COLOUR = re.compile(r"\x1b\[(?:[0-9]*;)*(?:3[0-79]|4[0-79]|9[0-7]|38|48)[;m]")
-
-
-@dataclass(frozen=True)
-class Shown:
-    code: int
-    out: str
-    raw: str  # what the terminal got
-
-    @property
-    def lines(self) -> list[str]:
-        """As they would stand on the screen, those that a progress bar redraws among them."""
-        return [line.rstrip() for line in re.split(r"\r\n|\r|\n", ESCAPE.sub("", self.raw))]
-
-    @property
-    def tables(self) -> str:
-        return "\n".join(line for line in self.lines if "━" not in line)
-
-
-def on_terminal(call: Callable[[], object], width: int = WIDTH, **environment: str) -> Shown:
-    """Run `call` in a forked process on a terminal of `width` columns."""
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
-                os.environ.pop(name, None)
-            os.environ |= {"TERM": "xterm-256color", **environment}
-            for source, target in ((slave, 0), (writing, 1), (slave, 2)):
-                os.dup2(source, target)
-            sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-            terminal.console.__init__(stderr=True, highlight=False)  # type: ignore[misc]
-            code = call() or 0  # type: ignore[assignment]
-        except SystemExit as e:
-            code = e.code if isinstance(e.code, int) else 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    os.close(slave)
-    os.close(writing)
-    raw, out = _drain(master), _drain(reading)
-    return Shown(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), out, raw)
-
-
-def _drain(descriptor: int) -> str:
-    parts = []
-    while True:
-        try:
-            part = os.read(descriptor, 65536)
-        except OSError:  # the terminal's other end is closed
-            break
-        if not part:
-            break
-        parts.append(part)
-    os.close(descriptor)
-    return b"".join(parts).decode()
-
-
-def command(*words: object) -> Callable[[], object]:
-    def call() -> None:
-        sys.argv = ["spd-calib", *map(str, words)]
-        main.main()
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +33,8 @@ def ran(llama, text, tmp_path_factory) -> dict[str, Shown]:
         "profile": ["profile", model, "--tp", 2, "--data", text, "-o", made, *sizes, "--sync-points", "attention,mlp"],
         "dry-run": ["profile", model, "--tp", 2, "--data", text, "-o", made, *sizes, "--dry-run"],
         "fisher": ["profile", model, "--tp", 2, "--data", text, "-o", place / "f.json", *sizes, "--method", "fisher"],
-        "plan": ["plan", made, "--drop", 3, "-o", plan, "--compare", "--pareto", place / "front.json", *cpu],
-        "front": ["plan", made, "--pareto", place / "front2.json", *cpu],
+        "plan": ["plan", made, "--drop", 3, "-o", plan, "--compare", "--pareto", place / "pareto.json", *cpu],
+        "pareto": ["plan", made, "--pareto", place / "pareto2.json", *cpu],
         "check": ["check", plan, *cpu],
         "eval": ["eval", plan, "--tasks", "demo", "--limit", 2, "-o", place / "results.json", *cpu],
         "generate": ["generate", plan, "--prompt", "One day", "--new-tokens", 4, "--dense", *cpu],
@@ -122,11 +44,11 @@ def ran(llama, text, tmp_path_factory) -> dict[str, Shown]:
     return {name: on_terminal(command(*words, "--json")) for name, words in runs.items()}
 
 
-FILES = {"profile": "profile", "fisher": "profile", "plan": "plan", "front": "front", "eval": "results"}
+FILES = {"profile": "profile", "fisher": "profile", "plan": "plan", "pareto": "pareto", "eval": "results"}
 FILES |= {"recover": "plan", "bench": "hardware"}
 
 
-@pytest.mark.parametrize("name", ["profile", "fisher", "plan", "front", "eval", "recover", "bench"])
+@pytest.mark.parametrize("name", ["profile", "fisher", "plan", "pareto", "eval", "recover", "bench"])
 def test_json_is_the_file_and_nothing_else(name, ran):
     assert ran[name].code == 0, ran[name].raw
     assert json.loads(ran[name].out)["format"] == f"spd-calib/{FILES[name]}"
@@ -160,7 +82,7 @@ def test_numbers_of_narrow_tables_are_whole(ran):
     verified = planned["verified"]
     whole(ran["plan"], *(f"{b['kl']:.4f}" for b in planned["blocks"]), f"{100 * verified['ppl_increase']:+.2f} %")
     whole(ran["plan"], f"{verified['kl']:.4f} ± {verified['kl_stderr']:.4f}", "block_drop")
-    whole(ran["front"], *(f"{p['predicted_kl']:.4f}" for p in json.loads(ran["front"].out)["points"]))
+    whole(ran["pareto"], *(f"{p['predicted_kl']:.4f}" for p in json.loads(ran["pareto"].out)["points"]))
     for task in json.loads(ran["eval"].out)["tasks"]:
         whole(ran["eval"], task["task"], f"{task['planned']:.4f}", f"{task['difference']:+.4f}")
     hardware = json.loads(ran["bench"].out)
@@ -176,23 +98,25 @@ def test_progress_says_how_much_is_left_where_it_is_a_terminal(ran):
 
 def test_demo_prints_its_three_files(ran, tmp_path, monkeypatch):
     """The steps are stood in for by what the other commands wrote: what is shown is demo's own doing."""
-    say = {
-        "profile": lambda *a, output, **k: output.write_text(ran["profile"].out),
-        "plan": lambda *a, output, **k: output.write_text(ran["plan"].out),
-        "evaluate": lambda *a, output, **k: output.write_text(ran["eval"].out),
-        "check": lambda *a, **k: None,
-        "report": lambda *a, **k: None,
-    }
-    modules = {"profile": profile_command, "plan": plan_command, "evaluate": eval_command}
-    modules |= {"check": check_command, "report": report_command}
-    for name, module in modules.items():
-        monkeypatch.setattr(module, name, say[name])
+    import spd_calib
+
+    profiled, planned = Profile.model_validate_json(ran["profile"].out), Plan.model_validate_json(ran["plan"].out)
+    results = Results.model_validate_json(ran["eval"].out).model_copy(update={"plan_sha256": sha(planned)})
+    for name, value in {"profile": profiled, "plan": planned, "evaluate": results}.items():
+        monkeypatch.setattr(spd_calib, name, lambda *a, value=value, **k: value, raising=False)
+    monkeypatch.setattr(spd_calib, "check", lambda *a, **k: CheckResult([]), raising=False)
     shown = on_terminal(lambda: demo.demo(output=tmp_path / "demo", json=True))
     assert shown.code == 0, shown.raw
     found = json.loads(shown.out)
     assert {name: part["format"] for name, part in found.items()} == {
         "profile": "spd-calib/profile", "plan": "spd-calib/plan", "results": "spd-calib/results"
     }  # fmt: skip
+    names = ("profile.json", "plan.json", "results.json", "report.html", "sensitivity.png")
+    assert {path.name for path in (tmp_path / "demo").iterdir()} == set(names)
+
+
+def sha(document) -> str:
+    return hashlib.sha256(dumps(document).encode()).hexdigest()
 
 
 TABLE = [["0", "keep_sync", "2.8462", "block_drop costs KL 2.85, beyond the budget"], ["1", "block_drop", "0.0001", ""]]
@@ -215,6 +139,34 @@ def test_where_stderr_is_no_terminal_it_is_plain(capfd, monkeypatch):
         work.step()
     out, err = capfd.readouterr()
     assert out == "" and "\x1b" not in err and "━" not in err and "2.8462" in err
+
+
+def test_a_log_is_told_now_and_then(capfd, monkeypatch):
+    """Every 30 s or 5 % of the steps, whichever is later: 100 steps of 4 s each, then 1000 of 0.1 s."""
+    clock = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(terminal.console, "width", 200)
+    for steps, seconds, said in ((100, 4.0, [8, 16]), (1000, 0.1, [300, 600]), (20, 200.0, [1, 2])):
+        with terminal.working("work", steps) as work:
+            for _ in range(steps):
+                clock[0] += seconds
+                work.step("a note")
+        lines = capfd.readouterr().err.splitlines()
+        assert [int(line.split()[1]) for line in lines][:2] == said, lines
+        assert all(
+            line.startswith("work: ") and f" of {steps} in " in line and "left (a note)" in line for line in lines
+        )
+    assert lines[0] == "work: 1 of 20 in 3 min, about 1 h 03 min left (a note)"
+
+
+def test_a_log_of_unknown_length_is_told_as_well(capfd, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: clock[0])
+    with terminal.working("work") as work:
+        for _ in range(3):
+            clock[0] += 20
+            work.step()
+    assert capfd.readouterr().err == "work: 2 in 40 s\n"
 
 
 @pytest.mark.parametrize("width", [24, 30, 40, 60, 80, 160])

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_planning import DROP, a, budget, comparison, make_profile
+from profiles import DROP, a, budget, chosen, comparison, make_profile
 
-from spd_calib.formats.files import read
+from spd_calib.formats.files import dumps, read
 from spd_calib.formats.plan import Plan
 from spd_calib.formats.profile import Comparison, Profile
-from spd_calib.planning.search import choose
 
 LENGTHS = ("--seq-len", 16, "--max-samples", 5, "--verify-samples", 3)
 
@@ -28,11 +27,11 @@ def other_text(tmp_path_factory, text) -> Path:
 
 @pytest.fixture(scope="module")
 def both_file(tmp_path_factory, llama, text, other_text) -> Path:
-    from spd_calib.cli.profile import profile
+    from spd_calib import RunOptions, TextSelection, profile
 
-    path = tmp_path_factory.mktemp("both") / "both.json"
-    data = [str(text), str(other_text)]
-    profile(str(llama), tp=2, data=data, output=path, seq_len=16, max_samples=5, verify_samples=3, device="cpu")
+    path, data = tmp_path_factory.mktemp("both") / "both.json", [str(text), str(other_text)]
+    selection = TextSelection(seq_len=16, max_samples=5, verify_samples=3)
+    path.write_text(dumps(profile(str(llama), tp=2, data=data, text=selection, run=RunOptions(device="cpu"))))
     return path
 
 
@@ -119,10 +118,10 @@ def test_a_budget_on_each_text_is_stricter_than_on_their_mean():
     def measure(sets):
         return [of_texts(*(sum(costs[q.block][t] for q in drops) for t in (0, 1))) for drops in sets]
 
-    on_mean = choose(p, budget(value=0.085, strategies=[DROP]), measure, measure)
-    assert {c.point for c in on_mean.dropped} == {a(0), a(1), a(2)}
-    on_each = choose(p, budget(value=0.085, strategies=[DROP], each_text=True), measure, measure)
-    assert {c.point for c in on_each.dropped} == {a(0), a(1)}
+    on_mean = chosen(p, budget(value=0.085, strategies=[DROP]), measure, measure)
+    assert set(on_mean.drops) == {a(0), a(1), a(2)}
+    on_each = chosen(p, budget(value=0.085, strategies=[DROP], each_text=True), measure, measure)
+    assert set(on_each.drops) == {a(0), a(1)}
 
 
 def test_a_resumed_profile_of_two_texts_is_the_same_file(spd, llama, text, other_text, tmp_path, monkeypatch):
@@ -142,7 +141,6 @@ def test_a_resumed_profile_of_two_texts_is_the_same_file(spd, llama, text, other
     monkeypatch.setattr(profiling, "measure", stops_on_the_second_text)
     assert spd(*command).code != 0
     assert len((tmp_path / "p.json.journal").read_text().splitlines()) == 1 + 9  # of the first text: dense, 2 x 4
-    calls[0][5].journal.close()  # as the end of a process does
     monkeypatch.setattr(profiling, "measure", real)
     outcome = spd(*command)
     assert outcome.code == 0 and "9 measurements are finished" in " ".join(outcome.err.split())
@@ -167,7 +165,7 @@ def test_what_several_texts_do_not_go_with(spd, llama, text, other_text, both_fi
         ((*two, text), "names one text twice"),
         ((*two, other_text, "--confidence", "0.9"), "measured to their end"),
         (("plan", both_file, "--drop", "1", "--each-text"), "--each-text needs a budget of a cost"),
-        (("plan", profile_file, "--max-kl", "1", "--each-text"), "profile of several --data"),
+        (("plan", profile_file, "--max-kl", "1", "--each-text"), "profile of several texts"),
         (("plan", both_file, "--max-accuracy-drop", "1", "--each-text", "--tasks", "demo"), "leave --each-text out"),
     ]:
         outcome = spd(*command)
@@ -195,7 +193,7 @@ def test_what_gives_sync_points_back_is_verified_on_the_text_that_follows(spd, l
             repaired += 1
             verified = read(Plan, plan).verified
             assert "further text, not used before" in " ".join(outcome.err.split())
-            lots = (verified.text.first - kept.first) / kept.sequences
-            assert lots == verified.lot >= 1 and verified.text.sequences == kept.sequences
-            assert not verified.seen and verified.max_abs_logprob_diff <= budget
+            rounds = (verified.text.first - kept.first) / kept.sequences
+            assert rounds == verified.round >= 1 and verified.text.sequences == kept.sequences
+            assert not verified.reused and verified.max_abs_logprob_diff <= budget
     assert repaired

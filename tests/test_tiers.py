@@ -7,12 +7,13 @@ import tiny
 import torch
 
 from spd_calib.errors import InputError
-from spd_calib.formats.common import Strategy
+from spd_calib.formats.drops import Strategy
 from spd_calib.formats.files import read
 from spd_calib.formats.profile import Profile
 from spd_calib.parallel.model import TensorParallelLM
+from spd_calib.sensitivity.measure import Subject
 from spd_calib.sensitivity.metrics import FIELDS, Tally
-from spd_calib.sensitivity.profile import profile
+from spd_calib.sensitivity.profile import experiments, profile
 from spd_calib.sensitivity.tiers import Stopping, t_quantile, tiers
 
 DROP = Strategy.BLOCK_DROP
@@ -103,8 +104,12 @@ def test_what_was_stopped_is_measured_as_on_its_part_of_the_text(uneven):
 
     def run(sequences, confidence=None):
         done = []
-        strategies = [DROP, Strategy.PLAIN_DROP]
-        return profile(lm, sequences, "single", strategies, 4, lambda i, t: done.append(i), confidence=confidence), done
+        rows = list(experiments("single", [DROP, Strategy.PLAIN_DROP], num_blocks=4))
+
+        def tick(i, tally):
+            done.append(i)
+
+        return profile(Subject(lm), sequences, rows=rows, batch_size=4, tick=tick, confidence=confidence), done
 
     (baseline, early, _), ticks = run(sequences, 0.9)
     (whole_baseline, whole, _), _ = run(sequences)

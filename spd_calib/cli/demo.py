@@ -1,11 +1,17 @@
 """spd-calib demo: profile, plan, eval and a report on the model this package ships."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .options import COMMON, Recipe
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from spd_calib.reporting.table import Table
 
 
 def register(app: typer.Typer) -> None:
@@ -20,32 +26,61 @@ def demo(
     recipe: Recipe = None,
 ) -> None:
     """Run the whole pipeline on the embedded model and text: a few minutes on two cores, no network."""
-    from json import dumps, loads
+    from spd_calib import RunOptions, TaskOptions, TextSelection, check, evaluate, plan, profile, report
+    from spd_calib.formats.files import write_bytes, write_text
+    from spd_calib.reporting import tables
 
+    from .terminal import say, working
+
+    _make(output)
+    say("1/5 profile: what does dropping each sync point cost?")
+    with working("profile") as work:
+        profiled = profile("demo", tp=4, data="demo", text=TextSelection(seq_len=96), progress=work.progress)
+    _show(output / "profile.json", profiled, tables.rankings(profiled))
+    say("\n2/5 plan: which can go, if perplexity may rise by 1 %?")
+    with working("measure whole plans") as work:
+        planned = plan(profiled, max_ppl_increase="1%", progress=work.progress)
+    _show(output / "plan.json", planned, [tables.blocks(planned), tables.whole_plan(planned)])
+    say(f"{tables.saving(planned)}\n\n3/5 check: is the plan valid, and of this model?")
+    for row in check(output / "plan.json").rows:
+        say(f"{row.what}: {row.found}, {'ok' if row.ok else 'NO'}")
+    say("\n4/5 eval: what does it do to tasks?")
+    with working("lm-eval") as work:
+        tasks, run = TaskOptions(["demo"]), RunOptions(batch_size=32)
+        results = evaluate(output / "plan.json", tasks=tasks, run=run, progress=work.progress)
+    _show(output / "results.json", results, [tables.tasks(results)])
+    say("\n5/5 report")
+    made = report(output)
+    write_text(output / "report.html", made.html)
+    write_bytes(output / "sensitivity.png", made.png())
+    say(f"written: {output / 'report.html'}, {output / 'sensitivity.png'}")
+    if json:
+        _print_all({"profile": profiled, "plan": planned, "results": results})
+
+
+def _make(folder: Path) -> None:
     from spd_calib.errors import InputError
 
-    from .check import check
-    from .eval import evaluate
-    from .plan import plan
-    from .profile import profile
-    from .report import report
-    from .terminal import print_json, say
-
     try:
-        output.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
-        raise InputError(f"The folder {output} cannot be made: {e.strerror}; choose another with -o.") from None
-    profile_file, plan_file, results_file = (output / f"{name}.json" for name in ("profile", "plan", "results"))
-    say("1/5 profile: what does dropping each sync point cost?")
-    profile("demo", tp=4, data=["demo"], output=profile_file, seq_len=96)
-    say("\n2/5 plan: which can go, if perplexity may rise by 1 %?")
-    plan(profile_file, output=plan_file, max_ppl_increase="1%")
-    say("\n3/5 check: is the plan valid, and of this model?")
-    check(plan_file)
-    say("\n4/5 eval: what does it do to tasks?")
-    evaluate(plan_file, tasks="demo", output=results_file, batch_size=32)
-    say("\n5/5 report")
-    report(output, output=output / "report.html", png=output / "sensitivity.png")
-    if json:
-        files = (profile_file, plan_file, results_file)
-        print_json(dumps({f.stem: loads(f.read_text(encoding="utf-8")) for f in files}, indent=1) + "\n")
+        raise InputError(f"The folder {folder} cannot be made: {e.strerror}; choose another with -o.") from None
+
+
+def _show(path: Path, document: "BaseModel", shown: "Sequence[Table]") -> None:
+    from spd_calib.formats.files import dumps, write_text
+
+    from .terminal import say, table
+
+    write_text(path, dumps(document))
+    for one in shown:
+        table(*one)
+    say(f"written: {path}")
+
+
+def _print_all(documents: "Mapping[str, BaseModel]") -> None:
+    from json import dumps
+
+    from .terminal import print_json
+
+    print_json(dumps({name: part.model_dump(mode="json") for name, part in documents.items()}, indent=1) + "\n")

@@ -25,23 +25,13 @@ def diff(
     from dataclasses import asdict
     from json import dumps
 
-    from spd_calib.errors import InputError
-    from spd_calib.formats.files import name_of, read
-    from spd_calib.formats.plan import Plan
-    from spd_calib.formats.profile import Profile
-    from spd_calib.report.diff import ProfileDiff, diff_plans, diff_profiles
+    from spd_calib.api.diff import diff as compare
+    from spd_calib.reporting.diff import ProfileDiff
 
     from .terminal import print_json, say
 
-    kinds = [name_of(path, ("profile", "plan")) for path in (a, b)]
-    if kinds[0] != kinds[1]:
-        raise InputError(f"{a} is a {kinds[0]} and {b} a {kinds[1]}: compare two profiles or two plans.")
+    found = compare(a, b)
     say(f"A: {a}\nB: {b}")
-    found = (
-        diff_plans(read(Plan, a), read(Plan, b))
-        if kinds[0] == "plan"
-        else diff_profiles(read(Profile, a), read(Profile, b))
-    )
     if isinstance(found, ProfileDiff):
         _print_profiles(found)
     else:
@@ -49,7 +39,7 @@ def diff(
     for sentence in found.answer:
         say(sentence)
     if json:
-        print_json(dumps(asdict(found), indent=1, default=lambda part: part.model_dump(mode="json")) + "\n")
+        print_json(dumps(asdict(found), indent=1) + "\n")
 
 
 def _print_differing(title: str, rows) -> None:
@@ -62,8 +52,8 @@ def _print_differing(title: str, rows) -> None:
 
 
 def _print_profiles(found) -> None:
-    from spd_calib.report.agreement import measured
-    from spd_calib.report.tables import NAMES
+    from spd_calib.reporting.agreement import measured
+    from spd_calib.reporting.tables import NAMES
 
     from .terminal import say, table
 
@@ -102,7 +92,7 @@ def _print_profiles(found) -> None:
 
 
 def _print_plans(found) -> None:
-    from spd_calib.report.tables import names
+    from spd_calib.reporting.tables import names
 
     from .terminal import say, table
 

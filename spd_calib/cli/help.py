@@ -1,17 +1,26 @@
-"""A command's --help: options by group, a line each, so that it fits a screen of 80 columns."""
+"""What all commands have in common: --help by group, a line an option, on a screen of 80 columns; flags in errors."""
 
+import textwrap
 from typing import Any
 
 import typer
 from typer.core import TyperArgument, TyperCommand, TyperOption
 
+from .flags import naming_flags
 from .options import COMMON
 
 WORDS = {"int": "N", "int range": "N", "float": "X", "float range": "X", "path": "PATH"}
 
 
 class Command(TyperCommand):
-    """Options by their rich_help_panel, in the order in which they appear; COMMON, one behind the other, comes last."""
+    """Options by their rich_help_panel, in the order in which they appear; COMMON, one behind the other, comes last.
+
+    An SpdError of a command names its options (flags.py).
+    """
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        with naming_flags(self):
+            return super().invoke(ctx)
 
     def format_options(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
         groups: dict[str, list[Any]] = {}
@@ -29,8 +38,9 @@ class Command(TyperCommand):
         others = [" ".join((name, text)).strip() for name, text in (_record(p, ctx) for p in common)]
         if others:
             formatter.write(f"{COMMON}:\n")
-            with formatter.indentation():
-                formatter.write_text("; ".join([*others, "-h, --help"]).replace(" [", "\N{NO-BREAK SPACE}["))
+            text = "; ".join([*others, "-h, --help"]).replace(" [", "\N{NO-BREAK SPACE}[")
+            lines = textwrap.wrap(text, formatter.width - 2, break_on_hyphens=False)  # options stay whole
+            formatter.write("".join(f"  {line}\n" for line in lines))
 
 
 def _record(param: TyperArgument | TyperOption, ctx: typer.Context) -> tuple[str, str]:

@@ -13,8 +13,7 @@ def register(app: typer.Typer) -> None:
 
 def lm_eval(ctx: typer.Context) -> None:
     """Hand every argument to lm-eval, which then knows --model spd_calib --model_args plan=plan.json."""
+    from spd_calib.api.opening import place_of
     from spd_calib.evaluation.lm_eval_model import run_command_line
 
-    from .options import resolve_model
-
-    raise typer.Exit(run_command_line(ctx.args, resolve_model))
+    raise typer.Exit(run_command_line(ctx.args, place_of))

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from spd_calib.ranks import ending_together
+from spd_calib.parallel.ending import ending_together
 
 from . import bench, check, demo, diff, eval, generate, lm_eval, plan, profile, recover, report
 from .help import Command

@@ -1,7 +1,5 @@
-"""Options that several commands share, recipes, and the provenance that stands in every file."""
+"""Options that several commands share, and recipes."""
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +9,7 @@ from spd_calib.errors import InputError
 
 COMMON = "As in other commands"  # the group of --help that takes little room
 DTYPES = ("float32", "bfloat16", "float16")
-BatchSize = Annotated[int, typer.Option(min=1, help="sequences run at a time", rich_help_panel=COMMON)]
+BatchSize = Annotated[int, typer.Option(min=1, help="sequences at a time", rich_help_panel=COMMON)]
 Seed = Annotated[int, typer.Option(metavar="N", rich_help_panel=COMMON)]
 Device = Annotated[str, typer.Option(metavar="cpu|cuda|cuda:N", rich_help_panel=COMMON)]
 Dtype = Annotated[
@@ -19,6 +17,9 @@ Dtype = Annotated[
     typer.Option(metavar="|".join(DTYPES), help="[as before]", rich_help_panel=COMMON),
 ]
 Json = Annotated[bool, typer.Option("--json", help="also on stdout", rich_help_panel=COMMON)]
+ModelPlace = Annotated[
+    str | None, typer.Option("--model", metavar="MODEL", help="[as the file says]", rich_help_panel=COMMON)
+]
 MAX_RECIPE_BYTES = 2**20
 WRITTEN = ("output", "pareto", "png")  # options that name what is written
 
@@ -89,34 +90,3 @@ def read_recipe(path: Path) -> dict[str, Any]:
     if not isinstance(recipe, dict) or not all(isinstance(v, dict | None) for v in recipe.values()):
         raise InputError(f"The recipe {path} must hold a section a command, each with its options.")
     return recipe
-
-
-def resolve_device(device: str) -> str:
-    if device != "auto":
-        return device
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def check_dtype(dtype: str) -> str:
-    if dtype not in DTYPES:
-        raise InputError(f"--dtype {dtype!r} is none of {', '.join(DTYPES)}.")
-    return dtype
-
-
-def resolve_model(model: str) -> str:
-    """'demo' is the model this package ships."""
-    if model != "demo":
-        return model
-    from spd_calib.demo.assets import model_dir
-
-    return str(model_dir())
-
-
-def provenance(seed: int, device: str, dtype: str):
-    from spd_calib.formats.common import Provenance
-    from spd_calib.parallel.session import versions
-
-    command = shlex.join(["spd-calib", *sys.argv[1:]])
-    return Provenance(command=command, seed=seed, device=device, dtype=dtype, versions=versions())  # type: ignore[arg-type]

@@ -1,11 +1,14 @@
 """spd-calib plan: from a profile and a budget to a verified plan."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import BatchSize, Device, Dtype, Json, Recipe
+from .options import BatchSize, Device, Dtype, Json, ModelPlace, Recipe
+
+if TYPE_CHECKING:
+    from spd_calib.api.plan import PlanningResult
 
 BUDGET, EVAL, LATENCY = "Budget, exactly one", "lm-eval", "Latency model"
 
@@ -74,8 +77,11 @@ def plan(
     strategy: Annotated[
         list[str] | None, typer.Option(help="block_drop or plain_drop; repeatable [as profiled].")
     ] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Measure the obvious sets of the same size, too.")] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Measure baseline sets of its size; take the best.")
+    ] = False,
     pareto: Annotated[Path | None, typer.Option(help="The cheapest set of every size, written here.")] = None,
+    model: ModelPlace = None,
     batch_size: BatchSize = 8,
     device: Device = "auto",
     dtype: Dtype = None,
@@ -83,148 +89,87 @@ def plan(
     recipe: Recipe = None,
 ) -> None:
     """Choose the sync points to drop within exactly one budget, verified as a whole on held-out text."""
-    from spd_calib.errors import InputError
-    from spd_calib.formats.files import check_writable, dumps, read, write_text
-    from spd_calib.formats.profile import Profile
-    from spd_calib.planning.front import front_of
-    from spd_calib.planning.plan import HeldOutText, make_plan
-    from spd_calib.planning.search import candidates
-    from spd_calib.report import tables
+    from spd_calib.api.latency import latency_options
+    from spd_calib.api.options import RunOptions
+    from spd_calib.api.pareto import pareto as pareto_of
+    from spd_calib.api.plan import plan_with_details
+    from spd_calib.api.tasks import TaskOptions
+    from spd_calib.formats.files import check_writable, dumps, write_text
+    from spd_calib.planning.budget_options import BudgetOptions
+    from spd_calib.reporting import tables
 
-    from .latency import latency_models, print_held_against, say_ceiling
-    from .options import check_dtype, provenance, resolve_device
-    from .recovered import open_profiled
-    from .shared import budget_from, further_texts, reload_texts, resolve_tasks
     from .terminal import print_json, say, table, working
 
-    measured = read(Profile, profile)
-    made = measured.provenance
-    device, dtype = resolve_device(device), check_dtype(dtype or made.dtype)
-    budgets = (max_kl, max_ppl_increase, max_accuracy_drop, max_logprob_diff, drop, tau1, tau2)
-    _check_latency(min_speedup, hardware, phase, batch, context)
-    models: dict = {}
-    session = recovered = None
-    if hardware:
-        session, recovered = open_profiled(measured)
-        models, benched = latency_models(session, hardware, batch, context, recovered.plan if recovered else None)
-        if benched:
-            print_held_against(models, benched)
-        say_ceiling(models)
-    if pareto:
-        check_writable(pareto)
-        if not any(b is not None for b in (*budgets, min_speedup)):
-            front = front_of(measured, strategy, provenance(made.seed, device, dtype), {}, models)
-            write_text(pareto, dumps(front))
-            table(*tables.front_points(front))
-            say(f"written: {pareto}; next: spd-calib plan {profile} --drop {front.knee} -o plan.json")
-            if json:
-                print_json(dumps(front))
-            return
-    budget = asked = budget_from(measured, *budgets, strategy, min_speedup, each_text)
-    if asked.kind == "min_speedup":
-        settled = len(measured.settled)
-        needed = models[phase].drops_for(asked.value, settled + len(candidates(measured, asked)))
-        budget = asked.model_copy(update={"kind": "drop", "value": float(max(settled, needed))})
-    suites = []
-    if tasks:
-        from spd_calib.evaluation.harness import TaskSuite
-
-        if budget.kind != "max_accuracy_drop":
-            raise InputError("--tasks belongs to --max-accuracy-drop: leave it out, or give that budget.")
-        if each_text:
-            raise InputError("--tasks are of no text, so there is nothing to keep on each: leave --each-text out.")
-        suites = [TaskSuite(*resolve_tasks(tasks, include_path), limit, made.seed, half) for half in (0, 1)]
-        budget = asked = asked.model_copy(update={"tasks": list(suites[0].loaded["tasks"])})
-    check_writable(output)
-    if session is None:
-        session, recovered = open_profiled(measured)
-    texts = reload_texts(session, measured)
-    dense, beside = None, None
-    if recovered:
-        lm, dense = recovered.load(session, device, dtype, made.seed)
-        beside = recovered.predictors_beside(output)
-    else:
-        lm = session.load(device, dtype, made.seed)
-    losses = [suite.losing(lm, dense or lm, session.tokenizer, batch_size) for suite in suites]
+    asked = BudgetOptions(
+        max_kl=max_kl,
+        max_ppl_increase=max_ppl_increase,
+        max_accuracy_drop=max_accuracy_drop,
+        max_logprob_diff=max_logprob_diff,
+        min_speedup=min_speedup,
+        drop=drop,
+        tau1=tau1,
+        tau2=tau2,
+        each_text=each_text,
+        strategies=strategy,
+    )
+    latency = latency_options(hardware, phase=phase, batch=batch, context=context)
+    run = RunOptions(device=device, dtype=dtype, batch_size=batch_size)
+    only_pareto = pareto is not None and asked.nothing
+    for path in (pareto, None if only_pareto else output):
+        if path is not None:
+            check_writable(path)
+    result = None
     with working("measure whole plans") as work:
-        result, choice, compared = make_plan(
-            lm,
-            measured,
-            budget,
-            [text.calibration for text in texts],
-            HeldOutText([text.verification for text in texts], measured.verify_text),
-            provenance(made.seed, device, dtype),
-            batch_size,
-            lambda experiment, tally: work.step(),
-            compare,
-            recovered.plan if recovered else None,
-            dense,
-            beside,
-            (losses[0], losses[1]) if losses else None,
-            work.expect,
-            lambda times: further_texts(session, texts, times),
-        )
-    drops = len(result.dropped) + len(result.mlp_dropped)
-    result = result.model_copy(update={"budget": asked, "latency": [m.latency(drops) for m in models.values()]})
-    write_text(output, dumps(result))
-    print_plan(result)
-    if models:
-        table(*tables.latencies(result.latency))
-    if choice.repaired:
-        where = "further text, not used before"
-        if result.verified.seen:
-            where = f"the same {'documents' if budget.tasks else 'text'}: there is no other"
-        say(f"repaired: {choice.repaired} given back, held-out text showed the budget broken; verified on {where}")
-    if compared:
-        print_comparison(compared, len(choice.dropped))
+        if only_pareto:
+            cheapest = pareto_of(
+                profile, strategies=strategy, latency=latency, model=model, run=run, progress=work.progress
+            )
+        else:
+            result = plan_with_details(
+                profile,
+                asked,
+                tasks=TaskOptions.of(tasks, include_path, limit) if tasks else None,
+                latency=latency,
+                compare=compare,
+                model=model,
+                run=run,
+                progress=work.progress,
+            )
+            cheapest = result.pareto
+    if result:
+        result.write(output)
+        print_result(result)
     if pareto:
-        front = front_of(measured, strategy, result.provenance, choice.measured, models)
-        write_text(pareto, dumps(front))
-        table(*tables.front_points(front))
-        say(f"written: {pareto}")
-    say(f"written: {output}; next: spd-calib eval {output} --tasks ... -o results.json")
+        write_text(pareto, dumps(cheapest))
+        table(*tables.pareto(cheapest))
+        following = f"; next: spd-calib plan {profile} --drop {cheapest.knee} -o plan.json" if only_pareto else ""
+        say(f"written: {pareto}{following}")
+    if result:
+        say(f"written: {output}; next: spd-calib eval {output} --tasks ... -o results.json")
     if json:
-        print_json(dumps(result))
+        print_json(dumps(result.plan if result else cheapest))
 
 
-def _check_latency(
-    min_speedup: str | None, hardware: str | None, phase: str, batch: int | None, context: int | None
-) -> None:
-    from spd_calib.errors import InputError
-
-    if phase not in ("decode", "prefill"):
-        raise InputError(f"--phase {phase!r} is neither decode nor prefill.")
-    if hardware is None and (min_speedup or batch or context):
-        raise InputError(
-            "--min-speedup, --batch and --context need --hardware: hardware.json, a CSV or a table's name."
-        )
-
-
-def print_plan(result) -> None:
-    """The plan block by block, then predicted and verified side by side."""
-    from spd_calib.report import tables
+def print_result(result: "PlanningResult") -> None:
+    """Print the plan block by block, then predicted and verified side by side, and what else was found."""
+    from spd_calib.reporting import tables
 
     from .terminal import say, table
 
-    table(*tables.blocks(result))
-    table(*tables.whole_plan(result))
-    for shown in tables.verified_by_text(result):
+    plan = result.plan
+    table(*tables.blocks(plan))
+    table(*tables.whole_plan(plan))
+    for shown in tables.verified_by_text(plan):
         table(*shown)
-    if lost := tables.task_losses(result):
+    if lost := tables.task_losses(plan):
         say(lost)
-    say(tables.saving(result))
-
-
-def print_comparison(compared, drops: int) -> None:
-    from spd_calib.report.table import nats
-
-    from .terminal import table
-
-    table(
-        f"{drops} sync points dropped, on the calibration text",
-        ["set", "KL", "ppl", "top-1 lost, points"],
-        [
-            [name, nats(m.kl, m.kl_stderr), f"{100 * m.ppl_increase:+.2f} %", f"{100 * m.accuracy_drop:+.2f}"]
-            for name, m in compared.items()
-        ],
-    )
+    say(tables.saving(plan))
+    if plan.latency:
+        table(*tables.latencies(plan.latency))
+    if result.given_back:
+        where = "further text, not used before"
+        if plan.verified.reused:
+            where = f"the same {'documents' if plan.budget.tasks else 'text'}: there is no other"
+        say(f"repaired: {result.given_back} given back, held-out text showed the budget broken; verified on {where}")
+    if result.compared:
+        table(*tables.compared(result.compared))

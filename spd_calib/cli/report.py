@@ -20,36 +20,31 @@ def report(
     json: Json = False,
     recipe: Recipe = None,
 ) -> None:
-    """Show a run: sensitivity by block, the plan, its front, evaluation and latency, as a page that loads nothing."""
-    from functools import partial
+    """Show a run as a page that loads nothing: the plan, sensitivity, Pareto front, evaluation, latency."""
     from json import dumps
 
+    from spd_calib.api.report import report as make
     from spd_calib.errors import InputError
     from spd_calib.formats.files import check_writable, write_bytes, write_text
-    from spd_calib.report import draw, figures
-    from spd_calib.report.page import page, sections
-    from spd_calib.report.run import find
 
     from .terminal import print_json, say
 
-    if output is None and png is None:
+    written = [path for path in (output, png) if path]
+    if not written:
         raise InputError("Nothing is asked for: give -o report.html for the page, --png for the figure, or both.")
-    found = find(run, plan)
-    for path in (output, png):
-        if path:
-            check_writable(path)
-    left_out = []
+    made = make(run, plan=plan)
+    for path in written:
+        check_writable(path)
+    left_out = made.left_out if output else []
     if output:
-        shown = sections(found)
-        left_out = [s.name for s in shown if s.left_out]
-        write_text(output, page(found, shown))
-        for s in shown:
-            if s.left_out:
-                say(f"{s.heading}: {s.said[0][0].lower()}{s.said[0][1:]}")
+        write_text(output, made.html)
+        for section in left_out:
+            say(f"{section.heading}: {section.said[0][0].lower()}{section.said[0][1:]}")
         say(f"written: {output}")
     if png:
-        write_bytes(png, draw.png(partial(figures.sensitivity, found.profile, found.plan, title=True)))
+        write_bytes(png, made.png())
         say(f"written: {png}")
     if json:
-        written = [str(path) for path in (output, png) if path]
-        print_json(dumps({"written": written, "left_out": left_out}, indent=1) + "\n")
+        print_json(
+            dumps({"written": [str(path) for path in written], "left_out": [s.name for s in left_out]}, indent=1) + "\n"
+        )

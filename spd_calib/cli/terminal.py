@@ -1,17 +1,21 @@
 """What a person sees: on stderr, so that stdout stays for files and pipes."""
 
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from rich.table import Column, Table
 
-from spd_calib.report.table import numeric
+from spd_calib.api.progress import Progress
+from spd_calib.reporting.table import numeric
 
 console = Console(stderr=True, highlight=False)
 NARROW = 80  # columns; below it, less air
+EVERY_SECONDS, EVERY_SHARE = 30, 0.05  # how often a log is told how far a command is
 COLOURS = {"keep_sync": "cyan", "block_drop": "green", "plain_drop": "yellow"}
 
 
@@ -20,25 +24,53 @@ def say(message: str) -> None:
 
 
 class Work:
-    """A progress bar with time left; nothing where stderr is no terminal."""
+    """A progress bar with time left; where stderr is no terminal a line now and then."""
 
-    def __init__(self, progress: Progress, what: str, total: int | None):
-        self.progress, self.task = progress, progress.add_task(what, total=total)
+    def __init__(self, bar: Bar, what: str, total: int | None):
+        self.bar, self.task = bar, bar.add_task(what, total=total)
         self.what, self.done, self.total = what, 0, total or 0
+        self.began = self.last_said = time.monotonic()
+        self.done_then = 0  # when a line was last printed
+
+    @property
+    def progress(self) -> Progress:
+        """Return what a call of the Python API tells this of."""
+        return Progress(say=say, expect=self.expect, step=self.step)
 
     def expect(self, steps: int) -> None:
         """So many more steps are to come than were known of."""
         self.total += steps
-        self.progress.update(self.task, total=self.total)
+        self.bar.update(self.task, total=self.total)
 
     def step(self, note: str = "") -> None:
         self.done += 1
-        self.progress.update(self.task, completed=self.done, description=f"{self.what} {note}".strip())
+        self.bar.update(self.task, completed=self.done, description=f"{self.what} {note}".strip())
+        if not console.is_terminal:
+            self._say_now_and_then(note)
+
+    def _say_now_and_then(self, note: str) -> None:
+        """Print how far it is, every EVERY_SECONDS or EVERY_SHARE of the steps, whichever comes later."""
+        now = time.monotonic()
+        if now - self.last_said < EVERY_SECONDS or self.done - self.done_then < EVERY_SHARE * self.total:
+            return
+        self.last_said, self.done_then = now, self.done
+        passed = now - self.began
+        left = f", about {_minutes(passed * (self.total - self.done) / self.done)} left" if self.total else ""
+        of_all = f" of {self.total}" if self.total else ""
+        say(f"{self.what}: {self.done}{of_all} in {_minutes(passed)}{left}{f' ({note})' if note else ''}")
+
+
+def _minutes(seconds: float) -> str:
+    """Return '2 h 05 min', '3 min' or '45 s'."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min"
 
 
 @contextmanager
 def working(what: str, total: int | None = None) -> Iterator[Work]:
-    """`total`: the steps there will be; None where that shows only on the way."""
+    """Show how far a command is while this lasts. `total`: its steps; None where they show only on the way."""
     columns = (
         TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
         BarColumn(10 if console.width < NARROW else 30),
@@ -46,8 +78,8 @@ def working(what: str, total: int | None = None) -> Iterator[Work]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, expand=True, disable=not console.is_terminal) as progress:
-        yield Work(progress, what, total)
+    with Bar(*columns, console=console, transient=True, expand=True, disable=not console.is_terminal) as bar:
+        yield Work(bar, what, total)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:

@@ -13,9 +13,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from spd_calib.errors import InputError
-from spd_calib.formats.plan import Plan
+from spd_calib.formats.drops import NOTHING_DROPPED, Drops
 from spd_calib.formats.results import TaskResult
-from spd_calib.parallel.finite import refusing_not_finite
 from spd_calib.parallel.model import TensorParallelLM
 
 from .tasks import load_tasks, quiet, running, seeded, watching_truncation
@@ -57,7 +56,7 @@ class TaskSuite:
         batch_size: int,
         note: Note = lambda words: None,
     ) -> dict[Key, Score]:
-        """Every score of every task, then of every group, of `lm` as it is set at the moment."""
+        """Every score of every task, then of every group, of `lm` under what it runs at the moment."""
         from lm_eval.evaluator import evaluate as lm_eval
         from lm_eval.models.huggingface import HFLM
 
@@ -72,7 +71,7 @@ class TaskSuite:
             for instance in task.instances:
                 instance.resps, instance.filtered_resps = [], {}
         tasks = list(self.loaded["tasks"])
-        numbers = refusing_not_finite(lm)
+        numbers = lm.refusing_nonfinite()
         with running(tasks), numbers, quiet(step), seeded(self.seed), watching_truncation() as warnings:
             # log-probabilities in float32 whatever the model's dtype: rounded to bfloat16, answers would tie by chance
             model = HFLM(pretrained=lm.model, tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
@@ -90,32 +89,28 @@ class TaskSuite:
         self,
         lm: TensorParallelLM,
         tokenizer: PreTrainedTokenizerBase,
-        plan: Plan,
+        drops: Drops,
         batch_size: int,
         note: Note = lambda words: None,
         dense_lm: TensorParallelLM | None = None,
     ) -> list[TaskResult]:
-        """Run `lm` with every sync point kept and as `plan` says; every score of every task, then of groups.
+        """Run the dense model and `lm` under `drops`; every score of every task, then of groups.
 
-        Where `lm` was recovered, `dense_lm` is the model it was made from, and is run in place of the former.
-
-        A plan with a compensation needs `lm` to have it loaded already. `note` is told how far it is. Leaves every
-        sync point kept. Raises InputError where lm-eval fails, or nothing of the tasks can be compared.
+        Where `lm` was recovered, `dense_lm` is the model it was made from; else it is `lm` with every sync point kept.
+        `note` is told how far it is. Raises InputError where lm-eval fails, or nothing of the tasks can be compared.
         """
-        try:
-            lm.keep_all()
-            dense = self.run(dense_lm or lm, tokenizer, batch_size, lambda words: note(f"dense, {words}"))
-            apply_plan(lm, plan)
+        original = dense_lm or lm
+        with original.running(NOTHING_DROPPED):
+            dense = self.run(original, tokenizer, batch_size, lambda words: note(f"dense, {words}"))
+        with lm.running(drops):
             planned = self.run(lm, tokenizer, batch_size, lambda words: note(f"planned, {words}"))
-        finally:
-            lm.keep_all()
         if results := compare(dense, planned):
             return results
         names = ", ".join(self.loaded["tasks"])
         raise InputError(f"No metric of {names} says whether more of it is better; name other tasks.")
 
     def accuracy(self, lm: TensorParallelLM, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> dict[str, float]:
-        """Accuracy by task of `lm` as it is set at the moment: acc, or else the first metric of which more is better.
+        """Accuracy by task of `lm` under what it runs now: acc, or else the first metric of which more is better.
 
         Raises InputError for a task without one.
         """
@@ -124,7 +119,7 @@ class TaskSuite:
     def losing(
         self, lm: TensorParallelLM, dense: TensorParallelLM, tokenizer: PreTrainedTokenizerBase, batch_size: int
     ) -> Callable[[], tuple[dict[str, float], dict[str, float]]]:
-        """What tells, by task, the accuracy (as above) that `lm` as it is set at the moment has lost, and its stderr.
+        """What tells, by task, the accuracy (as above) that `lm` under what it runs then has lost, and its stderr.
 
         Against `dense` with every sync point kept, which is run once; paired, over documents.
         """
@@ -133,12 +128,12 @@ class TaskSuite:
         def lost() -> tuple[dict[str, float], dict[str, float]]:
             planned = self._accuracies(lm, tokenizer, batch_size)
             if not before:
-                dense.keep_all()
-                before.update(self._accuracies(dense, tokenizer, batch_size))
+                with dense.running(NOTHING_DROPPED):
+                    before.update(self._accuracies(dense, tokenizer, batch_size))
             errors: dict[str, float] = {}
             for task, score in planned.items():
                 if (error := _paired_stderr(before[task], score)) is None:
-                    raise InputError(f"The score of {task} is no mean over documents; leave it out of --tasks.")
+                    raise InputError(f"The score of {task} is no mean over documents; leave it out of tasks.")
                 errors[task] = error
             return {task: before[task].value - score.value for task, score in planned.items()}, errors
 
@@ -152,17 +147,9 @@ class TaskSuite:
         for task in self.loaded["tasks"]:
             better = {metric: s for (name, metric), s in scores.items() if name == task and s.higher_is_better}
             if not better:
-                raise InputError(f"The task {task} has no accuracy or other score to lose; leave it out of --tasks.")
+                raise InputError(f"The task {task} has no accuracy or other score to lose; leave it out of tasks.")
             accuracy[task] = better.get("acc", next(iter(better.values())))
         return accuracy
-
-
-def apply_plan(lm: TensorParallelLM, plan: Plan) -> None:
-    """Set the plan's strategies; what `load_compensation` reads beside the plan must have been given to `lm` before."""
-    for block in plan.blocks:
-        if block.compensation is not None and lm.blocks[block.index].compensation is None:
-            raise ValueError(f"the compensation of block {block.index} was not loaded")
-    lm.set_strategies(plan.strategies, plan.mlp_strategies)
 
 
 def compare(dense: Mapping[Key, Score], planned: Mapping[Key, Score]) -> list[TaskResult]:

@@ -13,13 +13,10 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from spd_calib.errors import InputError, SpdError
-from spd_calib.formats.files import read
-from spd_calib.formats.plan import Plan
 from spd_calib.models.load import DTYPES
-from spd_calib.parallel.compensation import load_compensation
+from spd_calib.models.plan_files import load_plan
 from spd_calib.parallel.session import open_session
 
-from .harness import apply_plan
 from .tasks import first_line, quiet
 
 FROM_HFLM = (
@@ -37,11 +34,17 @@ FROM_HFLM = (
 """Model arguments of lm-eval's `hf` that mean something for a model already loaded; it ignores others silently."""
 
 
+def as_named(model: str, plan: Path) -> str:
+    """Return the name itself: a folder or hub id."""
+    return model
+
+
 @register_model("spd_calib")
 class PlannedLM(HFLM):
     """lm-eval's `hf` on the model of a plan, its sync points dropped as the plan says, on simulated ranks."""
 
-    resolve_model: Callable[[str], str] = staticmethod(str)  # from a model as the plan names it to a folder or hub id
+    # from a model as the plan names it, and the plan's file, to a folder or hub id
+    resolve_model: Callable[[str, Path], str] = staticmethod(as_named)
 
     def __init__(
         self,
@@ -61,15 +64,15 @@ class PlannedLM(HFLM):
         if unknown := sorted(set(kwargs) - set(FROM_HFLM)):
             known = ", ".join(("plan", "pretrained", "dtype", "device", *FROM_HFLM))
             raise InputError(f"The lm-eval model spd_calib takes no argument {unknown[0]!r}; it takes {known}.")
-        self.plan = read(Plan, Path(plan))
+        self.plan, drops = load_plan(Path(plan))
         dtype = self.plan.provenance.dtype if dtype in (None, "auto") else dtype
         if dtype not in DTYPES:
             raise InputError(f"The model argument dtype={dtype} is none of {', '.join(DTYPES)}.")
-        name = type(self).resolve_model(pretrained or self.plan.model.id)
-        session = open_session(name, self.plan.tensor_parallel.size, self.plan.model)
-        lm = session.load(_device(device), dtype, self.plan.provenance.seed)
-        lm.set_compensation(load_compensation(self.plan, Path(plan)))
-        apply_plan(lm, self.plan)
+        name = type(self).resolve_model(pretrained or self.plan.model.id, Path(plan))
+        session = open_session(name, self.plan.tensor_parallel.size, expected=self.plan.model)
+        lm = session.load(_device(device), dtype, seed=self.plan.provenance.seed)
+        self.running = lm.running(drops)
+        self.running.__enter__()  # to the end of the process: lm-eval calls the model whenever it wants
         with quiet():  # it warns of arguments ignored; those are refused above
             super().__init__(
                 pretrained=lm.model,
@@ -104,11 +107,11 @@ class PlannedLM(HFLM):
         }
 
 
-def run_command_line(argv: Sequence[str], resolve_model: Callable[[str], str] = str) -> int:
+def run_command_line(argv: Sequence[str], resolve_model: Callable[[str, Path], str] = as_named) -> int:
     """Run lm-eval's command line on `argv`, as typed after `lm-eval`; its exit code.
 
-    `resolve_model` is told the model of a plan, or of --model_args pretrained=, and says where it lies. Raises
-    InputError with the reason where lm-eval fails.
+    `resolve_model` is told the model of a plan, or of --model_args pretrained=, and the plan's file, and says where
+    the model lies. Raises InputError with the reason where lm-eval fails.
     """
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging

@@ -1,18 +1,8 @@
-"""What the travelling files share: strategies, references to models and text, provenance."""
+"""The parts that the travelling files share: references to models and text, provenance."""
 
-from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-
-
-class Strategy(StrEnum):
-    """What happens at a sync point (DESIGN section 2)."""
-
-    KEEP_SYNC = "keep_sync"
-    BLOCK_DROP = "block_drop"
-    PLAIN_DROP = "plain_drop"
-
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]

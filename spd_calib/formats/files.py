@@ -14,8 +14,8 @@ from pydantic import BaseModel, ValidationError
 from spd_calib.errors import InputError, SpdError
 from spd_calib.ranks import is_main_rank
 
-from .front import Front
 from .hardware import Hardware
+from .pareto import Pareto
 from .plan import Plan
 from .profile import Profile
 from .results import Results
@@ -25,7 +25,7 @@ FORMATS: dict[str, type[BaseModel]] = {
     "plan": Plan,
     "results": Results,
     "hardware": Hardware,
-    "front": Front,
+    "pareto": Pareto,
 }
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MAX_BYTES = 64 * 2**20  # no profile comes near this; it keeps a wrong file from filling the memory
@@ -33,7 +33,7 @@ F = TypeVar("F", bound=BaseModel)
 
 
 def read(kind: type[F], path: Path) -> F:
-    """Read one of the travelling files. Raises InputError naming the file and what is wrong with it."""
+    """Return the document in a file. Raises InputError naming the file and what is wrong with it."""
     name = kind.__name__.lower()
     data = _load(path, name)
     expected = f"spd-calib/{name}"
@@ -53,7 +53,7 @@ def read(kind: type[F], path: Path) -> F:
 
 
 def name_of(path: Path, names: Sequence[str]) -> str:
-    """Which of the travelling files it is, of `names`: 'profile', by its format. Raises InputError for any other."""
+    """Return which of the formats `names` a file is of: 'profile', say. Raises InputError for any other."""
     data = _load(path, " or ".join(names))
     found = data.get("format") if isinstance(data, dict) else type(data).__name__
     for name in names:
@@ -63,7 +63,7 @@ def name_of(path: Path, names: Sequence[str]) -> str:
 
 
 def _load(path: Path, name: str) -> Any:
-    """The JSON in a file that should be a `name`."""
+    """Return the JSON in a file that should be a `name`."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise InputError(f"{path} is larger than {MAX_BYTES >> 20} MiB: it is no {name} file.")
@@ -79,11 +79,11 @@ def _load(path: Path, name: str) -> Any:
 
 
 def _writer(name: str) -> str:
-    return {"results": "eval", "hardware": "bench", "front": "plan --pareto"}.get(name, name)
+    return {"results": "eval", "hardware": "bench", "pareto": "plan --pareto"}.get(name, name)
 
 
 def dumps(document: BaseModel) -> str:
-    """JSON as it is written to disk: indented, keys in the order of the model, a newline at the end."""
+    """Return a document as it is written to disk: indented JSON, keys in the model's order, a newline at the end."""
     return json.dumps(document.model_dump(mode="json"), indent=1, allow_nan=False) + "\n"
 
 
@@ -93,7 +93,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """As write_text. Of many ranks one writes.
+    """Write a file as write_text does; of many ranks one writes.
 
     Raises SpdError where the disk is full, InputError where the folder is missing or cannot be written to.
     """
@@ -116,12 +116,12 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def unwritable(path: Path, error: Exception) -> SpdError:
-    """What to raise where `error` keeps `path` from being written: that the disk is full is no fault of the input."""
+    """Return what to raise where `error` keeps `path` from being written: a full disk is no fault of the input."""
     why = (isinstance(error, OSError) and error.strerror) or str(error).splitlines()[0]
     words = map(os.strerror, FULL)  # all that safetensors gives
     if getattr(error, "errno", None) in FULL or any(w in str(error) for w in words):
         return SpdError(f"{path} cannot be written: {why}; make room and run the same command again.")
-    return InputError(f"{path} cannot be written: {why}; choose another output with -o.")
+    return InputError(f"{path} cannot be written: {why}; choose another output.")
 
 
 def _umask() -> int:
@@ -133,18 +133,19 @@ def _umask() -> int:
 def check_writable(path: Path) -> None:
     """Fail before the work, not after it. Raises InputError where `path` could not be written."""
     if path.is_dir():
-        raise InputError(f"{path} is a folder; name a file with -o.")
+        raise InputError(f"{path} is a folder; name a file.")
     if not path.parent.is_dir():
         raise InputError(f"The folder {path.parent} for the output does not exist; make it first.")
     if not os.access(path.parent, os.W_OK):
-        raise InputError(f"The folder {path.parent} cannot be written to; choose another output with -o.")
+        raise InputError(f"The folder {path.parent} cannot be written to; choose another output.")
 
 
 def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file's content, in hex."""
     with open(path, "rb") as f:  # piece by piece: it may be larger than memory
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def schema(name: str) -> str:
-    """The JSON Schema of a format, by its name, as kept in docs/schemas/."""
+    """Return the JSON Schema of a format, by its name, as it is kept in docs/schemas/."""
     return json.dumps(FORMATS[name].model_json_schema(), indent=1) + "\n"

@@ -29,7 +29,7 @@ class Collective(Part):
     seconds: Timing
 
 
-class Step(Part):
+class TimedStep(Part):
     """One forward of the model: a whole prompt (prefill), or one token behind it with the KV cache (decode)."""
 
     phase: Literal["prefill", "decode"]
@@ -53,14 +53,10 @@ class Hardware(Part):
         default=0, description="Bytes up to which the steps' sums went by all_gather_and_sum; beyond, by all_reduce"
     )
     collectives: list[Collective] = Field(min_length=1)
-    steps: list[Step] = Field(min_length=1)
+    steps: list[TimedStep] = Field(min_length=1)
     provenance: Provenance
 
     def all_reduce_seconds(self) -> dict[int, float]:
-        """Median time of a sum over the ranks as the steps made it, by bytes, smallest first."""
+        """Return the median time of a sum over the ranks as the steps made it, by bytes, smallest first."""
         rows = [c for c in self.collectives if (c.method == "all_reduce") == (c.bytes > self.gathered_at_most)]
         return {c.bytes: c.seconds.median for c in sorted(rows, key=lambda c: c.bytes)}
-
-    def step_seconds(self, phase: Literal["prefill", "decode"]) -> dict[str, float]:
-        """Median time of a step, by which sync points are dropped."""
-        return {s.blocks: s.seconds.median for s in self.steps if s.phase == phase}

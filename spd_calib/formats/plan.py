@@ -4,7 +4,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from .common import Count, Finite, ModelRef, Part, Provenance, Sha256, Strategy, TensorParallel, TextRef
+from .common import Count, Finite, ModelRef, Part, Provenance, Sha256, TensorParallel, TextRef
+from .drops import Drops, Strategy
 from .profile import Comparison
 
 Requirement = Literal["mlp_drop", "compensation"]
@@ -67,7 +68,7 @@ class PlannedBlock(Part):
 
 
 class Predicted(Part):
-    """What the profile says of the whole set: an estimate, usually too low for large sets of single measurements."""
+    """What the profile says of the whole plan: an estimate, usually too low for large sets of single measurements."""
 
     kl: Finite = Field(description="By the interactions, where the profile has them; else from single costs")
     ppl_increase: Finite | None = Field(default=None, description="Sum of the single costs")
@@ -75,28 +76,31 @@ class Predicted(Part):
 
 
 class Verified(Comparison):
-    """The whole plan, measured on text that was not used to choose it."""
+    """The whole plan, measured on held-out text.
+
+    Held-out text comes in rounds of as many sequences as the profile keeps for verifying. A round that shows a plan to
+    break its budget has taken part in choosing the next plan, which is therefore verified on the round that follows.
+    """
 
     text: TextRef
-    seen: bool = Field(
+    reused: bool = Field(
         default=False,
         exclude_if=lambda value: not value,
-        description="No further text, or no further documents, were there to verify a repaired plan on: these had "
-        "shown the plan before it to break its budget, and so took part in choosing",
+        description="The held-out text (or, of a budget of lm-eval tasks, the documents) took part in choosing: it had "
+        "shown an earlier plan to break the budget, and there was no further round to verify this plan on",
     )
-    lot: int = Field(
+    round: int = Field(
         default=0,
         ge=0,
         exclude_if=lambda value: not value,
-        description="How many times as many sequences as the profile keeps for verifying lie between those and `text`: "
-        "each lot had shown a plan to break its budget",
+        description="How many rounds of held-out text were used up before `text`",
     )
 
 
 class Latency(Part):
     """One kind of step with every sync point and as planned, by the latency model: no promise (planning/latency.py)."""
 
-    hardware: str = Field(min_length=1, description="As given to --hardware")
+    hardware: str = Field(min_length=1, description="As given: a file, or the name of a table that is shipped")
     phase: Literal["decode", "prefill"]
     batch: int = Field(gt=0)
     context: int = Field(gt=0, description="Tokens before the one decoded, or of the prompt")
@@ -123,7 +127,7 @@ class Plan(Part):
     budget: Budget
     predicted: Predicted
     verified: Verified
-    latency: list[Latency] = Field(default_factory=list, description="Where --hardware was given")
+    latency: list[Latency] = Field(default_factory=list, description="Where hardware was given")
     provenance: Provenance
 
     @model_validator(mode="after")
@@ -143,19 +147,6 @@ class Plan(Part):
         return self
 
     @property
-    def strategies(self) -> tuple[Strategy, ...]:
-        return tuple(b.strategy for b in self.blocks)
-
-    @property
-    def mlp_strategies(self) -> tuple[Strategy, ...]:
-        return tuple(Strategy(b.mlp_strategy) for b in self.blocks)
-
-    @property
-    def dropped(self) -> list[int]:
-        """Blocks whose attention sync point is gone."""
-        return [b.index for b in self.blocks if b.strategy != Strategy.KEEP_SYNC]
-
-    @property
-    def mlp_dropped(self) -> list[int]:
-        """Blocks whose MLP sync point is gone."""
-        return [b.index for b in self.blocks if b.mlp_strategy != Strategy.KEEP_SYNC]
+    def drops(self) -> Drops:
+        """Return what the plan drops, without its predictors; models.plan_files.load_plan brings them along."""
+        return Drops.of_blocks([b.strategy for b in self.blocks], [b.mlp_strategy for b in self.blocks])

@@ -1,27 +1,15 @@
 """profile.json: what dropping sync points costs, one experiment a row."""
 
-from collections.abc import Sequence
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from spd_calib.errors import InputError
 
-from .common import (
-    Count,
-    Finite,
-    ModelRef,
-    Part,
-    Provenance,
-    Sha256,
-    Strategy,
-    TensorParallel,
-    TextRef,
-    left_out_if_empty,
-)
+from .common import Count, Finite, ModelRef, Part, Provenance, Sha256, TensorParallel, TextRef, left_out_if_empty
+from .drops import Point, Strategy, Sublayer
 
 Metric = Literal["kl", "ppl", "accuracy"]
-SyncPoint = Literal["attention", "mlp"]
 
 
 class Baseline(Part):
@@ -66,17 +54,10 @@ class Measurement(Comparison):
     """One drop experiment. `dropped` names all blocks dropped in it; `block` is the one it is about."""
 
     block: Count
-    sync_point: SyncPoint = "attention"
+    sync_point: Sublayer = "attention"
     strategy: Strategy
     dropped: list[Count] = Field(min_length=1)
     stopped_early: bool = Field(default=False, description="Its tier was certain before the text was at its end")
-
-
-class Point(Part):
-    """A sync point of the model."""
-
-    block: Count
-    sync_point: SyncPoint
 
 
 class MeasuredPoint(Part):
@@ -184,7 +165,7 @@ class Profile(Part):
         return [Strategy.BLOCK_DROP] if self.fisher else list(dict.fromkeys(m.strategy for m in self.measurements))
 
     @property
-    def sync_points(self) -> list[SyncPoint]:
+    def sync_points(self) -> list[Sublayer]:
         """The kinds of sync points that were profiled."""
         if self.fisher:
             return list(dict.fromkeys(term[0].sync_point for term in self.fisher.terms if len(term) == 1))
@@ -195,11 +176,11 @@ class Profile(Part):
         """Sync points that every plan drops: none, but of a recovered checkpoint."""
         return self.recovered.settled if self.recovered else []
 
-    def of(self, strategy: Strategy, sync_point: SyncPoint = "attention") -> dict[int, Measurement]:
+    def of(self, strategy: Strategy, sync_point: Sublayer = "attention") -> dict[int, Measurement]:
         """Measurements of one kind of sync point under one strategy, by block."""
         return {m.block: m for m in self.measurements if m.strategy == strategy and m.sync_point == sync_point}
 
-    def kl(self, strategy: Strategy, sync_point: SyncPoint = "attention") -> dict[int, tuple[float, float]]:
+    def kl(self, strategy: Strategy, sync_point: Sublayer = "attention") -> dict[int, tuple[float, float]]:
         """KL of dropping each block's sync point, and its standard error: what every profile knows."""
         if self.fisher is None:
             value = self.sensitivity(strategy, "kl", sync_point)
@@ -208,7 +189,7 @@ class Profile(Part):
         return {p.block: self.fisher.of(p) for p in points if p.sync_point == sync_point}
 
     def sensitivity(
-        self, strategy: Strategy, metric: Metric | None = None, sync_point: SyncPoint = "attention"
+        self, strategy: Strategy, metric: Metric | None = None, sync_point: Sublayer = "attention"
     ) -> dict[int, float]:
         """What dropping each block's sync point costs, in `metric` (default: the one the profile ranks by).
 
@@ -219,7 +200,7 @@ class Profile(Part):
         """
         if self.fisher is not None:
             if (metric or self.rank_by) != "kl":
-                raise InputError("A profile by --method fisher knows KL alone; profile with --method single for this.")
+                raise InputError("A profile by the method fisher knows KL alone; profile with method single for this.")
             return {block: kl for block, (kl, _) in self.kl(strategy, sync_point).items()}
         rows = self.of(strategy, sync_point)
         values = {block: self._value(m, metric or self.rank_by) for block, m in rows.items()}
@@ -228,12 +209,9 @@ class Profile(Part):
             return {block: value - alone for block, value in values.items()}
         if self.method == "single":
             return values
-        order: Sequence[int] = sorted(values)
-        following = dict(zip(order, [*order[1:], None], strict=True))
-        return {
-            block: values[block] - (values[after] if (after := following[block]) is not None else 0.0)
-            for block in order
-        }
+        order = sorted(values)
+        behind = dict(zip(order, [*[values[block] for block in order[1:]], 0.0], strict=False))
+        return {block: values[block] - behind[block] for block in order}
 
     def _value(self, m: Comparison, metric: Metric) -> float:
         if metric == "kl":
@@ -245,7 +223,7 @@ class Profile(Part):
         return m.accuracy_drop
 
     def ranking(
-        self, strategy: Strategy, metric: Metric | None = None, sync_point: SyncPoint = "attention"
+        self, strategy: Strategy, metric: Metric | None = None, sync_point: Sublayer = "attention"
     ) -> list[int]:
         """Blocks, least sensitive first; ties (frequent in accuracy) fall to the lower KL."""
         value = self.sensitivity(strategy, metric, sync_point)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from spd_calib.errors import InputError
 
 from .architecture import SUPPORTED, LayerParts, find_decoder, layer_parts
+from .mlp import activations
 
 
 def find_layers(model: PreTrainedModel) -> list[LayerParts]:
@@ -107,8 +108,7 @@ def check_block(index: int, layer: nn.Module, parts: LayerParts, hidden: Tensor,
 
 def mlp(parts: LayerParts, u: Tensor) -> Tensor:
     """The whole MLP with its bias, as the parts say: [B, T, d] to [B, T, d]."""
-    gate = parts.activation(parts.mlp_in[0](u))
-    return parts.down(gate if len(parts.mlp_in) == 1 else gate * parts.mlp_in[1](u))
+    return parts.down(activations(parts.mlp_in, parts.activation, u))
 
 
 def _close(a: Tensor, b: Tensor, x: Tensor) -> bool:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .architecture import HeadCounts, LayerParts
+from .mlp import activations
 
 
 @dataclass(frozen=True)
@@ -106,5 +107,4 @@ class RankMLP(nn.Module):
         self.down = RankLinear(parts.down, ALL, slices.neurons, with_bias=False)
 
     def forward(self, u: Tensor) -> Tensor:
-        gate = self.activation(self.mlp_in[0](u))
-        return self.down(gate if len(self.mlp_in) == 1 else gate * self.mlp_in[1](u))
+        return self.down(activations(list(self.mlp_in), self.activation, u))

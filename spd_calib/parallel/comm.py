@@ -1,4 +1,4 @@
-"""The one thing in which simulated and real ranks differ: how partial sums and logits come together."""
+"""Bringing the ranks' partial sums and logits together: the one thing in which simulated and real ranks differ."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,20 +18,20 @@ GATHERED_AT_MOST = 2**15
 
 
 class Comm(Protocol):
-    """`ranks` are those this process runs; there is one tensor for each of them."""
+    """Brings the ranks together. `ranks` are those this process runs; there is one tensor for each of them."""
 
     size: int
     ranks: Sequence[int]
     all_reduces: int  # made so far
 
     def all_reduce(self, partials: Iterable[Tensor]) -> Tensor:
-        """The sum over all ranks, the same bits on each; the partials stay as they are, each looked at once."""
+        """Return the sum over all ranks, the same bits on each; the partials stay as they are, each looked at once."""
 
     def all_gather(self, parts: Sequence[Tensor]) -> Tensor:
-        """The parts of all ranks, equal in shape, behind one another along the last dimension."""
+        """Return the parts of all ranks, equal in shape, behind one another along the last dimension."""
 
 
-class Simulated:
+class SimulatedComm:
     """All ranks in this process."""
 
     def __init__(self, size: int):
@@ -51,7 +51,7 @@ class Simulated:
         return torch.cat(list(parts), dim=-1)
 
 
-class Distributed:
+class DistributedComm:
     """One rank in this process, the others in theirs: the ranks of the default process group."""
 
     def __init__(self) -> None:
@@ -77,7 +77,7 @@ class Distributed:
         return torch.cat(self._gathered(parts[0]), dim=-1)
 
     def _gathered(self, part: Tensor) -> list[Tensor]:
-        """The parts of all ranks, in their order."""
+        """Return the parts of all ranks, in their order."""
         part = part.contiguous()
         gathered = [torch.empty_like(part) for _ in range(self.size)]
         with self._reaching_all():
@@ -86,7 +86,7 @@ class Distributed:
 
     @contextmanager
     def _reaching_all(self) -> Iterator[None]:
-        """Raises SpdError where another rank has gone."""
+        """Raise SpdError where another rank has gone."""
         try:
             yield
         except RuntimeError as e:

@@ -1,7 +1,7 @@
-"""Real ranks: joining the process group that torchrun starts, and ending together.
+"""Joining the process group of the real ranks that torchrun starts, and ending together.
 
-Where one rank fails, torchrun ends those of its machine; a thread ends those of other machines. Of all messages
-only the first is printed: what the others see is its consequence.
+Where one rank fails, torchrun ends those of its machine, and a thread in each rank ends those of other machines. Only
+the first rank to fail prints its message: what the others run into is a consequence of it.
 """
 
 import atexit
@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Literal, TypeVar
 
@@ -19,18 +20,19 @@ from torch.distributed.rendezvous import rendezvous
 from spd_calib.errors import InputError
 from spd_calib.ranks import rank, world_size
 
-from .comm import Distributed
+from .comm import DistributedComm
 
-WAIT = timedelta(hours=24)  # for work that one rank does for all; of a rank that fails the others hear otherwise
+WAIT = timedelta(hours=24)  # for work that one rank does for all; a rank that fails is noticed by other means
 _store: dist.Store | None = None
 T = TypeVar("T")
 
 
-def start(tp: int | None) -> Distributed:
-    """Join the process group, unless this process has; its ranks are the `tp` ranks of a model, or with None replicas.
+def start(tp: int | None) -> DistributedComm:
+    """Join the process group, unless this process has joined it, and return the communication over it.
 
-    gloo between CPUs and NCCL between GPUs; ranks that have to share a GPU use gloo there, too. Raises InputError
-    where torchrun started another number of ranks than `tp`.
+    The group's processes are the `tp` ranks of a model; with None each of them holds a whole model. They talk by gloo
+    between CPUs and NCCL between GPUs, ranks that have to share a GPU by gloo there, too. Raises InputError where
+    torchrun started another number of ranks than `tp`.
     """
     if tp not in (None, world_size()):
         raise InputError(
@@ -46,30 +48,36 @@ def start(tp: int | None) -> Distributed:
         backends = f"cpu:gloo,cuda:{backend('cuda')}" if gpus else "gloo"
         dist.init_process_group(backends, store=_rendezvous(), rank=rank(), world_size=world_size(), timeout=WAIT)
         _watch_the_others()
-    return Distributed()
+    return DistributedComm()
 
 
 def local_size() -> int:
-    """Ranks on this machine."""
+    """Return the number of ranks on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
 
 
 def backend(device: str) -> Literal["gloo", "nccl"]:
-    """What carries the sums of tensors on this device."""
+    """Return the library that all-reduces tensors on this device."""
     return "nccl" if device.startswith("cuda") and local_size() <= torch.cuda.device_count() else "gloo"
 
 
 def local_device(device: str) -> str:
-    """The device of this rank: `cuda` is the GPU of its own. Raises InputError for a GPU by number."""
+    """Return the device of this rank: for `cuda` a GPU of its own, by number; else `device` itself.
+
+    Raises InputError for a GPU that is given by number: all ranks would share it.
+    """
     if not device.startswith("cuda") or not torch.cuda.device_count():
         return device
     if device != "cuda":
-        raise InputError(f"Under torchrun each rank takes a GPU of its own; give --device cuda, not {device}.")
+        raise InputError(f"Under torchrun each rank takes a GPU of its own; give `device` cuda, not {device}.")
     return f"cuda:{_local_rank() % torch.cuda.device_count()}"
 
 
 def from_main_rank(value: T) -> T:
-    """The main rank's `value`, on every rank: what another one gives is not looked at."""
+    """Return the main rank's `value` on every rank; what the other ranks give is ignored.
+
+    All ranks call this at once; the value must be one that pickle takes.
+    """
     if world_size() == 1:
         return value
     box = [value]
@@ -78,13 +86,13 @@ def from_main_rank(value: T) -> T:
 
 
 def speak_once(message: str) -> None:
-    """Print `message` on stderr if no other rank has failed before; else wait until that one has spoken."""
+    """Print `message` on stderr if no other rank has failed before; else wait until that one has printed its own."""
     try:
         store = dist.PrefixStore("spd_calib", _rendezvous(timedelta(seconds=5)))
         first = store.add("failures", 1) == 1
     except Exception:  # nobody is left to agree with
         store, first = None, True
-        time.sleep(2)  # where torchrun is gone, ranks.py says so and ends this process meanwhile
+        time.sleep(2)  # where torchrun is gone, ending.py says so and ends this process meanwhile
     if first:
         print(message, file=sys.__stderr__, flush=True)
     if store is not None and first:
@@ -119,14 +127,14 @@ def _watch_the_others() -> None:
 
 
 def _rendezvous(timeout: timedelta = timedelta(minutes=5)) -> dist.Store:
-    """The key-value store that torchrun keeps for its ranks."""
+    """Return the key-value store that torchrun keeps for its ranks."""
     global _store
     if _store is None:
         _store = next(rendezvous("env://", timeout=timeout))[0]
     return _store
 
 
-def _wait_until(done, seconds: float) -> None:
+def _wait_until(done: Callable[[], bool], *, seconds: float) -> None:
     end = time.monotonic() + seconds
     while not done() and time.monotonic() < end:
         time.sleep(0.05)

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from .finite import refusing_not_finite
 from .model import TensorParallelLM
 
 
@@ -13,17 +12,21 @@ from .model import TensorParallelLM
 def continue_text(
     lm: TensorParallelLM,
     tokenizer: PreTrainedTokenizerBase,
+    *,
     prompt: str,
     new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
 ) -> str:
-    """The prompt and up to `new_tokens` tokens behind it: the likeliest at temperature 0, else drawn by `seed`."""
+    """Return the prompt and up to `new_tokens` tokens behind it: the likeliest at temperature 0, else drawn by `seed`.
+
+    Runs what `lm` runs at present. Raises InputError as lm.refuse_nonfinite where the logits are not finite.
+    """
     torch.manual_seed(seed)
     inputs = tokenizer(prompt, return_tensors="pt").to(lm.device)
     how: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    with refusing_not_finite(lm):
+    with lm.refusing_nonfinite():
         ids = lm.model.generate(ids, attention_mask=mask, max_new_tokens=new_tokens, pad_token_id=pad, **how)  # type: ignore[operator]
     return str(tokenizer.decode(ids[0], skip_special_tokens=True))

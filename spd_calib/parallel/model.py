@@ -1,85 +1,48 @@
 """A causal language model that runs a plan on its ranks: transformers' own model with its blocks replaced."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spd_calib.errors import InputError
-from spd_calib.formats.common import Strategy
+from spd_calib.formats.drops import Drop, Drops, Point
 from spd_calib.models.architecture import Decoder, HeadCounts, LayerParts, check_divides, find_decoder
+from spd_calib.models.hooks import before_each
+from spd_calib.models.predictor import check_predictors
 from spd_calib.models.probe import check_block, find_layers
-from spd_calib.models.shard import ALL, is_cut, vocabulary_slice
 
-from .block import Block
-from .comm import Comm, Simulated
-from .compensation import Compensation
-from .finite import first_not_finite, places_of_dense, refuse_not_finite
+from .block import Block, Present
+from .comm import Comm, SimulatedComm
+from .head import FinalNorm, VocabParallelHead
+from .nonfinite import first_nonfinite, places_of_dense, places_on_ranks
 from .streams import Streams
-
-KEEP, DROP, PLAIN = Strategy.KEEP_SYNC, Strategy.BLOCK_DROP, Strategy.PLAIN_DROP
 
 
 @dataclass(frozen=True)
 class Recording:
     """One batch's way through the model: what entered each block, and what left the final norm."""
 
+    drops: Drops  # what the model ran meanwhile
     streams: list[Streams]  # entering block 0 .. L-1
     kwargs: list[dict]
     final: Tensor  # as TensorParallelLM.resume returns it
 
 
-class FinalNorm(nn.Module):
-    """Streams to [B, T, d], or, where the ranks' streams differ, [ranks * B, T, d] for the head to take apart."""
-
-    def __init__(self, norm: nn.Module):
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, s: Streams) -> Tensor:
-        assert s.debt is None, "the last block settles every debt"
-        if s.written_off is None:
-            return self.norm(s.shared)
-        return torch.cat([self.norm(s.read(i)) for i in range(len(s.written_off))])
-
-
-class VocabParallelHead(nn.Module):
-    """Each rank computes a contiguous part of the vocabulary from its own stream; the last may be shorter."""
-
-    def __init__(self, head: nn.Linear, comm: Comm):
-        super().__init__()
-        self.weight, self.bias, self.comm = head.weight, head.bias, comm
-        self.vocab_size = head.out_features
-        own = [vocabulary_slice(self.vocab_size, rank, comm.size) for rank in comm.ranks]
-        self.rows = [ALL] if is_cut(head) else own  # of the weight, one slice for each rank of this process
-        self.width = -(-self.vocab_size // comm.size)
-        self.streams_differ = False
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        ranks = len(self.rows)
-        streams = hidden.chunk(ranks) if self.streams_differ else [hidden] * ranks
-        parts = [
-            nn.functional.linear(h, self.weight[rows], None if self.bias is None else self.bias[rows])
-            for h, rows in zip(streams, self.rows, strict=True)
-        ]
-        # made equally wide; only the last parts are not, so what is added stands behind the vocabulary
-        width = max(self.width, *(part.shape[-1] for part in parts))
-        padded = [p if p.shape[-1] == width else nn.functional.pad(p, (0, width - p.shape[-1])) for p in parts]
-        return self.comm.all_gather(padded)[..., : self.vocab_size].contiguous()
-
-
 class TensorParallelLM:
-    """Runs `model` (which it changes for good) on the ranks of `comm`, every sync point kept until told otherwise.
+    """Runs `model` (which it changes for good) on the ranks of `comm`: the dense model, except within `running`.
 
     `model` is a transformers causal LM in eval mode. Raises InputError for a model whose sync points cannot be
     dropped, that `comm.size` does not divide, or that differs from the dense one with every sync point kept.
-    Of a model that holds one rank's slices only (`sharded`) the dense form cannot be run, and is not compared with:
-    `check_small_copy` asks the same of a small model of the same configuration.
+    That last check is left out where the dense form cannot be run, because the model holds one rank's slices only or
+    its blocks are not in memory (`sharded`); small_copy.check_small_copy makes it on a small model of the same form.
     """
 
-    def __init__(self, model: PreTrainedModel, comm: Comm, sharded: bool = False):
+    def __init__(self, model: PreTrainedModel, comm: Comm, *, sharded: bool = False):
         parts = find_layers(model)
         for p in parts:
             check_divides(HeadCounts.of(p), comm.size)
@@ -89,11 +52,13 @@ class TensorParallelLM:
             raise InputError(f"{type(model).__name__} has no plain output head; it cannot be split over ranks.")
         self.model, self.comm = model, comm
         self.num_blocks, self.streamed = len(parts), False
-        self.settled = [(KEEP, KEEP)] * self.num_blocks
         self.module_paths = [f"{decoder.path}.{i}" for i in range(self.num_blocks)]
         probe = _probe_tokens(model)
         dense = None if sharded else self._probe_dense(decoder, parts, probe)
-        self.blocks = [Block(i, self.num_blocks, p, comm) for i, p in enumerate(parts)]
+        self._present = Present()
+        self.blocks = [
+            Block(i, self.num_blocks, parts=p, comm=comm, present=self._present) for i, p in enumerate(parts)
+        ]
         decoder.owner.layers = nn.ModuleList(self.blocks)
         self.final_norm = FinalNorm(getattr(decoder.owner, decoder.norm) or nn.Identity())
         setattr(decoder.owner, decoder.norm, self.final_norm)
@@ -104,52 +69,55 @@ class TensorParallelLM:
 
     @classmethod
     def simulated(cls, model: PreTrainedModel, tp: int) -> "TensorParallelLM":
-        return cls(model, Simulated(tp))
+        """Return the model on `tp` ranks, all of them in this process."""
+        return cls(model, SimulatedComm(tp))
 
     def read_blocks_by(self, hold: Callable[[int], None]) -> None:
-        """Call `hold` with a block's index whenever that block is to run: its weights are elsewhere until then."""
+        """Call `hold(block index)` whenever that block is about to run; it brings the block's weights into memory."""
         for block in self.blocks:
             block.read_weights = hold
         self.streamed = True
 
     @property
     def device(self) -> torch.device:
+        """Return the device that token ids go to."""
         return self.model.device
 
-    def set_strategies(self, attention: Sequence[Strategy], mlp: Sequence[Strategy] | None = None) -> None:
-        """Set what happens at each block's attention and MLP sync point (default for the latter: kept).
+    @contextmanager
+    def running(self, drops: Drops) -> Iterator[None]:
+        """Run `drops`, and nothing else, in every forward of the model while this lasts.
 
-        A sync point that is settled as dropped stays so where it would be kept.
+        Afterwards the model runs what it ran before. May be nested: the innermost counts. Raises InputError for
+        predictors that do not fit the model, ValueError for sync points that it does not have.
         """
-        mlp = mlp or [KEEP] * self.num_blocks
-        if len(attention) != self.num_blocks or len(mlp) != self.num_blocks:
-            raise ValueError(f"{self.num_blocks} blocks, but {len(attention)} and {len(mlp)} strategies")
-        if PLAIN in mlp or mlp[-1] != KEEP:
-            raise ValueError("an MLP sync point is kept or block-dropped, and the last one is kept")
-        for block, a, m, settled in zip(self.blocks, attention, mlp, self.settled, strict=True):
-            block.attention_strategy = a if a != KEEP else settled[0]
-            block.mlp_strategy = m if m != KEEP else settled[1]
-        self.head.streams_differ = any(block.attention_strategy == PLAIN for block in self.blocks)
+        before = self._present.drops
+        self._present.drops = self.fitted(drops)
+        try:
+            yield
+        finally:
+            self._present.drops = before
 
-    def settle(self, attention: Sequence[Strategy], mlp: Sequence[Strategy]) -> None:
-        """From now on, what is dropped here stays dropped: of blocks that were recovered, the sync is no longer right.
+    def fitted(self, drops: Drops) -> Drops:
+        """Return `drops` with their predictors on the model's device and in its dtype.
 
-        Of a model in which blocks were trained to run without their sync, `keep_all` then means: all but those.
+        The drops given, and their predictors, stay as they are. Raises as `running` does.
         """
-        self.settled = list(zip(attention, mlp, strict=True))
-        self.keep_all()
+        drops.check_fits(self.num_blocks)
+        return Drops({point: self._fitted(point, drop) for point, drop in drops.by_point.items()})
 
-    def set_compensation(self, predictors: Mapping[int, Mapping[int, Compensation]]) -> None:
-        """Set the predictors of the blocks named (by block and rank), and none in every other block."""
-        for block in self.blocks:
-            block.set_compensation(predictors.get(block.index))
-
-    def keep_all(self) -> None:
-        self.set_strategies([KEEP] * self.num_blocks)
+    def _fitted(self, point: Point, drop: Drop) -> Drop:
+        if drop.predictors is None:
+            return drop
+        block = self.blocks[point.block]
+        if missing := set(self.comm.ranks) - set(drop.predictors):
+            raise InputError(f"Block {point.block} has no predictor for rank {min(missing)} of {self.comm.size}.")
+        check_predictors(point.block, drop.predictors, d_rank=block.d_rank, d=block.width)
+        like = next(block.mlps.parameters())
+        return Drop(drop.strategy, {rank: drop.predictors[rank].like(like) for rank in self.comm.ranks})
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits [B, T, V] for token ids [B, T]; the mask as transformers takes it (0 at padding)."""
+        """Return logits [B, T, V] for token ids [B, T]; the mask as transformers takes it (0 at padding)."""
         return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
 
     @torch.no_grad()
@@ -161,57 +129,83 @@ class TensorParallelLM:
         streams: list[Streams] = []
         kwargs: list[dict] = []
 
-        def keep_input(_: nn.Module, args: tuple, kw: dict) -> None:
-            s = args[0] if args else kw["hidden_states"]
-            streams.append(s if isinstance(s, Streams) else Streams(s))
-            kwargs.append({k: v for k, v in kw.items() if k != "hidden_states"})
+        def keep_input(_: int, hidden_states: Tensor | Streams, others: dict) -> None:
+            streams.append(Streams.of(hidden_states))
+            kwargs.append(others)
 
         final: list[Tensor] = []
-        hooks = [block.register_forward_pre_hook(keep_input, with_kwargs=True) for block in self.blocks]
-        hooks.append(self.final_norm.register_forward_hook(lambda m, args, out: final.append(out)))
+        hook = self.final_norm.register_forward_hook(lambda m, args, out: final.append(out))
         try:
-            self.model.base_model(input_ids=input_ids, use_cache=False)
+            with before_each(self.blocks, keep_input):
+                self.model.base_model(input_ids=input_ids, use_cache=False)
         finally:
-            for hook in hooks:
-                hook.remove()
+            hook.remove()
         if not final[0].isfinite().all():
-            refuse_not_finite(self, input_ids)
-        return Recording(streams, kwargs, final[0])
+            self.refuse_nonfinite(input_ids)
+        return Recording(self._present.drops, streams, kwargs, final[0])
 
     @torch.no_grad()
-    def resume(self, recording: Recording, first: int) -> Tensor:
-        """Run blocks `first` to the last under the present strategies; what leaves the final norm, for `logits`."""
+    def resume(self, recording: Recording, drops: Drops) -> Tensor:
+        """Run a recorded batch under `drops`, from the first block on that they treat otherwise than the recording.
+
+        Returns what leaves the final norm, [B, T, d] or head.PerRank, for `logits`.
+        """
+        drops = self.fitted(drops)
+        first = drops.first_difference(recording.drops)
+        if first is None:
+            return recording.final
         s = recording.streams[first]
         for block, kwargs in zip(self.blocks[first:], recording.kwargs[first:], strict=True):
-            s = block(s, **kwargs)
+            s = block.run(s, drops, **kwargs)
         return self.final_norm(s)
 
     @torch.no_grad()
     def logits(self, final: Tensor) -> Tensor:
-        """Logits [B, T, V] from what left the final norm."""
+        """Return logits [B, T, V] for what left the final norm."""
         return self.head(final)
+
+    def refuse_nonfinite(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+        """Raise InputError that says where NaN or Inf first appears when the model reads these tokens [B, T].
+
+        All of several real ranks call this at once, and raise with the same words.
+        """
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            attention_mask = None  # it also covers tokens in a KV cache, which is not there when these run anew
+        where = first_nonfinite(
+            lambda: self(input_ids, attention_mask),
+            places_on_ranks(self.model, self.blocks, self.module_paths, self.head),
+            dtype=self.model.dtype,
+            comm=self.comm,
+        )
+        raise InputError(where or "The logits hold NaN or Inf under this plan: it breaks the model; drop less.")
+
+    @contextmanager
+    def refusing_nonfinite(self) -> Iterator[None]:
+        """While this lasts, raise as refuse_nonfinite does after a forward whose logits hold NaN or Inf."""
+
+        def check(_: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            if not output.logits.isfinite().all():
+                hook.remove()
+                input_ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+                self.refuse_nonfinite(input_ids, kwargs.get("attention_mask"))
+
+        hook = self.model.register_forward_hook(check, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     @torch.no_grad()
     def _probe_dense(self, decoder: Decoder, parts: list[LayerParts], probe: Tensor) -> Tensor:
-        """Check the form of every block of the dense model; its logits on the probe tokens."""
+        """Check the form of every block of the dense model; return its logits on the probe tokens."""
         entered: list[tuple[Tensor, dict]] = []
-        hooks = [
-            layer.register_forward_pre_hook(
-                lambda m, args, kw: entered.append(
-                    (args[0] if args else kw["hidden_states"], {k: v for k, v in kw.items() if k != "hidden_states"})
-                ),
-                with_kwargs=True,
-            )
-            for layer in decoder.layers
-        ]
-        try:
+        with before_each(decoder.layers, lambda i, hidden, others: entered.append((hidden, others))):
             logits = self.model(input_ids=probe, use_cache=False).logits
-        finally:
-            for hook in hooks:
-                hook.remove()
         if not logits.isfinite().all():
-            places = places_of_dense(self.model, self.model.get_output_embeddings(), decoder, parts)
-            where = first_not_finite(lambda: self.model(input_ids=probe, use_cache=False), places, self.model.dtype)
+            places = places_of_dense(self.model, self.model.get_output_embeddings(), decoder=decoder, parts=parts)
+            where = first_nonfinite(
+                lambda: self.model(input_ids=probe, use_cache=False), places, dtype=self.model.dtype
+            )
             raise InputError(where or "The model's logits hold NaN or Inf; fetch it again.")
         for i, (layer, p, (hidden, kwargs)) in enumerate(zip(decoder.layers, parts, entered, strict=True)):
             check_block(i, layer, p, hidden, kwargs)
@@ -219,7 +213,7 @@ class TensorParallelLM:
 
     @torch.no_grad()
     def _check_equals_dense(self, dense: Tensor, probe: Tensor) -> None:
-        """Every sync point kept must be the dense model: in one forward, and block by block."""
+        """Raise InputError unless the model with every sync point kept gives `dense`, by a forward and by record."""
         for logits in (self(probe), self.logits(self.record(probe).final)):
             error = (logits.float() - dense.float()).abs().max().item()
             if not error <= tolerance(dense):
@@ -230,7 +224,7 @@ class TensorParallelLM:
 
 
 def tolerance(logits: Tensor) -> float:
-    """How far logits may be off by rounding alone: 1e-4 in float32 (relative where they exceed 1)."""
+    """Return how far logits may be off by rounding alone: 1e-4 in float32 (relative where they exceed 1)."""
     scale = max(1.0, logits.float().abs().max().item())
     return scale * (1e-4 if logits.dtype == torch.float32 else 0.1)
 

@@ -1,53 +1,71 @@
-"""One model, opened for work in two steps: what can be refused cheaply first, the weights last."""
+"""Opening a model for work in two steps: what can be refused cheaply comes first, the weights are read last."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from spd_calib.errors import InputError
+from spd_calib.errors import InputError, OtherModel
 from spd_calib.formats.common import ModelRef
-from spd_calib.models.load import Source, check_config, load_dense, load_tokenizer, locate, model_ref, read_config
+from spd_calib.models.in_memory import check_in_memory, check_tensors, ref_in_memory, sharing_copy
+from spd_calib.models.load import (
+    Source,
+    check_config,
+    check_weight,
+    load_dense,
+    load_tokenizer,
+    locate,
+    model_ref,
+    read_config,
+)
 from spd_calib.models.shard_load import load_sharded
 from spd_calib.models.stream_load import load_streamed, must_stream
 from spd_calib.ranks import is_main_rank, world_size
 
 from . import distributed
-from .comm import Simulated
+from .comm import SimulatedComm
 from .model import TensorParallelLM
 from .small_copy import check_small_copy
 
 
 @dataclass(frozen=True)
 class Session:
-    """A model whose configuration and TP size are accepted; `load` reads its weights."""
+    """A model whose configuration and TP size are accepted; `load` reads its weights.
 
-    source: Source
+    Either `source` says where it lies on disk, or `model` is the user's own object in memory, which is never changed.
+    """
+
+    source: Source | None
     config: Any
     tp: int
     tokenizer: PreTrainedTokenizerBase
     ref: ModelRef
+    model: PreTrainedModel | None = None
 
     @property
     def max_length(self) -> int:
-        """Tokens of the longest sequence the model can read."""
+        """Return the number of tokens of the longest sequence the model can read."""
         return self.config.max_position_embeddings
 
     def load(
-        self, device: str = "cpu", dtype: str = "float32", seed: int = 0, stream: bool = False
+        self, device: str = "cpu", dtype: str = "float32", *, seed: int = 0, stream: bool = False
     ) -> TensorParallelLM:
-        """The model on its ranks, every sync point kept: under torchrun on its ranks, else on simulated ones.
+        """Return the model on its ranks: under torchrun on real ones, else on simulated ones.
 
         With `stream`, or where the weights would take more than half of the memory free, simulated ranks read each
         block's weights from disk when it is to run; that the whole equals the dense model is then not checked.
+        A model in memory runs where it is and as it is: raises InputError for another device or dtype.
         """
+        if self.source is None:
+            torch.manual_seed(seed)
+            return TensorParallelLM.simulated(self._in_memory(device, dtype), self.tp)
         if world_size() == 1:
             torch.manual_seed(seed)
             if stream or must_stream(self.source, self.config, device, dtype):
                 model, weights = load_streamed(self.source, self.config, device, dtype)
-                lm = TensorParallelLM(model, Simulated(self.tp), sharded=True)
+                lm = TensorParallelLM(model, SimulatedComm(self.tp), sharded=True)
                 lm.read_blocks_by(weights.hold)
                 return lm
             return TensorParallelLM.simulated(load_dense(self.source, self.config, device, dtype), self.tp)
@@ -56,8 +74,42 @@ class Session:
         torch.manual_seed(seed)  # the same on all ranks: they sample the same tokens
         return TensorParallelLM(model, comm, sharded=True)
 
+    def _in_memory(self, device: str, dtype: str) -> PreTrainedModel:
+        """Return a copy of the model in memory that shares its weights. Raises InputError where it lies elsewhere."""
+        assert self.model is not None
+        own = str(self.model.dtype).removeprefix("torch.")
+        if torch.empty(0, device=device).device != self.model.device or dtype != own:
+            raise InputError(
+                f"The model in memory is {own} on {self.model.device}, not {dtype} on {device}; "
+                "leave the device and the dtype out, or convert it before with model.to()."
+            )
+        return sharing_copy(self.model)
 
-def open_session(model: str, tp: int, expected: ModelRef | None = None, replicas: bool = False) -> Session:
+
+def session_in_memory(
+    model: Any, tokenizer: PreTrainedTokenizerBase | None, *, tp: int, expected: ModelRef | None = None
+) -> Session:
+    """Open a transformers model object and its tokenizer for `tp` simulated ranks.
+
+    Raises InputError as open_session does, for an object that is no whole model on one device, for weights that are
+    not finite, without a tokenizer, and under torchrun: each rank would need the whole model.
+    """
+    if world_size() > 1:
+        raise InputError("A model in memory runs on simulated ranks alone; name its folder or hub id under torchrun.")
+    check_in_memory(model)
+    if tokenizer is None:
+        raise InputError("A model in memory comes without its tokenizer; give tokenizer, too.")
+    check_config(model.config, tp)
+    check_tensors(model)
+    for name, weight in model.named_parameters():
+        check_weight(model.name_or_path or "the model in memory", name, weight)
+    ref = ref_in_memory(model)
+    if expected is not None:
+        check_same_model(expected, ref)
+    return Session(None, model.config, tp, tokenizer, ref, model)
+
+
+def open_session(model: str, tp: int, *, expected: ModelRef | None = None, replicas: bool = False) -> Session:
     """Find MODEL (a folder or a hub id) for `tp` ranks. `expected` is the reference that a file holds.
 
     With `replicas` the processes that torchrun started are no ranks: each simulates them all.
@@ -78,14 +130,14 @@ def open_session(model: str, tp: int, expected: ModelRef | None = None, replicas
 
 
 def _ref(source: Source, config: Any) -> ModelRef:
-    """The model's reference; of many ranks one reads the weights to fingerprint them."""
+    """Return the model's reference; of many ranks only the main one reads the weights to fingerprint them."""
     ref = distributed.from_main_rank(model_ref(source, config) if is_main_rank() else None)
     assert ref is not None
     return ref
 
 
 def check_same_model(expected: ModelRef, found: ModelRef) -> None:
-    """Raises InputError, naming what differs, unless both references are of the same weights and configuration."""
+    """Raise OtherModel, naming what differs, unless both references are of the same weights and configuration."""
     for field, what in (
         ("architecture", "architecture"),
         ("num_blocks", "number of blocks"),
@@ -93,14 +145,14 @@ def check_same_model(expected: ModelRef, found: ModelRef) -> None:
         ("weight_fingerprint", "weights"),
     ):
         if getattr(expected, field) != getattr(found, field):
-            raise InputError(
+            raise OtherModel(
                 f"{found.id} is not the model this file was made for ({expected.id}): the {what} differs; "
                 "name the right one, or profile and plan anew."
             )
 
 
 def versions() -> dict[str, str]:
-    """Versions that stand in every file written."""
+    """Return the versions of this package and of the libraries that results depend on, for every file written."""
     from importlib.metadata import version
 
     return {

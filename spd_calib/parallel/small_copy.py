@@ -1,4 +1,4 @@
-"""The form of a model, asked of a small one of the same configuration before the real weights are read."""
+"""Checking the form of a model on a small one of the same configuration, before the real weights are read."""
 
 import copy
 from typing import Any
@@ -15,9 +15,10 @@ MAX_POSITIONS = 2**17  # where they are learned there is a row of weights for ea
 def check_small_copy(config: Any) -> None:
     """Check a narrow model with random weights, in float32 on the CPU, as TensorParallelLM checks a whole model.
 
-    It has the classes, the options, the head size and all the blocks of the real one, but few heads, neurons and
-    tokens. What is not checked: that the real model, every sync point kept, equals its dense form, which a rank
-    cannot hold. Raises InputError as TensorParallelLM does.
+    `config` is transformers' configuration of the real model. The narrow one has the same classes, options, head size
+    and number of blocks, but few heads, neurons and tokens. That the real weights, split over ranks, give what the
+    dense model gives is not checked by this. Raises InputError as TensorParallelLM does; the random state stays as
+    it was.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -29,7 +30,10 @@ def check_small_copy(config: Any) -> None:
 
 
 def _narrow(config: Any) -> Any:
-    """The configuration with RANKS query heads (two if they share a KV head, else one each) and few neurons."""
+    """Return a copy of `config` with RANKS query heads and few neurons.
+
+    The query heads share one KV head where those of the real model share any, else each has its own.
+    """
     narrow = copy.deepcopy(config)
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads

@@ -1,4 +1,4 @@
-"""The residual stream of every rank, and what a sync point does to it (DESIGN section 2, the general form).
+"""The residual stream of every rank, and what a sync point does to it (docs/design.md, section 2, the general form).
 
 Rank i reads `shared + written_off_i + debt_i`. `shared` is computed from all-reduced sums alone, so it is the
 same, bit for bit, on all ranks; what a rank knows and the others do not is kept apart from it, never added in
@@ -22,13 +22,18 @@ class Streams:
     debt: list[Tensor] | None = None  # partial sums the rank still owes the others
     written_off: list[Tensor] | None = None  # partial sums only this rank will ever see
 
+    @classmethod
+    def of(cls, hidden_states: "Tensor | Streams") -> "Streams":
+        """Return streams unchanged, and a tensor [B, T, d] as the stream that all ranks share."""
+        return hidden_states if isinstance(hidden_states, Streams) else cls(hidden_states)
+
     @property
     def agree(self) -> bool:
-        """Do all ranks read the same?"""
+        """Say whether all ranks read the same."""
         return self.debt is None and self.written_off is None
 
     def read(self, i: int) -> Tensor:
-        """What the i-th rank of this process reads."""
+        """Return what the i-th rank of this process reads."""
         x = self.shared
         if self.written_off is not None:
             x = x + self.written_off[i]
@@ -38,18 +43,18 @@ class Streams:
 
 
 def keep(s: Streams, partials: Iterable[Tensor], bias: Tensor | None, comm: Comm) -> Streams:
-    """A sync point that is kept: x <- x + AR(p_i + partial_i) + bias, p_i <- 0."""
+    """Keep the sync point: x <- x + AR(p_i + partial_i) + bias, p_i <- 0."""
     owed = partials if s.debt is None else map(torch.add, s.debt, partials)
     return Streams(_add(s.shared + comm.all_reduce(owed), bias), None, s.written_off)
 
 
 def defer(s: Streams, partials: Iterable[Tensor], bias: Tensor | None) -> Streams:
-    """A sync point left to the next one kept: p_i <- p_i + partial_i, x <- x + bias."""
+    """Leave the sync point to the next one kept: p_i <- p_i + partial_i, x <- x + bias."""
     return Streams(_add(s.shared, bias), _sums(s.debt, partials), s.written_off)
 
 
 def write_off(s: Streams, partials: Iterable[Tensor], bias: Tensor | None) -> Streams:
-    """A sync point dropped for good: the partial stays with its rank and is never reduced."""
+    """Drop the sync point for good: the partial sum stays with its rank and is never reduced."""
     return Streams(_add(s.shared, bias), s.debt, _sums(s.written_off, partials))
 
 

@@ -1,58 +1,15 @@
-"""Budgets: what a plan may cost, and what a measured plan does cost."""
+"""Budgets: what a measured plan spends of one, and whether it keeps it."""
 
 import math
 
-from spd_calib.errors import InputError
 from spd_calib.formats.plan import Budget
-from spd_calib.formats.profile import Comparison, Metric
-
-OPTIONS = {
-    "max_kl": "--max-kl",
-    "max_ppl_increase": "--max-ppl-increase",
-    "max_accuracy_drop": "--max-accuracy-drop",
-    "max_logprob_diff": "--max-logprob-diff",
-    "min_speedup": "--min-speedup",
-    "drop": "--drop",
-    "tau": "--tau1",
-}
-METRICS: dict[str, Metric] = {  # in which a budget ranks single drops; a number of drops: as the profile does
-    "max_kl": "kl",
-    "max_ppl_increase": "ppl",
-    "max_accuracy_drop": "accuracy",
-    "max_logprob_diff": "kl",
-    "tau": "ppl",
-}
+from spd_calib.formats.profile import Comparison
 
 MARGIN = 2.0  # standard errors between what a plan costs on the calibration text and its budget
 
 
-def fraction(text: str, option: str) -> float:
-    """'1%' or '0.01' to 0.01. Raises InputError for anything else, and for less than nothing."""
-    try:
-        value = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise InputError(f"{option} {text!r} is no budget; write a number such as 0.01, or 1%.")
-    return value
-
-
-def blocks(text: str, available: int, what: str = "blocks") -> int:
-    """'5' or '60%' (rounded to the nearest) to a number of `what`, of those available. Raises InputError beyond all."""
-    if text.endswith("%"):
-        share = fraction(text, "--drop")
-        wanted = round(share * available) if share <= 1 else available + 1
-    elif text.isdigit():
-        wanted = int(text)
-    else:
-        raise InputError(f"--drop {text!r} is no number of {what}; write one such as 5, or a share such as 60%.")
-    if wanted > available:
-        raise InputError(f"--drop {text} asks for more than the {available} {what} there are; ask for fewer.")
-    return wanted
-
-
 def cost(budget: Budget, measured: Comparison) -> float:
-    """What `measured` spends of the budget, in the budget's own unit; KL for the budgets that have none.
+    """Return what `measured` spends of the budget, in the budget's own unit; KL for the budgets that have none.
 
     Of a budget to be kept on each text: on the one that costs most.
     """
@@ -67,23 +24,19 @@ def cost(budget: Budget, measured: Comparison) -> float:
     }.get(budget.kind, measured.kl)
 
 
-def kept(budget: Budget, measured: Comparison, certain: bool = False) -> bool:
-    """Does a measured plan keep its budget? Numbers of drops and the paper's thresholds are kept by construction.
+def kept(budget: Budget, measured: Comparison, *, certain: bool = False) -> bool:
+    """Say whether a measured plan keeps its budget; numbers of drops and the paper's thresholds are always kept.
 
-    With `certain` it must do so with MARGIN standard errors to spare: other text of the kind will agree.
+    With `certain` it must do so with MARGIN standard errors to spare, so that other text of the kind will agree.
     """
     if budget.each_text:
-        return all(kept(_on_one(budget), one, certain) for one in measured.per_text)
+        return all(kept(_on_one(budget), one, certain=certain) for one in measured.per_text)
     spare = MARGIN * stderr(budget, measured) if certain else 0.0
     return budget.kind in ("drop", "tau") or cost(budget, measured) + spare <= budget.value
 
 
-def _on_one(budget: Budget) -> Budget:
-    return budget.model_copy(update={"each_text": False})
-
-
 def stderr(budget: Budget, measured: Comparison) -> float:
-    """Standard error of `cost` over sequences, or documents; of a largest difference there is none."""
+    """Return the standard error of `cost` over sequences, or documents; 0 for a largest difference, which has none."""
     if budget.each_text:
         return stderr(_on_one(budget), max(measured.per_text, key=lambda one: cost(_on_one(budget), one)))
     if budget.tasks:
@@ -95,8 +48,12 @@ def stderr(budget: Budget, measured: Comparison) -> float:
     }.get(budget.kind, measured.kl_stderr)
 
 
+def _on_one(budget: Budget) -> Budget:
+    return budget.model_copy(update={"each_text": False})
+
+
 def describe(budget: Budget, value: float | None = None) -> str:
-    """'KL 0.05', 'perplexity +1 %': the budget, or `value` in its unit."""
+    """Return the budget in words, 'KL 0.05' or 'perplexity +1 %', or `value` in its unit."""
     v = budget.value if value is None else value
     return ("on each text, " if budget.each_text else "") + {
         "max_kl": f"KL {v:.4g}",

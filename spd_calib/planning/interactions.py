@@ -3,23 +3,26 @@
 The KL of a set is the sum of a matrix over all ordered pairs of the terms that count in it: one for each sync point,
 and one for two consecutive ones that are both dropped (sensitivity/fisher.py). A profile of single measurements fills
 the diagonal alone.
+
+Outside this file a set of sync points is a Drops; inside, where numpy needs it, the indices of its points.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 
-from spd_calib.formats.profile import Fisher, Point
+from spd_calib.formats.drops import Drops, Point, Strategy
+from spd_calib.formats.profile import Fisher
 
-Set = frozenset[int]  # indices into Interactions.points
 EXACT = 12  # sync points up to which every set is looked at
+Indices = frozenset[int]  # into Interactions.points
 
 
 def follows(a: Point, b: Point) -> bool:
-    """Is `b` the sync point the model meets next after `a`?"""
+    """Say whether `b` is the sync point that the model meets next after `a`."""
     if a.sync_point == "attention":
         return (b.block, b.sync_point) == (a.block, "mlp")
     return (b.block, b.sync_point) == (a.block + 1, "attention")
@@ -27,35 +30,36 @@ def follows(a: Point, b: Point) -> bool:
 
 @dataclass(frozen=True)
 class Interactions:
-    """`matrix` [T + 1, T + 1]: first the n points in the model's order, then the pairs; the last row and column are 0.
+    """Predicts the KL of dropping any of the n sync points of `drops`.
 
+    `matrix` [T + 1, T + 1]: first the n points in the model's order, then the pairs; the last row and column are 0.
     `pair[i]` is the term of points i and i + 1 together, or T where there is none.
     """
 
-    points: tuple[Point, ...]
+    drops: Drops
     matrix: np.ndarray
     pair: np.ndarray
-    base: float = 0.0  # of no point at all: of a recovered checkpoint, what it costs as it is
+    base: float = 0.0  # KL with none of them dropped: above 0 for a checkpoint whose own drops stay
 
     @classmethod
-    def of_singles(cls, costs: dict[Point, float], base: float = 0.0) -> "Interactions":
-        """From single costs: they add up, but for consecutive sync points, whose debts add up before they are settled.
+    def of_singles(cls, drops: Drops, kl: Mapping[Point, float], *, base: float = 0.0) -> "Interactions":
+        """Return the model of single costs: they add up, but for consecutive sync points, whose debts add up.
 
         Of those the amplitudes add, (sqrt a + sqrt b)^2: a guess on the safe side, until a set is measured.
         """
-        points = tuple(sorted(costs, key=_order))
-        n = len(points)
+        n, points = len(drops), drops.points
         matrix = np.zeros((n + 1, n + 1))
         for i, point in enumerate(points):
-            matrix[i, i] = costs[point]
+            matrix[i, i] = kl[point]
             if i + 1 < n and follows(point, points[i + 1]):
-                matrix[i, i + 1] = matrix[i + 1, i] = np.sqrt(max(costs[point], 0) * max(costs[points[i + 1]], 0))
-        return cls(points, matrix, np.full(n, n), base)
+                matrix[i, i + 1] = matrix[i + 1, i] = np.sqrt(max(kl[point], 0) * max(kl[points[i + 1]], 0))
+        return cls(drops, matrix, np.full(n, n), base)
 
     @classmethod
     def of_fisher(cls, fisher: Fisher) -> "Interactions":
+        """Return the model of all sync points that a profile's predictions are about, each block-dropped."""
         terms = [tuple(term) for term in fisher.terms]
-        points = tuple(sorted((term[0] for term in terms if len(term) == 1), key=_order))
+        points = tuple(sorted(term[0] for term in terms if len(term) == 1))
         order = [(p,) for p in points] + [term for term in terms if len(term) == 2]
         index = [terms.index(term) for term in order]
         t = len(terms)
@@ -65,68 +69,86 @@ class Interactions:
         matrix = np.zeros((t + 1, t + 1))
         matrix[:t, :t] = full[np.ix_(index, index)]
         pair = [order.index(ab) if (ab := points[i : i + 2]) in order else t for i in range(len(points))]
-        return cls(points, matrix, np.array(pair))
+        return cls(Drops.of(dict.fromkeys(points, Strategy.BLOCK_DROP)), matrix, np.array(pair))
 
-    def restricted(self, allowed: Sequence[Point]) -> "Interactions":
-        """The same for some of the points only."""
-        kept = [i for i, p in enumerate(self.points) if p in allowed]
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """Return the n sync points in the model's order."""
+        return self.drops.points
+
+    def restricted(self, allowed: Iterable[Point]) -> "Interactions":
+        """Return the model of those points alone that are among `allowed`."""
+        drops = self.drops.only(allowed)
+        kept = [i for i, p in enumerate(self.points) if p in drops]
         pairs = [i for i in kept if i + 1 in kept and self.pair[i] < len(self.matrix) - 1]
         terms = kept + [int(self.pair[i]) for i in pairs]
         matrix = np.zeros((len(terms) + 1,) * 2)
         matrix[:-1, :-1] = self.matrix[np.ix_(terms, terms)]
         pair = [len(kept) + pairs.index(i) if i in pairs else len(terms) for i in kept]
-        return Interactions(tuple(self.points[i] for i in kept), matrix, np.array(pair), self.base)
+        return Interactions(drops, matrix, np.array(pair), self.base)
 
-    def kl(self, chosen: Set) -> float:
-        v = self._terms(chosen)
-        return self.base + float(v @ self.matrix @ v)
+    def kl(self, dropped: Iterable[Point]) -> float:
+        """Return the predicted KL, nats per token, of dropping these points and no other."""
+        return self._kl(self._indices(dropped))
 
-    def points_of(self, chosen: Set) -> list[Point]:
-        return [self.points[i] for i in sorted(chosen)]
-
-    def front(self) -> list[Set]:
-        """The cheapest set found of every size, from none to all."""
+    def front(self) -> list[Drops]:
+        """Return the cheapest drops found of every size, from none to all."""
         return self.exact_front() if len(self.points) <= EXACT else self.greedy_front()
 
-    def exact_front(self) -> list[Set]:
-        """By looking at every set."""
+    def exact_front(self) -> list[Drops]:
+        """Return the cheapest drops of every size, by looking at every set."""
+        sizes = range(len(self._all) + 1)
         return [
-            min(map(frozenset, itertools.combinations(self._all, k)), key=self.kl) for k in range(len(self._all) + 1)
+            self._drops(min(map(frozenset, itertools.combinations(self._all, size)), key=self._kl)) for size in sizes
         ]
 
-    def greedy_front(self) -> list[Set]:
-        """Upwards, by the cheapest addition, and downwards from all of them; at each size swaps until none helps."""
+    def greedy_front(self) -> list[Drops]:
+        """Return the cheapest drops found of every size, on two ways: by the cheapest addition from none upwards, and
+        by the cheapest removal from all downwards; at each size points are swapped until no swap helps.
+        """
         n = len(self.points)
-        up: list[Set] = [frozenset()]
+        up: list[Indices] = [frozenset()]
         for _ in range(n):
             up.append(self._swapped(up[-1] | {int(np.argmin(self._additions(up[-1])))}))
-        down = [frozenset(self._all)]
+        down: list[Indices] = [frozenset(self._all)]
         for _ in range(n):
-            smaller = min((down[-1] - {i} for i in down[-1]), key=self.kl)
+            smaller = min((down[-1] - {i} for i in down[-1]), key=self._kl)
             down.append(self._swapped(smaller))
-        return [min(pair, key=self.kl) for pair in zip(up, reversed(down), strict=True)]
+        return [self._drops(min(pair, key=self._kl)) for pair in zip(up, reversed(down), strict=True)]
 
-    def rivals(self, best: Set, count: int) -> list[Set]:
-        """`count` sets of the size of `best`: itself, then the cheapest that differ from it by one or two swaps."""
-        found = {best: self.kl(best)}
-        for start in (best, *sorted(self._swaps(best), key=self.kl)[: count // 2]):
-            found.update((s, self.kl(s)) for s in self._swaps(start) if s not in found)
-        return [best, *sorted((s for s in found if s != best), key=lambda s: (found[s], sorted(s)))][:count]
+    def rivals(self, best: Drops, *, count: int) -> list[Drops]:
+        """Return `count` drops of the size of `best`: itself, then the cheapest that one or two swaps lead to."""
+        first = self._indices(best)
+        found = {first: self._kl(first)}
+        for start in (first, *sorted(self._swaps(first), key=self._kl)[: count // 2]):
+            found.update((s, self._kl(s)) for s in self._swaps(start) if s not in found)
+        others = sorted((s for s in found if s != first), key=lambda s: (found[s], sorted(s)))
+        return [self._drops(s) for s in [first, *others][:count]]
 
     @cached_property
     def _all(self) -> range:
         return range(len(self.points))
 
-    def _terms(self, chosen: Set) -> np.ndarray:
-        """[T + 1]: 1 for every term that counts."""
+    def _indices(self, points: Iterable[Point]) -> Indices:
+        return frozenset(map(self.points.index, points))
+
+    def _drops(self, chosen: Indices) -> Drops:
+        return self.drops.only(self.points[i] for i in chosen)
+
+    def _kl(self, chosen: Indices) -> float:
+        v = self._terms(chosen)
+        return self.base + float(v @ self.matrix @ v)
+
+    def _terms(self, chosen: Indices) -> np.ndarray:
+        """Return [T + 1]: 1 for every term that counts."""
         v = np.zeros(len(self.matrix))
         v[list(chosen)] = 1
         v[[self.pair[i] for i in chosen if i + 1 in chosen]] = 1
         v[-1] = 0
         return v
 
-    def _additions(self, chosen: Set) -> np.ndarray:
-        """KL of `chosen` with each other point added, [n]; infinite for those in it."""
+    def _additions(self, chosen: Indices) -> np.ndarray:
+        """Return the KL of `chosen` with each other point added, [n]; infinite for those in it."""
         n, last = len(self.points), len(self.matrix) - 1
         v = self._terms(chosen)
         g = self.matrix @ v
@@ -138,9 +160,9 @@ class Interactions:
         total[list(chosen)] = np.inf
         return total
 
-    def _swapped(self, chosen: Set) -> Set:
-        """`chosen` after the best swap of a member for another point, again and again, until none is cheaper."""
-        best = self.kl(chosen)
+    def _swapped(self, chosen: Indices) -> Indices:
+        """Return `chosen` after the best swap of a member for another point, again and again, until none is cheaper."""
+        best = self._kl(chosen)
         for _ in range(len(self.points)):
             trials = []
             for i in chosen:
@@ -153,10 +175,7 @@ class Interactions:
             chosen = chosen - {out} | {into}
         return chosen
 
-    def _swaps(self, chosen: Set) -> Iterator[Set]:
+    def _swaps(self, chosen: Indices) -> Iterator[Indices]:
+        """Yield every set that one swap of a member for another point leads to."""
         others = [j for j in self._all if j not in chosen]
         return (chosen - {i} | {j} for i in sorted(chosen) for j in others)
-
-
-def _order(point: Point) -> tuple[int, bool]:
-    return point.block, point.sync_point == "mlp"

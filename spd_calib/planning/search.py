@@ -1,272 +1,214 @@
-"""From a profile to a plan: which sync points to drop, in which way, so that the whole keeps its budget.
+"""From a profile to a plan: which sync points to drop so that the whole keeps its budget.
 
 KL drives the search, whatever the budget: it is the least noisy measure, and the one with a model for sets
-(interactions.py). How far to go, and which of the best few sets it is, is measured on whole plans.
+(interactions.py), which names the best few sets of every size. How many sync points can go, and which of those few
+sets it is, is measured on whole plans, on the calibration text. What was chosen is verified on held-out text, and made
+smaller as long as that says that the budget is broken.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from spd_calib.errors import InputError, SpdError
-from spd_calib.formats.common import Strategy
+from spd_calib.errors import SpdError
+from spd_calib.formats.drops import NOTHING_DROPPED, Drops
 from spd_calib.formats.plan import Budget
-from spd_calib.formats.profile import Comparison, Point, Profile
+from spd_calib.formats.profile import Comparison, Profile
 
-from .budget import MARGIN, METRICS, OPTIONS, cost, describe, kept, stderr
-from .interactions import Interactions, Set
+from .baselines import Baselines
+from .budget import MARGIN, cost, describe, kept, stderr
+from .candidates import Candidate, candidates, drops_of, interactions_of, tier
+from .interactions import Interactions
+from .whole_plans import Calibration
 
-Drops = dict[Point, Strategy]  # how each dropped sync point is dropped
-Measure = Callable[[Sequence[Drops]], list[Comparison]]  # whole plans
+Verify = Callable[[Drops, int], Comparison]
+"""Measures a plan on held-out text, of which so many rounds were used up before (whole_plans.HeldOut.verify)."""
 RIVALS = 5  # sets of one size that are measured as wholes
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """The one way in which a sync point would be dropped, and why that one."""
-
-    point: Point
-    strategy: Strategy
-    kl: float
-    reason: str
-
-    @property
-    def block(self) -> int:
-        return self.point.block
-
-
-@dataclass(frozen=True)
 class Choice:
-    """The sync points dropped, and what they cost on text that was not used to choose them."""
+    """The sync points to drop, and what they cost on held-out text."""
 
-    dropped: list[Candidate]
+    drops: Drops
     verified: Comparison
-    repaired: int  # sync points given back because the held-out text said so
     predicted_kl: float  # by the profile's interactions
-    measured: dict[frozenset[Point], Comparison]  # every set measured on the way there, on the calibration text
-
-
-def candidates(profile: Profile, budget: Budget) -> list[Candidate]:
-    """Every sync point with the cheapest strategy it tolerates, least sensitive first by the budget's own ranking.
-
-    The MLP's sync points come with block_drop, where the profile has them and the budget allows it.
-    """
-    allowed: list[Strategy] = [s for s in (Strategy.PLAIN_DROP, Strategy.BLOCK_DROP) if s in budget.strategies]
-    measured = {s: profile.kl(s) for s in allowed}
-    if missing := [s for s in allowed if not measured[s] and not (s == Strategy.BLOCK_DROP and profile.kl(s, "mlp"))]:
-        raise InputError(
-            f"The profile holds no measurement of {missing[0]}; profile again with --strategy {missing[0]}."
-        )
-    if not allowed:
-        raise InputError("--strategy keep_sync alone leaves nothing to plan; allow block_drop or plain_drop.")
-    found = [_cheapest(block, measured) for block in sorted(set().union(*measured.values()))]
-    if Strategy.BLOCK_DROP in allowed and budget.kind != "tau":
-        found += [
-            Candidate(Point(block=block, sync_point="mlp"), Strategy.BLOCK_DROP, kl, "its sync joins the next one kept")
-            for block, (kl, _) in profile.kl(Strategy.BLOCK_DROP, "mlp").items()
-        ]
-    metric = "kl" if profile.fisher else METRICS.get(budget.kind, profile.rank_by)
-    value = {
-        (kind, s): profile.sensitivity(s, metric, kind)
-        for s in allowed
-        for kind in profile.sync_points
-        if kind == "attention" or s == Strategy.BLOCK_DROP
-    }
-    return sorted(found, key=lambda c: (value[c.point.sync_point, c.strategy][c.block], c.kl, c.block))
-
-
-def _cheapest(block: int, measured: Mapping[Strategy, dict[int, tuple[float, float]]]) -> Candidate:
-    """plain_drop needs no change to the block, but only where it measures as harmless: no worse than block_drop."""
-    point = Point(block=block, sync_point="attention")
-    if len(measured) == 1:
-        strategy = next(iter(measured))
-        return Candidate(point, strategy, measured[strategy][block][0], "the only strategy allowed")
-    plain, (drop, stderr) = measured[Strategy.PLAIN_DROP][block][0], measured[Strategy.BLOCK_DROP][block]
-    if plain <= drop + 2 * stderr:
-        return Candidate(point, Strategy.PLAIN_DROP, plain, "plain drop measures no worse than block drop")
-    return Candidate(point, Strategy.BLOCK_DROP, drop, f"plain drop would cost KL {plain:.3g}")
-
-
-def interactions_of(profile: Profile, found: Sequence[Candidate]) -> Interactions:
-    """The model of what sets of these candidates cost."""
-    if profile.fisher is not None:
-        return Interactions.of_fisher(profile.fisher).restricted([c.point for c in found])
-    base = profile.recovered.alone.kl if profile.recovered else 0.0
-    return Interactions.of_singles({c.point: c.kl for c in found}, base)
-
-
-class Search:
-    """Sets of candidates, what the model says they cost, and what was measured of them on the calibration text."""
-
-    def __init__(self, profile: Profile, budget: Budget, calibrate: Measure):
-        self.ranked = candidates(profile, budget)
-        self.by_point = {c.point: c for c in self.ranked}
-        self.model = interactions_of(profile, self.ranked)
-        self.front = self.model.front()
-        self.calibrate = calibrate
-        self.measured: dict[Set, Comparison] = {}
-        self.rankings = [self.indices([c.point for c in self.ranked[:n]]) for n in range(len(self.ranked) + 1)]
-        attention = [c.point for c in self.ranked if c.point.sync_point == "attention"]
-        self.attention = self.indices(attention)
-        self.views = [(self.model, self.front, [c.point for c in self.ranked])]  # a model, its front, its points ranked
-        if 0 < len(attention) < len(self.ranked):
-            without_mlps = self.model.restricted(attention)
-            self.views.append((without_mlps, without_mlps.front(), attention))
-
-    def few(self, n: int) -> list[Set]:
-        """The sets of n worth measuring: the best few of the model and the profile's ranking, of both kinds of sync
-        points and of the attention's alone: so no plan over both is worse than the one over the attention's."""
-        sets = []
-        for model, front, ranked in self.views:
-            if n <= len(ranked):
-                sets += [self.indices(model.points_of(s)) for s in model.rivals(front[n], RIVALS)]
-                sets.append(self.indices(ranked[:n]))
-        return list(dict.fromkeys(sets))
-
-    def measure(self, sets: Sequence[Set]) -> list[Comparison]:
-        """On the calibration text, each set once."""
-        if new := [s for s in dict.fromkeys(sets) if s not in self.measured]:
-            self.measured.update(zip(new, self.calibrate([self.drops(s) for s in new]), strict=True))
-        return [self.measured[s] for s in sets]
-
-    def drops(self, chosen: Set) -> Drops:
-        return {p: self.by_point[p].strategy for p in self.model.points_of(chosen)}
-
-    def indices(self, points: Sequence[Point]) -> Set:
-        return frozenset(self.model.points.index(p) for p in points)
-
-    def choice(self, chosen: Set, verified: Comparison, repaired: int = 0) -> Choice:
-        points = self.model.points_of(chosen)
-        return Choice(
-            dropped=[c for c in self.ranked if c.point in points],
-            verified=verified,
-            repaired=repaired,
-            predicted_kl=self.model.kl(chosen),
-            measured={frozenset(self.model.points_of(s)): m for s, m in self.measured.items()},
-        )
+    given_back: int  # sync points dropped at first, and kept in the end because held-out text showed the budget broken
+    rounds: int  # of held-out text that took part in choosing
 
 
 def choose(
-    profile: Profile,
-    budget: Budget,
-    calibrate: Measure,
-    verify: Measure,
-    obvious: Callable[[int], Sequence[Sequence[Point]]] = lambda n: (),
-    spent: Callable[[], None] = lambda: None,
+    profile: Profile, budget: Budget, *, calibration: Calibration, verify: Verify, baselines: Baselines | None = None
 ) -> Choice:
-    """Pick sync points for `budget`: `calibrate` measures whole plans on the text of the profile, `verify` on other.
+    """Choose the sync points to drop within `budget`.
 
-    The largest set of the front that keeps the budget is found by bisection on the calibration text, with some standard
-    errors to spare, so that the held-out text need not take part in choosing; of that size the best few are measured,
-    and of the next. What is best is verified, and smaller sets are taken while the held-out text says it breaks the
-    budget: that text has then taken part in choosing, and `spent` is called, so that `verify` may go on to other.
-    `obvious` gives, for a number of drops, sets that are measured with the best few. Raises SpdError, naming the best
-    plan found, where not even one sync point can go.
+    Whole plans are measured on the `calibration` text, which a plan must keep its budget on with some standard errors
+    to spare: held-out text then seldom takes part in choosing. Where `verify` finds the budget broken all the same, a
+    smaller plan is verified on the next round of that text. The sets of `baselines` are tried with those of the search.
+
+    Raises SpdError, naming the best plan found, where not even one sync point can go.
     """
-    search = Search(profile, budget, calibrate)
-    if budget.kind == "tau":
-        chosen = search.indices([c.point for c in search.ranked if tier(profile, budget, c) == "insensitive"])
-        return search.choice(chosen, verify([search.drops(chosen)])[0])
+    search = Search(profile, budget, calibration=calibration, baselines=baselines)
+    drops = first = search.first_choice()
+    rounds = 0
+    while not kept(budget, verified := verify(drops, rounds)):
+        smaller = search.next_choice(drops, verified)
+        if not smaller:
+            raise _impossible(profile, budget, drops=drops, verified=verified)
+        drops, rounds = smaller, rounds + 1
+    return Choice(drops, verified, search.model.kl(drops), given_back=len(first) - len(drops), rounds=rounds)
 
-    def best(n: int, simple: bool = True) -> Set:
-        """Of n sync points, in the budget's own unit; where a number is asked for and tasks ranked, that ranking's.
 
-        MLPs must earn their place, since not every runtime can defer their sync point: where a set without any is not
-        worse by MARGIN standard errors, it is taken (`simple`).
+class Search:
+    """What the profile's model thinks of sets of sync points, and what is measured of them on the calibration text."""
+
+    def __init__(
+        self, profile: Profile, budget: Budget, *, calibration: Calibration, baselines: Baselines | None = None
+    ):
+        self.profile, self.budget, self.calibration, self.baselines = profile, budget, calibration, baselines
+        self.ranked = candidates(profile, budget)
+        self.model = interactions_of(profile, self.ranked)
+        self.spaces = [SearchSpace.of(self.model, self.ranked)]
+        attention = [c for c in self.ranked if c.point.sync_point == "attention"]
+        if 0 < len(attention) < len(self.ranked):
+            self.spaces.append(SearchSpace.of(self.model.restricted(c.point for c in attention), attention))
+
+    @property
+    def front(self) -> list[Drops]:
+        """Return the cheapest set of every size by the model, from none to all."""
+        return self.spaces[0].front
+
+    @property
+    def ranking(self) -> list[Drops]:
+        """Return the least sensitive sync points, from none to all."""
+        return self.spaces[0].ranking
+
+    def first_choice(self) -> Drops:
+        """Return what the calibration text says should be dropped."""
+        if self.budget.kind == "tau":
+            return drops_of([c for c in self.ranked if tier(self.profile, self.budget, c) == "insensitive"])
+        if self.budget.kind == "drop":
+            return self.best(int(self.budget.value) - len(self.profile.settled))
+        largest = self.largest_kept()
+        return largest or self.cheapest(1)  # one that is too close to say here; held-out text decides
+
+    def largest_kept(self) -> Drops:
+        """Return the largest set found that keeps the budget: of the size that bisection finds, or of more points."""
+        n = self._bisect()
+        found = self.best(n)
+        while n < len(self.ranked) and self._keeps_budget(larger := self.best(n + 1)):
+            n, found = n + 1, larger
+        return found
+
+    def _bisect(self) -> int:
+        """Return the size of the largest set of the front that keeps the budget."""
+        low, high = 0, len(self.ranked)  # `low` sync points are known to keep it
+        middle = low
+        if self.budget.kind == "max_kl":
+            middle = sum(self.model.kl(drops) <= self.budget.value for drops in self.front[1:])
+        middle = min(max(middle, 1), high)
+        while low < high:
+            if self._keeps_budget(self.front[middle]):
+                low = middle
+            else:
+                high = middle - 1
+            middle = (low + high + 1) // 2
+        return low
+
+    def best(self, n: int) -> Drops:
+        """Return the n sync points to drop: the cheapest set, but without MLPs where that is as good.
+
+        MLPs must earn their place, since not every runtime can defer their sync point: a set without any is taken where
+        it is not worse by MARGIN standard errors. A number of drops from a profile ranked by lm-eval tasks is taken by
+        that ranking.
         """
-        if n == 0 or (budget.kind == "drop" and _ranked_by_tasks(profile)):
-            return search.rankings[n]
-        sets = [*search.few(n), *map(search.indices, obvious(n))]
-        found = dict(zip(sets, search.measure(sets), strict=True))
+        if n == 0 or (self.budget.kind == "drop" and _ranked_by_tasks(self.profile)):
+            return self.ranking[n]
+        sets = self.few(n)
+        cheapest = min(sets, key=self._cost)
+        simplest = min((d for d in sets if not d.requires_mlp_drop), key=self._cost, default=cheapest)
+        errors = (stderr(self.budget, self.calibration.cost_of(drops)) for drops in (simplest, cheapest))
+        as_good = self._cost(simplest)[0] <= self._cost(cheapest)[0] + MARGIN * math.hypot(*errors)
+        return simplest if as_good and self._keeps_budget(simplest) else cheapest
 
-        def costs(chosen: Set) -> tuple[float, float]:
-            return cost(budget, found[chosen]), found[chosen].kl
+    def cheapest(self, n: int) -> Drops:
+        """Return the cheapest of the few sets of n, in the budget's own unit; ties fall to the lower KL."""
+        return min(self.few(n), key=self._cost) if n else NOTHING_DROPPED
 
-        cheapest = min(sets, key=costs)
-        if simple and (without := [s for s in sets if s <= search.attention]):
-            simplest = min(without, key=costs)
-            spare = MARGIN * math.hypot(stderr(budget, found[simplest]), stderr(budget, found[cheapest]))
-            as_good = cost(budget, found[simplest]) <= cost(budget, found[cheapest]) + spare
-            if as_good and kept(budget, found[simplest], certain=True):
-                return simplest
-        return cheapest
+    def few(self, n: int) -> list[Drops]:
+        """Return the few sets of n that are worth measuring as wholes, and have been when this returns.
 
-    if budget.kind == "drop":
-        chosen = best(int(budget.value) - len(profile.settled))
-        return search.choice(chosen, verify([search.drops(chosen)])[0])
+        These are the model's best and the profile's ranking, of both kinds of sync points and of the attentions' alone
+        (so that no plan over both is worse than the one over the attentions'), and the baselines.
+        """
+        sets = [drops for space in self.spaces for drops in space.few(n)]
+        if self.baselines is not None:
+            sets += self.baselines.of_size(n).values()
+        self.calibration.measure(sets)
+        return list(dict.fromkeys(sets))
 
-    largest = _bisect(search, budget)
-    chosen = best(largest)
-    while largest < len(search.ranked) and kept(budget, search.measure([larger := best(largest + 1)])[0], certain=True):
-        largest, chosen = largest + 1, larger
-    n = largest
-    while n > 0:
-        verified = verify([search.drops(chosen)])[0]
-        if kept(budget, verified):
-            return search.choice(chosen, verified, largest - n)
-        cheapest = best(n, simple=False)  # from here on MLPs are dropped wherever that is cheaper
-        if chosen == cheapest:
-            n = _smaller(search, budget, chosen, verified)
-            cheapest = best(n, simple=False)
-        chosen = cheapest
-        if n:
-            spent()
-    least = best(1, simple=False)
-    verified = verify([search.drops(least)])[0]
-    if largest == 0 and kept(budget, verified):  # too close to say on the calibration text; the other text decides
-        return search.choice(least, verified)
-    raise _impossible(budget, profile, search.by_point[search.model.points_of(least)[0]], verified)
+    def next_choice(self, broken: Drops, verified: Comparison) -> Drops:
+        """Return what to try where held-out text shows that `broken` breaks the budget; nothing where nothing is left.
 
+        That is the cheapest set of the same size, MLPs or not, then those of smaller sizes.
+        """
+        cheapest = self.cheapest(len(broken))
+        return cheapest if cheapest != broken else self.cheapest(self._smaller_size(broken, verified))
 
-def _bisect(search: Search, budget: Budget) -> int:
-    """The size of the largest set of the front that keeps the budget on the calibration text."""
-    low, high = 0, len(search.ranked)  # `low` sync points are known to keep the budget
-    middle = low
-    if budget.kind == "max_kl":
-        middle = sum(search.model.kl(s) <= budget.value for s in search.front[1:])
-    middle = min(max(middle, 1), high)
-    while low < high:
-        if kept(budget, search.measure([search.front[middle]])[0], certain=True):
-            low = middle
-        else:
-            high = middle - 1
-        middle = (low + high + 1) // 2
-    return low
+    def _smaller_size(self, broken: Drops, verified: Comparison) -> int:
+        """Return the largest size expected to keep the budget on held-out text, 0 below a single sync point.
+
+        That text costs more than the calibration text by a ratio now known, which is taken to hold for every set.
+        """
+        calibrated, held_out = self._cost(broken)[0], cost(self.budget, verified)
+        for n in range(len(broken) - 1, 0, -1):
+            smaller = self.front[n]
+            if smaller in self.calibration.measured and calibrated > 0:
+                expected = self._cost(smaller)[0] * held_out / calibrated
+            else:
+                expected = held_out * self.model.kl(smaller) / (self.model.kl(broken) or 1)
+            if expected <= self.budget.value:
+                return n
+        return min(len(broken) - 1, 1)
+
+    def _cost(self, drops: Drops) -> tuple[float, float]:
+        """Return what a set costs on the calibration text: in the budget's own unit, and as KL."""
+        measured = self.calibration.cost_of(drops)
+        return cost(self.budget, measured), measured.kl
+
+    def _keeps_budget(self, drops: Drops) -> bool:
+        return kept(self.budget, self.calibration.cost_of(drops), certain=True)
 
 
-def _smaller(search: Search, budget: Budget, broken: Set, verified: Comparison) -> int:
-    """How many sync points to try next: the held-out text costs more by a ratio now seen: taken to hold for all."""
-    calibrated, seen = cost(budget, search.measure([broken])[0]), cost(budget, verified)
-    for n in range(len(broken) - 1, 0, -1):
-        smaller = search.front[n]
-        known = search.measured.get(smaller)
-        if known is not None and calibrated > 0:
-            expected = cost(budget, known) * seen / calibrated
-        else:
-            expected = seen * search.model.kl(smaller) / (search.model.kl(broken) or 1)
-        if expected <= budget.value:
-            return n
-    return min(len(broken) - 1, 1)
+@dataclass(frozen=True)
+class SearchSpace:
+    """Sync points that the search may choose among: for every size the model's best set and the profile's ranking."""
 
+    model: Interactions
+    front: list[Drops]  # the cheapest set of every size by the model, from none to all
+    ranking: list[Drops]  # the least sensitive sync points, from none to all
 
-def tier(profile: Profile, budget: Budget, candidate: Candidate) -> str:
-    """The paper's classes, by perplexity sensitivity against tau1 and tau2 (section 4.3)."""
-    sensitivity = profile.sensitivity(candidate.strategy, "ppl")[candidate.block]
-    if sensitivity <= budget.value:
-        return "insensitive"
-    return "sensitive" if sensitivity <= (budget.tau2 or budget.value) else "extremely sensitive"
+    @classmethod
+    def of(cls, model: Interactions, ranked: Sequence[Candidate]) -> "SearchSpace":
+        """Return the space of the sync points that `model` knows, which `ranked` holds least sensitive first."""
+        return cls(model, model.front(), [drops_of(ranked[:n]) for n in range(len(ranked) + 1)])
+
+    def few(self, n: int) -> list[Drops]:
+        """Return the model's best few sets of n sync points, and the n least sensitive; none beyond all there are."""
+        if n >= len(self.ranking):
+            return []
+        return [*self.model.rivals(self.front[n], count=RIVALS), self.ranking[n]]
 
 
 def _ranked_by_tasks(profile: Profile) -> bool:
     return profile.rank_by == "accuracy" and any(m.task_accuracy_drop for m in profile.measurements)
 
 
-def _impossible(budget: Budget, profile: Profile, first: Candidate, verified: Comparison) -> SpdError:
-    least = cost(budget, verified)
-    what = "" if first.point.sync_point == "attention" else "'s MLP"
-    further = "further " if profile.settled else ""
+def _impossible(profile: Profile, budget: Budget, *, drops: Drops, verified: Comparison) -> SpdError:
+    (point,) = drops
+    whose = f"block {point.block}" if point.sync_point == "attention" else f"block {point.block}'s MLP"
     return SpdError(
-        f"No {further}sync point can be dropped within {describe(budget)}: the best plan found, block {first.block}"
-        f"{what} alone with {first.strategy}, costs {describe(budget, least)} on held-out text; raise "
-        f"{OPTIONS[budget.kind]}."
+        f"No {'further ' if profile.settled else ''}sync point can be dropped within {describe(budget)}: the best plan "
+        f"found, {whose} alone with {drops.strategy(point)}, costs {describe(budget, cost(budget, verified))} on "
+        f"held-out text; raise `{budget.kind}`."
     )

@@ -12,7 +12,7 @@ import numpy as np
 
 
 def balanced(cost: np.ndarray) -> np.ndarray:
-    """cost [R, n], n divisible by R. The rank [n] of each thing, n / R at each, with the least total cost."""
+    """Return the rank [n] of each thing, n / R at each rank, with the least total cost; `cost` is [R, n]."""
     ranks, n = cost.shape
     if n % ranks:
         raise ValueError(f"{n} things cannot be given to {ranks} ranks evenly")
@@ -41,7 +41,10 @@ def balanced(cost: np.ndarray) -> np.ndarray:
 
 
 def _cheapest_path(heaps: list, owner: np.ndarray, load: np.ndarray, capacity: int) -> list[int]:
-    """From a rank with too much to one with too little, over ranks (Bellman-Ford: steps may cost less than 0)."""
+    """Return the cheapest path over ranks, from one with too much to one with too little.
+
+    By Bellman and Ford's algorithm, since steps may cost less than 0.
+    """
     ranks = len(load)
     edge = np.full((ranks, ranks), np.inf)
     for r in range(ranks):
@@ -71,5 +74,8 @@ def _cheapest_path(heaps: list, owner: np.ndarray, load: np.ndarray, capacity: i
 
 
 def order_of(owner: np.ndarray, ranks: int) -> np.ndarray:
-    """The things in the order that gives rank 0 the first n / R of them, and so on; each rank's in their old order."""
+    """Return the things in the order that gives each rank a part: rank 0 the first n / R, and so on.
+
+    The things of one rank stay in their old order.
+    """
     return np.concatenate([np.flatnonzero(owner == r) for r in range(ranks)])

@@ -4,42 +4,49 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from spd_calib.errors import InputError
 from spd_calib.formats.common import ModelRef
 from spd_calib.formats.files import dumps, sha256_of, unwritable
 from spd_calib.formats.plan import CompensationFile, Plan
 from spd_calib.models.load import Source, model_ref, read_config
-from spd_calib.parallel.compensation import tensors_of
+from spd_calib.models.plan_files import predictor_tensors
 
-from .distillation import trainable
-from .planned import PlannedModel
+from .planned_model import PlannedModel
+from .report import REPORT_FILE
 
 COMPENSATION_FILE = "compensation.safetensors"
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 
 
+class MakePlan(Protocol):
+    """Makes the plan of a checkpoint: given its reference, and the file of its predictors if it has any."""
+
+    def __call__(self, *, checkpoint: ModelRef, predictors: CompensationFile | None) -> Plan: ...
+
+
 def check_output(output: Path) -> None:
-    """Fail before the work, not after it. Raises InputError where no checkpoint could be written to `output`."""
+    """Raise InputError, before the work rather than after it, where no checkpoint could be written to `output`."""
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise InputError(f"{output} is there already; name a new folder with -o, or remove it.")
+        raise InputError(f"{output} is there already; name a new folder, or remove it.")
     if not output.absolute().parent.is_dir() or not os.access(output.absolute().parent, os.W_OK):
         raise InputError(
             f"The folder {output.absolute().parent} does not exist or cannot be written to; choose another."
         )
 
 
-def storage_dtype(config) -> torch.dtype:
-    """What the checkpoint's weights are stored in."""
-    dtype = getattr(config, "dtype", None) or torch.float32
+def storage_dtype(source: Source) -> torch.dtype:
+    """Return the dtype that a model's configuration says its weights are stored in; float32 where it says none."""
+    dtype = getattr(read_config(source), "dtype", None) or torch.float32
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
@@ -50,47 +57,39 @@ def round_to_storage(model: PlannedModel, dtype: torch.dtype) -> None:
     Predictors are stored in float32. Weights that a student shares with the dense model are in that form already.
     """
     for student in model.students.values():
-        predictors = set(map(id, student.block.compensation.parameters() if student.block.compensation else ()))
-        for p in trainable(student):
-            if id(p) not in predictors:
-                p.copy_(p.to(dtype))
-
-
-def compensation_tensors(model: PlannedModel) -> dict[str, Tensor]:
-    """The predictors of all blocks, as the file beside the plan holds them; empty where there are none."""
-    tensors: dict[str, Tensor] = {}
-    for index, student in model.students.items():
-        tensors |= tensors_of(index, dict(enumerate(student.compensation or ())))
-    return tensors
+        for p in student.layer.parameters():
+            p.copy_(p.to(dtype))
 
 
 def write_checkpoint(
     output: Path,
     model: PlannedModel,
+    *,
     source: Source,
-    make_plan: Callable[[ModelRef, CompensationFile | None], Plan],
+    make_plan: MakePlan,
     report: dict,
 ) -> Plan:
-    """Weights, configuration, tokenizer, predictors, plan.json and recovery.json into the folder `output`.
+    """Write weights, configuration, tokenizer, predictors, plan.json and recovery.json into the folder `output`.
 
-    `make_plan` is given the new checkpoint's reference. Uses up `model`. Raises SpdError where the disk refuses.
+    `source` is the dense model's folder, `report` what recovery.json is to hold. Uses up `model`. Returns the plan.
+    Raises SpdError where the disk refuses.
     """
     with _whole_folder(output) as folder:
-        predictors = compensation_tensors(model)
+        predictors, dtype = predictor_tensors(model.drops), storage_dtype(source)
         restored = model.restored()
-        nn.Module.to(restored, storage_dtype(restored.config))
+        nn.Module.to(restored, dtype)
         restored.save_pretrained(folder)
         for path in source.folder.iterdir():  # configuration and tokenizer as they were
-            if path.is_file() and not path.name.endswith(WEIGHTS) and path.name not in ("plan.json", "recovery.json"):
+            if path.is_file() and not path.name.endswith(WEIGHTS) and path.name not in ("plan.json", REPORT_FILE):
                 shutil.copyfile(path, folder / path.name)
         beside = None
         if predictors:
             save_file(predictors, folder / COMPENSATION_FILE)
             beside = CompensationFile(file=COMPENSATION_FILE, sha256=sha256_of(folder / COMPENSATION_FILE))
         written = Source(str(output), folder, None)
-        plan = make_plan(model_ref(written, read_config(written)), beside)
+        plan = make_plan(checkpoint=model_ref(written, read_config(written)), predictors=beside)
         (folder / "plan.json").write_text(dumps(plan), encoding="utf-8")
-        (folder / "recovery.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        (folder / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         for path in folder.iterdir():  # safetensors keeps what it writes to its owner
             path.chmod((folder / "plan.json").stat().st_mode)
     return plan
@@ -98,7 +97,7 @@ def write_checkpoint(
 
 @contextmanager
 def _whole_folder(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its name at the end, or goes."""
+    """Yield a folder beside `output` that takes its name at the end, or is removed."""
     check_output(output)
     temporary: Path | None = None
     try:

@@ -1,11 +1,14 @@
-"""Where a recovery leaves what it has so far, so that a killed one goes on: one safetensors file a step."""
+"""Where a recovery leaves what it has so far, so that a killed one goes on: one safetensors file a step.
 
-import fcntl
+(Measurements go to a file of JSON lines instead: sensitivity/journal.py.) Where no journal is kept, None stands for it.
+"""
+
 import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
+from typing import Self
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -13,13 +16,16 @@ from torch import Tensor
 
 from spd_calib.errors import InputError
 from spd_calib.formats.files import unwritable
+from spd_calib.formats.locks import open_locked
 from spd_calib.ranks import is_main_rank
 
 
-class Journal:
-    """A folder of finished blocks, and of the training that was under way. `run` names what it belongs to.
+class TensorJournal:
+    """A folder of finished steps, and of the training that was under way. `run` (JSON values) names what it belongs to.
 
-    It appears with the first thing saved, and one process at a time may have it.
+    It appears with the first thing saved, and one process at a time may have it. Of many processes under torchrun the
+    main one locks it. Used as a context it is closed at the end. Raises InputError for a folder of another run, one
+    that another process is writing, and one that cannot be read or written.
     """
 
     def __init__(self, folder: Path, run: dict):
@@ -32,8 +38,8 @@ class Journal:
         except OSError as e:
             raise InputError(f"{folder} cannot be used to keep the state in: {e.strerror}.") from None
 
-    def save(self, name: str, tensors: dict[str, Tensor], note: dict) -> None:
-        """Raises SpdError where the disk refuses."""
+    def save(self, name: str, tensors: dict[str, Tensor], *, note: dict) -> None:
+        """Keep the tensors and the note (JSON values) of a step. Raises SpdError where the disk refuses."""
         path = self.folder / f"{name}.safetensors"
         temporary = path.with_suffix(".part")
         try:
@@ -46,25 +52,8 @@ class Journal:
             temporary.unlink(missing_ok=True)
             raise unwritable(path, e) from None
 
-    def _take(self) -> None:
-        """Lock the folder, and write down the run that it is of, unless a run that was killed has done so."""
-        self._file = os.open(self.folder / "run", os.O_RDWR | os.O_CREAT, 0o666)
-        if is_main_rank():
-            try:
-                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"Another process keeps its state in {self.folder}; wait for it, or choose another -o."
-                ) from None
-        found = os.pread(self._file, 100, 0)
-        if not self.run.encode().startswith(found):  # killed while it wrote this, it has saved nothing else
-            raise InputError(
-                f"{self.folder} holds the state of another recovery (plan, text or options differ); remove it first."
-            )
-        if is_main_rank() and found != self.run.encode():
-            os.pwrite(self._file, self.run.encode(), 0)
-
     def load(self, name: str) -> tuple[dict[str, Tensor], dict] | None:
+        """Return the tensors and the note of a step; None where it is not finished."""
         path = self.folder / f"{name}.safetensors"
         if not path.exists():
             return None
@@ -75,7 +64,34 @@ class Journal:
             raise InputError(f"{path} is not whole; remove {self.folder} and begin again.") from None
 
     def remove(self) -> None:
+        """Remove the folder: the run is done."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the folder, which stays: the end of a process does the same."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _take(self) -> None:
+        """Lock the folder, and write down the run that it is of, unless a run that was killed has done so."""
+        path = self.folder / "run"
+        if is_main_rank():
+            self._file = open_locked(path, written=self.folder)
+        else:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        found = os.pread(self._file, 100, 0)
+        if not self.run.encode().startswith(found):  # killed while it wrote this, it has saved nothing else
+            self.close()
+            raise InputError(
+                f"{self.folder} holds the state of another recovery (plan, text or options differ); remove it first."
+            )
+        if is_main_rank() and found != self.run.encode():
+            os.pwrite(self._file, self.run.encode(), 0)

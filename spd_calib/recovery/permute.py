@@ -8,7 +8,7 @@ from spd_calib.models.architecture import HeadCounts, LayerParts
 
 @torch.no_grad()
 def permute_neurons(parts: LayerParts, order: Tensor) -> None:
-    """Neuron `order[i]` becomes the i-th: rows of gate, up or fc1 with their biases, columns of down or fc2."""
+    """Make neuron `order[i]` the i-th: rows of gate, up or fc1 with their biases, columns of down or fc2."""
     for linear in parts.mlp_in:
         linear.weight.copy_(linear.weight[order])
         if linear.bias is not None:
@@ -18,9 +18,9 @@ def permute_neurons(parts: LayerParts, order: Tensor) -> None:
 
 @torch.no_grad()
 def permute_heads(parts: LayerParts, counts: HeadCounts, heads: Tensor) -> None:
-    """Query head `heads[i]` becomes the i-th, and the KV heads follow; what normalises q and k is shared by all heads.
+    """Make query head `heads[i]` the i-th, and let the KV heads follow; q's and k's norms are shared by all heads.
 
-    `heads` must keep the query heads of one KV head together.
+    Raises ValueError unless `heads` keeps the query heads of one KV head together.
     """
     group = counts.heads // counts.kv_heads
     kv = heads.view(counts.kv_heads, group)[:, 0] // group
@@ -36,5 +36,5 @@ def permute_heads(parts: LayerParts, counts: HeadCounts, heads: Tensor) -> None:
 
 
 def entries(heads: Tensor, head_dim: int) -> Tensor:
-    """Indices of the entries of these heads, in their order."""
+    """Return the indices of these heads' entries among those of all heads, in their order."""
     return (heads[:, None] * head_dim + torch.arange(head_dim, device=heads.device)).flatten()

@@ -1,11 +1,16 @@
-"""Which blocks are to be treated how, and what was tried on them."""
+"""What recovery tried, and what came of it."""
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from spd_calib.sensitivity.tiers import Tier
 
+REPORT_FILE = "recovery.json"  # in the checkpoint's folder
 
-@dataclass
+
+@dataclass(frozen=True)
 class Attempt:
     """One treatment tried. `block` is None where all treated blocks were trained together."""
 
@@ -20,18 +25,24 @@ class Attempt:
     detail: dict = field(default_factory=dict)
 
 
-@dataclass
-class Report:
-    """What was tried and what came of it; `json()` for a file."""
+@dataclass(frozen=True)
+class RecoveryReport:
+    """The tier of each dropped block, the KL of the whole plan before and after, and everything tried in between."""
 
-    tiers: dict[int, Tier]
+    tiers: Mapping[int, Tier]
     kl_as_is: float
-    kl: float = 0.0
-    attempts: list[Attempt] = field(default_factory=list)
+    kl: float
+    attempts: Sequence[Attempt]
 
     def kept(self, block: int) -> list[str]:
-        """Treatments of a block that stayed."""
+        """Return the treatments of a block that stayed."""
         return [a.treatment for a in self.attempts if a.kept and a.block in (block, None)]
 
     def json(self) -> dict:
+        """Return the report as JSON values, as recovery.json holds it."""
         return {**asdict(self), "tiers": {str(b): t for b, t in self.tiers.items()}}
+
+
+def read_attempts(checkpoint: Path) -> list[Attempt]:
+    """Return what was tried on a checkpoint, from the report in its folder."""
+    return [Attempt(**a) for a in json.loads((checkpoint / REPORT_FILE).read_text(encoding="utf-8"))["attempts"]]

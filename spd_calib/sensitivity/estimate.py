@@ -1,4 +1,4 @@
-"""What a profile would cost, before it is run: counted, and timed on a sequence or two."""
+"""Estimating what a profile costs before it is run: counted, and timed on a few sequences."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from spd_calib.formats.profile import Point, SyncPoint
+from spd_calib.formats.drops import NOTHING_DROPPED, Drops, Point, Sublayer
 from spd_calib.parallel.model import TensorParallelLM
 
-from .fisher import DRAWS, first_samples, run_dropped, score
-from .measure import LOGITS_AT_A_TIME, LOGITS_HELD, Experiment, Reference, batches
+from .fisher import DRAWS, block_drop_of, first_samples, score
+from .measure import LOGITS_AT_A_TIME, LOGITS_HELD, Reference, batches
 
 TIMED_SEQUENCES = 2
 LOGITS_COMPARED = 4  # float32 tensors of LOGITS_AT_A_TIME alive at once while a plan is compared
@@ -18,31 +18,37 @@ LOGITS_COMPARED = 4  # float32 tensors of LOGITS_AT_A_TIME alive at once while a
 
 @dataclass(frozen=True)
 class Estimate:
-    """`forwards`: of the whole text through the whole model; `weights` and `peak` in bytes, of this process."""
+    """What a profile takes."""
 
     batches: int
     tokens: int
-    forwards: float
+    forwards: float  # passes of the whole text through all blocks
     seconds: float
-    weights: int
-    peak: int
+    weights: int  # bytes of the model's parameters in this process
+    peak: int  # bytes that this process holds at most, weights included
 
 
 def estimate(
-    lm: TensorParallelLM, sequences: Sequence[Sequence[int]], experiments: Sequence[Experiment], batch_size: int
+    lm: TensorParallelLM, sequences: Sequence[Sequence[int]], *, plans: Sequence[Drops], batch_size: int
 ) -> Estimate:
-    """Of `measure` on these experiments: each runs the blocks from its first drop on, and the head."""
-    recording, reference, scale = _first(lm, sequences)
-    blocks = lm.num_blocks
-    suffixes = [(blocks - e.first) / blocks for e in experiments]
-    whole = _seconds(lm, lambda: lm.resume(recording, 0))
-    head = _seconds(lm, lambda: reference.compare(recording.final.clone(), False))
-    seconds = (1 + sum(suffixes)) * whole + (1 + len(experiments)) * head
-    return _estimate(lm, sequences, batch_size, 1 + sum(suffixes), seconds * scale, blocks + 2)
+    """Return what `measure` takes for these plans: each runs the blocks from its first drop on, and the head."""
+    first = _First(lm, sequences)
+    blocks, begins = lm.num_blocks, [drops.first_difference(NOTHING_DROPPED) for drops in plans]
+    suffixes = [0.0 if begin is None else (blocks - begin) / blocks for begin in begins]
+    head = _seconds(lm, lambda: first.reference.compare(first.recording.final.clone()))
+    seconds = (1 + sum(suffixes)) * first.forward_seconds() + (1 + len(plans)) * head
+    return _estimate(
+        lm,
+        sequences,
+        batch_size=batch_size,
+        forwards=1 + sum(suffixes),
+        seconds=seconds * first.scale,
+        streams=blocks + 2,
+    )
 
 
 def one_after_another(each: Sequence[Estimate]) -> Estimate:
-    """The same experiments on several texts."""
+    """Return what the same experiments take on several texts, from the estimate of each text."""
     tokens = sum(e.tokens for e in each)
     return Estimate(
         batches=sum(e.batches for e in each),
@@ -57,40 +63,66 @@ def one_after_another(each: Sequence[Estimate]) -> Estimate:
 def estimate_fisher(
     lm: TensorParallelLM,
     sequences: Sequence[Sequence[int]],
-    sync_points: Sequence[SyncPoint],
+    *,
+    sync_points: Sequence[Sublayer],
     target_stderr: float,
     batch_size: int,
 ) -> tuple[Estimate, int]:
-    """Of `fisher`'s first pass, and the samples that it draws; further ones are drawn where the error asks for them."""
-    recording, reference, scale = _first(lm, sequences)
+    """Return what the first pass of fisher.predict takes, and the samples it draws.
+
+    The sampling error found in the first pass may call for further passes, which are not in the estimate.
+    """
+    first = _First(lm, sequences)
     samples = first_samples(len(sequences), target_stderr)
     generator = torch.Generator(lm.device).manual_seed(0)
-    middle = Point(block=lm.num_blocks // 2, sync_point="attention")  # what is drawn stands there on average
+    middle = block_drop_of(Point(lm.num_blocks // 2, "attention"))  # what is drawn stands there on average
 
     def run() -> None:
-        finals = [run_dropped(lm, recording, middle) for _ in range(DRAWS)]
+        finals = [lm.resume(first.recording, middle) for _ in range(DRAWS)]
         for final in finals:
-            reference.compare(final, False)
-        score(lm, recording, reference.lengths, sync_points, samples, generator, finals[0])
+            first.reference.compare(final)
+        score(
+            lm,
+            first.recording,
+            lengths=first.lengths,
+            sync_points=sync_points,
+            samples=samples,
+            generator=generator,
+            dropped=finals[0],
+        )
 
-    whole = _seconds(lm, lambda: lm.resume(recording, 0))
+    whole = first.forward_seconds()
     seconds = whole + _seconds(lm, run)
     streams = lm.num_blocks + 2 + 8 * (1 + samples)  # a block's activations and its gradients, sample by sample
-    return _estimate(lm, sequences, batch_size, seconds / whole, seconds * scale, streams), samples
+    estimated = _estimate(
+        lm,
+        sequences,
+        batch_size=batch_size,
+        forwards=seconds / whole,
+        seconds=seconds * first.scale,
+        streams=streams,
+    )
+    return estimated, samples
 
 
-def _first(lm: TensorParallelLM, sequences: Sequence[Sequence[int]]):
-    """A recording of the first sequences, their predictions, and how many times as long all are."""
-    few = sequences[:TIMED_SEQUENCES]
-    input_ids, lengths = next(batches(few, len(few), lm.device))
-    lm.keep_all()
-    recording = lm.record(input_ids)
-    reference = Reference(lm, recording.final, input_ids, lengths)
-    return recording, reference, sum(map(len, sequences)) / sum(map(len, few))
+class _First:
+    """The first sequences, recorded to be timed; `scale` is how many times as many tokens all sequences have."""
+
+    def __init__(self, lm: TensorParallelLM, sequences: Sequence[Sequence[int]]):
+        few = sequences[:TIMED_SEQUENCES]
+        self.lm = lm
+        self.input_ids, self.lengths = next(batches(few, len(few), lm.device))
+        self.recording = lm.record(self.input_ids)
+        self.reference = Reference(lm, self.recording.final, input_ids=self.input_ids, lengths=self.lengths)
+        self.scale = sum(map(len, sequences)) / sum(map(len, few))
+
+    def forward_seconds(self) -> float:
+        """Return the time of one forward through all blocks."""
+        return _seconds(self.lm, lambda: self.lm.record(self.input_ids))
 
 
 def _seconds(lm: TensorParallelLM, run: Callable[[], object]) -> float:
-    """Of the second of two runs: the first allocates."""
+    """Return the time of the second of two runs: the first allocates memory."""
     for _ in range(2):
         start = time.perf_counter()
         run()
@@ -102,12 +134,16 @@ def _seconds(lm: TensorParallelLM, run: Callable[[], object]) -> float:
 def _estimate(
     lm: TensorParallelLM,
     sequences: Sequence[Sequence[int]],
+    *,
     batch_size: int,
     forwards: float,
     seconds: float,
     streams: int,
 ) -> Estimate:
-    """`streams`: tensors as large as one batch's residual stream that are held at once, a block's work apart."""
+    """Return the estimate, its peak computed from the shapes of the model and of the largest batch.
+
+    `streams` counts the tensors of the size of a batch's residual stream that are held beside a block's own work.
+    """
     parameters = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in lm.model.parameters()}
     weights, size = sum(parameters.values()), next(lm.model.parameters()).element_size()
     positions = max(

@@ -2,31 +2,33 @@
 
 One JSON line a measurement, on disk before the next one begins; the first line says which run they are of. Floats are
 written as Python prints them, which is exact, so a run that was resumed gives the same bits as one that was not.
-(A recovery keeps tensors instead: recovery/journal.py.)
+(A recovery keeps tensors instead: recovery/journal.py.) Where no journal is kept, None stands for it.
 """
 
 import errno
-import fcntl
 import json
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from spd_calib.errors import InputError
 from spd_calib.formats.files import unwritable
+from spd_calib.formats.locks import open_locked
 from spd_calib.parallel.distributed import from_main_rank
 from spd_calib.ranks import is_main_rank
 
 Key = Sequence[int | str]
 
 
-class Journal:
+class MeasurementJournal:
     """What `run` (by name: JSON values) has measured so far. The file appears with the first measurement.
 
-    Of many ranks the main one reads and writes; all know what was finished when the run began. Raises InputError for
-    a journal of another run, one that another process is writing, and one that cannot be read or written.
+    Of many ranks the main one reads and writes; all know what was finished when the run began. Used as a context it is
+    closed at the end. Raises InputError for a journal of another run, one that another process is writing, and one
+    that cannot be read or written.
     """
 
     def __init__(self, path: Path, run: dict[str, Any]):
@@ -38,11 +40,11 @@ class Journal:
 
     @property
     def finished(self) -> int:
-        """Measurements that were finished when the run began."""
+        """Return the number of measurements that were finished when the run began."""
         return len(self._finished)
 
     def once(self, key: Key, measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The value that stands under `key`; where there is none, what `measured` returns, kept from now on."""
+        """Return the value that stands under `key`; where there is none, what `measured` returns, kept from now on."""
         name = json.dumps(list(key))
         if name in self._finished:
             return self._finished[name]
@@ -51,12 +53,12 @@ class Journal:
             self._append({"key": list(key), "value": value})
         return value
 
-    def of_text(self, number: int) -> "OfText":
-        """The part of it that is about one of several texts."""
-        return OfText(self, number)
+    def of_text(self, number: int) -> "JournalOfText":
+        """Return the part of the journal that is about one of several texts."""
+        return JournalOfText(self, number)
 
     def remove(self) -> None:
-        """The run is done."""
+        """Remove the file: the run is done."""
         if is_main_rank():
             self.path.unlink(missing_ok=True)
             self.close()
@@ -67,28 +69,24 @@ class Journal:
             os.close(self._file)
             self._file = None
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _open(self) -> str:
-        """The file's text, "" where there is none yet; holds the file from here on."""
+        """Return the file's text, "" where there is none yet; holds the file from here on."""
         if not self.path.exists():
             return ""
         try:
-            self._file = os.open(self.path, os.O_RDWR | os.O_APPEND)
-            self._lock()
+            self._file = open_locked(self.path)
             return self.path.read_bytes().decode("utf-8", errors="replace")
         except OSError as e:
             raise InputError(f"The journal {self.path} cannot be read: {e.strerror}; delete it.") from None
 
-    def _lock(self) -> None:
-        assert self._file is not None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"Another process is writing {self.path}; wait for it, or choose another output with -o."
-            ) from None
-
     def _read(self, text: str) -> int:
-        """Take in the lines that are whole; returns their length in bytes. What a kill cut off is dropped."""
+        """Take in the lines that are whole, and return their length in bytes. What a kill cut off is dropped."""
         if text and "\n" not in text and not (json.dumps(self.run) + "\n").startswith(text):
             raise self._not_ours("which is no journal of this tool, or one of another run")
         length = 0
@@ -116,18 +114,17 @@ class Journal:
 
     def _not_ours(self, what: str) -> InputError:
         return InputError(
-            f"Beside the output lies {self.path}, {what}; delete it to begin anew, or choose another output with -o."
+            f"Beside the output lies {self.path}, {what}; delete it to begin anew, or choose another output."
         )
 
     def _append(self, entry: dict) -> None:
         try:
             if self._file is None:
-                self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-                self._lock()
+                self._file = open_locked(self.path)
             lines = [entry] if self._whole else [self.run, entry]
             os.ftruncate(self._file, self._whole)
             text = "".join(json.dumps(line) + "\n" for line in lines).encode()
-            if os.write(self._file, text) != len(text):
+            if os.pwrite(self._file, text, self._whole) != len(text):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file)
             self._whole += len(text)
@@ -135,19 +132,23 @@ class Journal:
             raise unwritable(self.path, e) from None
 
 
-class OfText:
+@dataclass(frozen=True)
+class JournalOfText:
     """A journal's measurements on one of several texts."""
 
-    def __init__(self, journal: Journal, number: int):
-        self.journal, self.number = journal, number
+    journal: MeasurementJournal
+    number: int
 
     def once(self, key: Key, measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Journal.once, under a key of this text's own."""
+        """Return what MeasurementJournal.once does, under a key of this text's own."""
         return self.journal.once(["text", self.number, *key], measured)
 
 
-def once(journal: Journal | OfText | None, key: Key, measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Journal.once, where a journal is kept."""
+Journal = MeasurementJournal | JournalOfText
+
+
+def once(journal: Journal | None, key: Key, measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what the journal's `once` does; without a journal, what `measured` returns."""
     return measured() if journal is None else journal.once(key, measured)
 
 

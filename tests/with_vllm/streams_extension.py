@@ -9,15 +9,15 @@ from spd_calib.runtimes.vllm.extension import CheckExtension
 
 
 class StreamsExtension(CheckExtension):
-    def spd_watch(self: Any, mlp: list[str]) -> None:
-        """Begin anew; what a layer whose MLP sync point is deferred hands on beside `x` is the rank's own, left out."""
+    def spd_watch(self: Any, deferred: list[int]) -> None:
+        """Begin anew. `deferred`: the layers whose MLP sync point is dropped; their debt is left out."""
         for handle in vars(self).get("spd_handles", []):
             handle.remove()
         layers = self.model_runner.get_model().model.layers
         self.spd_digests = [hashlib.sha256() for _ in layers]
         self.spd_handles = [
-            layer.register_forward_hook(_remember(digest, deferred=strategy != "keep_sync"))
-            for layer, digest, strategy in zip(layers, self.spd_digests, mlp, strict=True)
+            layer.register_forward_hook(_remember(digest, deferred=i in deferred))
+            for i, (layer, digest) in enumerate(zip(layers, self.spd_digests, strict=True))
         ]
 
     def spd_streams(self: Any) -> dict[str, list[str]]:

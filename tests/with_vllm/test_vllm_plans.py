@@ -10,25 +10,24 @@ from conftest import build
 from plans import write_plan
 
 from spd_calib.errors import SpdError
-from spd_calib.formats.common import Strategy
-from spd_calib.formats.files import read
-from spd_calib.formats.plan import Plan
-from spd_calib.parallel.compensation import load_compensation
+from spd_calib.formats.drops import NOTHING_DROPPED, Drops, Point, Strategy
+from spd_calib.models.plan_files import load_plan
 from spd_calib.parallel.model import TensorParallelLM
+from spd_calib.runtimes.observed import Observed
 from spd_calib.runtimes.vllm.check import TOLERANCE, compare
-from spd_calib.runtimes.vllm.engine import Engine, Seen, start
+from spd_calib.runtimes.vllm.engine import Engine, start
 
 K, D, P = "keep_sync", "block_drop", "plain_drop"
 PLANS = {
-    "mixed": ((D, P, K, P), None, 6),
-    "mixed-again": ((P, K, D, D), None, 6),
-    "all-dropped": ((D, D, D, D), None, 5),
-    "all-plain": ((P, P, P, P), None, 5),
-    "mlp": ((K, D, K, D), (D, K, D, K), 5),
-    "mlp-and-plain": ((D, P, K, P), (D, D, K, K), 4),
-    "least": ((D, D, D, D), (D, D, D, K), 2),
+    "mixed": (Drops.of_blocks([D, P, K, P]), 6),
+    "mixed-again": (Drops.of_blocks([P, K, D, D]), 6),
+    "all-dropped": (Drops.of_blocks([D, D, D, D]), 5),
+    "all-plain": (Drops.of_blocks([P, P, P, P]), 5),
+    "mlp": (Drops.of_blocks([K, D, K, D], [D, K, D, K]), 5),
+    "mlp-and-plain": (Drops.of_blocks([D, P, K, P], [D, D, K, K]), 4),
+    "least": (Drops.of_blocks([D, D, D, D], [D, D, D, K]), 2),
 }
-"""Name -> attention strategies, MLP strategies, all-reduces of one forward (9 with everything kept)."""
+"""Name -> what is dropped, all-reduces of one forward (9 with everything kept)."""
 
 MODELS = [
     ("llama", 2),
@@ -49,7 +48,7 @@ class Case(NamedTuple):
 
     engine: Engine
     lm: TensorParallelLM
-    dense: Seen
+    dense: Observed
     family: str
     tp: int
 
@@ -57,9 +56,21 @@ class Case(NamedTuple):
 @pytest.fixture(scope="module", params=MODELS, ids=lambda m: f"{m[0]}-tp{m[1]}")
 def case(request, folder_of):
     family, tp = request.param
-    with start(folder_of(family), tp, 64) as engine:
+    with start(folder_of(family), tp=tp, max_length=64) as engine:
         lm = TensorParallelLM.simulated(build(family), tp)
-        yield Case(engine, lm, engine.see(PROMPTS, NEW), family, tp)
+        lm.head.cut_at(engine.vocabulary())  # vLLM pads the vocabulary before it cuts it
+        yield Case(engine, lm, engine.observe(PROMPTS, new_tokens=NEW), family, tp)
+
+
+def run(case: Case, drops: Drops, *, predictors_of=None) -> Observed:
+    """What the engine does with the prompts under `drops`."""
+    case.engine.set(drops, predictors_of=predictors_of)
+    return case.engine.observe(PROMPTS, new_tokens=NEW)
+
+
+def compared(case: Case, drops: Drops, observed: Observed) -> list:
+    """The rows of a check that expects `drops` of what the engine did."""
+    return compare(case.lm, drops, prompts=PROMPTS, planned=observed, dense=case.dense)
 
 
 def check(rows):
@@ -71,18 +82,16 @@ def check(rows):
 
 def test_no_plan_is_the_dense_model(case):
     assert {count for rank in case.dense.all_reduces for count in rank} == {9}
-    check(compare(case.lm, [Strategy.KEEP_SYNC] * 4, [Strategy.KEEP_SYNC] * 4, PROMPTS, case.dense, case.dense))
+    check(compared(case, NOTHING_DROPPED, case.dense))
 
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_the_plan_is_run(case, plan):
-    attention, mlp, all_reduces = PLANS[plan]
-    mlp = mlp or (K,) * 4
-    case.engine.set(attention, mlp)
-    seen = case.engine.see(PROMPTS, NEW)
-    assert len(seen.all_reduces) == case.tp
-    assert {count for rank in seen.all_reduces for count in rank} == {all_reduces}
-    check(compare(case.lm, [Strategy(s) for s in attention], [Strategy(s) for s in mlp], PROMPTS, seen, case.dense))
+    drops, all_reduces = PLANS[plan]
+    observed = run(case, drops)
+    assert len(observed.all_reduces) == case.tp
+    assert {count for rank in observed.all_reduces for count in rank} == {all_reduces}
+    check(compared(case, drops, observed))
 
 
 COMPENSATED = ((D, D, D, D), (K, D, K, K), ("mean", "low_rank", "full", None))
@@ -90,38 +99,31 @@ COMPENSATED = ((D, D, D, D), (K, D, K, K), ("mean", "low_rank", "full", None))
 
 
 def test_a_compensation_is_run(case, folder_of, tmp_path):
-    attention, mlp, kinds = COMPENSATED
-    plan = write_plan(tmp_path / "plan.json", folder_of(case.family), case.tp, attention, mlp, kinds)
-    strategies = [Strategy(s) for s in attention], [Strategy(s) for s in mlp]
-    case.lm.set_compensation(load_compensation(read(Plan, plan), plan))
-    case.engine.set(attention, mlp, plan)
-    check(compare(case.lm, *strategies, PROMPTS, case.engine.see(PROMPTS, NEW), case.dense))
-    case.engine.set(attention, mlp)  # a runtime that ignores the predictors
-    rows = compare(case.lm, *strategies, PROMPTS, case.engine.see(PROMPTS, NEW), case.dense)
+    path = write_plan(tmp_path / "plan.json", folder_of(case.family), case.tp, *COMPENSATED)
+    plan, drops = load_plan(path)
+    check(compared(case, drops, run(case, drops, predictors_of=path)))
+    rows = compared(case, drops, run(case, plan.drops))  # a runtime that ignores the predictors
     failed = {row.what for row in rows if not row.ok}
     assert "plan: prompt tokens" in failed and "plan: all-reduces per forward and rank" not in failed
-    case.lm.set_compensation({})
 
 
 def test_against_the_reference(case):
-    attention, mlp, _ = PLANS["mlp"]  # the reference cuts the vocabulary elsewhere: no plain drops
-    case.engine.set(attention, mlp)
-    seen = case.engine.see(PROMPTS[1:2], 1)
+    attention, mlp = [K, D, K, D], [D, K, D, K]  # the reference cuts the vocabulary elsewhere: no plain drops
+    case.engine.set(Drops.of_blocks(attention, mlp))
+    observed = case.engine.observe(PROMPTS[1:2], new_tokens=1)
     ids = torch.tensor(PROMPTS[1:2])
     log_p = reference.logits(build(case.family), ids, case.tp, attention, mlp)[0].log_softmax(-1)
     expected = log_p[:-1].gather(-1, ids[0, 1:, None])[:, 0]
-    assert (torch.tensor(seen.prompt[0]) - expected).abs().max() <= TOLERANCE
+    assert (torch.tensor(observed.prompt[0]) - expected).abs().max() <= TOLERANCE
 
 
 def test_a_plan_taken_back_is_the_dense_model(case):
-    case.engine.set(PLANS["mlp-and-plain"][0], PLANS["mlp-and-plain"][1])
-    case.engine.set([K] * 4)
-    assert case.engine.see(PROMPTS, NEW).prompt == case.dense.prompt
+    case.engine.set(PLANS["mlp-and-plain"][0])
+    assert run(case, NOTHING_DROPPED).prompt == case.dense.prompt
 
 
 def test_a_runtime_that_ignores_the_plan_is_caught(case):
-    attention = [Strategy(s) for s in PLANS["mixed"][0]]
-    rows = compare(case.lm, attention, [Strategy.KEEP_SYNC] * 4, PROMPTS, case.dense, case.dense)
+    rows = compared(case, PLANS["mixed"][0], case.dense)
     failed = {row.what for row in rows if not row.ok}
     assert {
         "plan: prompt tokens",
@@ -131,19 +133,16 @@ def test_a_runtime_that_ignores_the_plan_is_caught(case):
 
 
 def test_plain_drops_in_place_of_block_drops_are_caught(case):
-    case.engine.set([P, K, P, K])
-    seen = case.engine.see(PROMPTS, NEW)
-    planned = [Strategy.BLOCK_DROP, Strategy.KEEP_SYNC] * 2
-    rows = compare(case.lm, planned, [Strategy.KEEP_SYNC] * 4, PROMPTS, seen, case.dense)
+    observed = run(case, Drops.of_blocks([P, K, P, K]))
+    rows = compared(case, Drops.of_blocks([D, K, D, K]), observed)
     failed = {row.what for row in rows if not row.ok}
     assert "plan: prompt tokens" in failed
     assert "plan: all-reduces per forward and rank" not in failed  # the counts alone cannot tell
 
 
 def test_workers_return_their_errors_and_stay_in_step(case):
-    with pytest.raises(SpdError, match="3 blocks"):
-        case.engine.set([K] * 3)
-    with pytest.raises(SpdError, match="last one is kept"):
-        case.engine.set([K] * 4, [D] * 4)
-    case.engine.set([K] * 4)
-    assert case.engine.see(PROMPTS, NEW).prompt == case.dense.prompt
+    for sync_point, words in (("attention", "block 4"), ("mlp", "block 3 MLP")):
+        beyond = Point(int(words.split()[1]), sync_point)
+        with pytest.raises(SpdError, match=f"{words} is no sync point that can be dropped in a model of 4 blocks"):
+            case.engine.set(Drops.of({beyond: Strategy.BLOCK_DROP}))
+    assert run(case, NOTHING_DROPPED).prompt == case.dense.prompt

@@ -11,8 +11,11 @@ import torch
 from plans import write_plan
 
 from spd_calib.errors import InputError
+from spd_calib.formats.drops import NOTHING_DROPPED, Drop, Drops, Strategy
+from spd_calib.models.plan_files import load_plan
+from spd_calib.models.predictor import Predictor
 from spd_calib.runtimes.vllm.configure import check
-from spd_calib.runtimes.vllm.layers import apply
+from spd_calib.runtimes.vllm.layers import apply, fitted
 
 K, D = "keep_sync", "block_drop"
 CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
@@ -59,10 +62,13 @@ def test_no_plan_no_effect(folder):
 
 def test_a_plan_reaches_the_workers(folder, plan):
     config = configured(folder, plan)
-    assert config.parallel_config.worker_cls == "spd_calib.runtimes.vllm.cpu_worker.PlannedWorker"
+    assert config.parallel_config.worker_cls == "spd_calib.runtimes.vllm.cpu_worker.PlannedCPUWorker"
     assert config.additional_config["spd_plan"] == str(plan)
-    assert config.additional_config["spd_calib"]["attention"] == [D, K, K, D]
-    assert config.additional_config["spd_calib"]["mlp"] == [K] * 4
+    resolved = config.additional_config["spd_calib"]
+    assert resolved["blocks"] == 4 and resolved["drops"] == [
+        {"block": 0, "sync_point": "attention", "strategy": D},
+        {"block": 3, "sync_point": "attention", "strategy": D},
+    ]
 
 
 def test_a_compensation_is_checked_before_anything_starts(folder, tmp_path):
@@ -92,7 +98,7 @@ def test_serving_takes_the_same_way(folder, plan):
     line = ["--model", str(folder), "--tensor-parallel-size", "2", "--additional-config"]
     args = parser.parse_args([*line, json.dumps({"spd_plan": str(plan)})])
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
-    assert config.additional_config["spd_calib"]["attention"] == [D, K, K, D]
+    assert [row["block"] for row in config.additional_config["spd_calib"]["drops"]] == [0, 3]
 
 
 def test_two_plans_are_two_keys_of_the_compile_cache(folder, plan):
@@ -163,6 +169,24 @@ def test_a_plan_that_is_not_named(folder):
 
 
 @pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"cpu_offload_gb": 1}, "weights offloaded to the CPU"),
+        ({"offload_group_size": 2}, "weights offloaded to the CPU"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "a KV cache in fp8_e5m2"),
+        ({"kv_cache_dtype": "bfloat16"}, "a KV cache in bfloat16"),  # the model is in float32
+    ],
+)
+def test_an_engine_that_would_compute_something_else(folder, plan, options, words):
+    configured(folder, **options)  # without a plan it may
+    refused(folder, plan, words, **options)
+
+
+def test_a_kv_cache_in_the_dtype_of_the_model(folder, plan):
+    configured(folder, plan, dtype="bfloat16", kv_cache_dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
     ("field", "value", "words"),
     [
         ("quant_config", object(), "quantised"),
@@ -170,14 +194,12 @@ def test_a_plan_that_is_not_named(folder):
     ],
 )
 def test_what_needs_more_than_a_cpu_to_configure(folder, plan, field, value, words):
-    from spd_calib.formats.files import read
-    from spd_calib.formats.plan import Plan
-
     config = configured(folder)
-    fields = ("parallel_config", "model_config", "quant_config", "lora_config", "speculative_config")
+    fields = ("parallel_config", "model_config", "cache_config", "offload_config")
+    fields += ("quant_config", "lora_config", "speculative_config")
     likeness = SimpleNamespace(**{**{name: getattr(config, name) for name in fields}, field: value})
     with pytest.raises(InputError, match=words):
-        check(read(Plan, plan), plan, likeness)
+        check(load_plan(plan)[0], plan, config=likeness)
 
 
 def test_a_class_of_the_same_name_is_not_enough():
@@ -185,7 +207,82 @@ def test_a_class_of_the_same_name_is_not_enough():
         pass
 
     with pytest.raises(InputError, match="its layers are not known"):
-        apply(LlamaForCausalLM(), [K], [K], {})
+        apply(LlamaForCausalLM(), NOTHING_DROPPED)
+
+
+def unbuilt(kind, **parts):
+    """An object of one of vLLM's own modules with these parts, made without a process group and without weights."""
+    module = kind.__new__(kind)
+    torch.nn.Module.__init__(module)
+    for name, part in parts.items():
+        setattr(module, name, part)
+    return module
+
+
+def unbuilt_llama(blocks: int):
+    """vLLM's own Llama of so many layers, with no more in it than `apply` looks at; and its layers."""
+    from vllm.model_executor.layers.linear import RowParallelLinear
+    from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
+
+    def linear():
+        return unbuilt(RowParallelLinear, bias=None, reduce_results=True, skip_bias_add=False)
+
+    plain = torch.nn.Identity
+    layers = torch.nn.ModuleList(
+        unbuilt(
+            LlamaDecoderLayer,
+            self_attn=unbuilt(plain, o_proj=linear()),
+            mlp=unbuilt(plain, down_proj=linear()),
+            input_layernorm=plain(),
+            post_attention_layernorm=plain(),
+        )
+        for _ in range(blocks)
+    )
+    return unbuilt(LlamaForCausalLM, model=unbuilt(plain, layers=layers)), layers
+
+
+def test_what_apply_set_it_takes_back():
+    model, layers = unbuilt_llama(3)
+    for drops, planned in (
+        (Drops.of_blocks([D, K, D]), [0, 2]),
+        (Drops.of_blocks([K, D, K]), [1]),
+        (NOTHING_DROPPED, []),
+    ):
+        apply(model, drops)
+        assert [i for i, layer in enumerate(layers) if "forward" in vars(layer)] == planned
+        assert [i for i, layer in enumerate(layers) if not layer.mlp.down_proj.reduce_results] == planned
+
+
+@pytest.mark.parametrize("wrapped", ["layer", "o_proj"])
+def test_a_forward_that_somebody_else_wrapped_is_not_thrown_away(wrapped):
+    """As vLLM's weight offloading does, which would then read weights that are not there."""
+    model, layers = unbuilt_llama(3)
+    module = layers[2] if wrapped == "layer" else layers[2].self_attn.o_proj
+    own = module.forward = lambda *args, **kwargs: None
+    for drops in (Drops.of_blocks([D, K, K]), Drops.of_blocks([K, K, D]), NOTHING_DROPPED):
+        with pytest.raises(InputError, match="has wrapped the forward of block 2's") as e:
+            apply(model, drops)
+        assert str(e.value).endswith(".") and "\n" not in str(e.value)
+        assert module.forward is own
+        assert all("forward" not in vars(layer) for layer in layers[:2]), "refused before anything was changed"
+
+
+def test_sync_points_that_the_model_does_not_have():
+    with pytest.raises(InputError, match="block 3 is no sync point that can be dropped in a model of 3 blocks"):
+        apply(unbuilt_llama(3)[0], Drops.of_blocks([K, K, K, D]))
+
+
+def test_a_predictor_goes_to_the_dtype_that_a_packed_layer_computes_in():
+    o_proj = unbuilt(
+        torch.nn.Identity, tp_rank=1, input_size_per_partition=3, output_size=4, params_dtype=torch.bfloat16
+    )
+    o_proj.qweight = torch.nn.Parameter(torch.zeros(3, 1, dtype=torch.int32), requires_grad=False)
+    given = Predictor(torch.full((4,), 0.5), w=torch.full((3, 4), 0.25))
+    found = fitted(o_proj, Drop(Strategy.BLOCK_DROP, {1: given}), block=0)
+    assert found.bias.dtype == found.w.dtype == torch.bfloat16
+    assert found.w.tolist() == given.w.tolist()
+    with pytest.raises(InputError, match="no predictor for rank 1"):
+        fitted(o_proj, Drop(Strategy.BLOCK_DROP, {0: given}), block=0)
 
 
 def test_registering_twice_is_registering_once():

@@ -19,14 +19,13 @@ import tiny
 from conftest import build
 from plans import write_plan
 
-from spd_calib.formats.files import read
-from spd_calib.formats.plan import Plan
-from spd_calib.parallel.compensation import load_compensation
+from spd_calib.formats.drops import NOTHING_DROPPED
+from spd_calib.models.plan_files import load_plan
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.runtimes.checks import compare_logprobs
 from spd_calib.runtimes.simulation import simulate
 from spd_calib.runtimes.vllm.check import TOLERANCE
-from spd_calib.runtimes.vllm.engine import _environment, _remove
+from spd_calib.runtimes.vllm.engine import remove_shared_memory, vllm_environment
 
 K, D = "keep_sync", "block_drop"
 SERVER = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
@@ -44,7 +43,7 @@ def serve(tmp_path):
         command = [*SERVER, "--model", folder, "--host", "127.0.0.1", "--port", port, "--dtype", "float32"]
         command += ["--enforce-eager", "--max-model-len", 64, "--logprobs-mode", "raw_logprobs", *options]
         log = tmp_path / "serve.log"
-        with _environment(2), log.open("w") as out:
+        with vllm_environment(2), log.open("w") as out:
             process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=out, start_new_session=True)
         started.append(process)
         return port, process, log
@@ -59,7 +58,7 @@ def serve(tmp_path):
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-    _remove({name for name in os.listdir("/dev/shm") if name.startswith("vllm_dist_")} - before)
+    remove_shared_memory({name for name in os.listdir("/dev/shm") if name.startswith("vllm_dist_")} - before)
 
 
 def ask(port: int, path: str, body: dict | None = None):
@@ -93,13 +92,11 @@ def test_a_server_answers_by_the_plan(folder_of, tmp_path, serve):
     choice = json.loads(ask(port, "/v1/completions", body))["choices"][0]
     tokens = [int(t.removeprefix("token_id:")) for t in choice["logprobs"]["tokens"]]
     assert len(tokens) == new
-    plan, lm = read(Plan, path), TensorParallelLM.simulated(build("llama"), 2)
-    found = [choice["logprobs"]["token_logprobs"]]
-    dense = simulate(lm, [prompt], [tokens]).chosen
-    lm.set_strategies(plan.strategies, plan.mlp_strategies)
-    lm.set_compensation(load_compensation(plan, path))
-    assert compare_logprobs("served", simulate(lm, [prompt], [tokens]).chosen, found, TOLERANCE).ok
-    assert not compare_logprobs("dense", dense, found, TOLERANCE).ok
+    lm, found = TensorParallelLM.simulated(build("llama"), 2), [choice["logprobs"]["token_logprobs"]]
+    planned = simulate(lm, [prompt], continuations=[tokens], drops=load_plan(path)[1])
+    dense = simulate(lm, [prompt], continuations=[tokens], drops=NOTHING_DROPPED)
+    assert compare_logprobs("served", planned.chosen, found=found, tolerance=TOLERANCE).ok
+    assert not compare_logprobs("dense", dense.chosen, found=found, tolerance=TOLERANCE).ok
 
 
 def test_a_server_refuses_a_plan_of_another_tp_size(folder_of, tmp_path, serve):

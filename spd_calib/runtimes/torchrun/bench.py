@@ -6,19 +6,25 @@ What is compared is measured in turns, round after round, so that a machine that
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from pydantic import BaseModel
 from torch import Tensor
 
-from spd_calib.formats.common import Strategy
-from spd_calib.formats.hardware import Collective, Step, Timing
-from spd_calib.formats.plan import Plan
-from spd_calib.parallel.compensation import Compensation
+from spd_calib.errors import InputError
+from spd_calib.formats.common import Provenance
+from spd_calib.formats.drops import NOTHING_DROPPED, Drops, Strategy
+from spd_calib.formats.files import sha256_of
+from spd_calib.formats.hardware import Collective, Hardware, TimedStep, Timing
+from spd_calib.models.plan_files import load_plan
+from spd_calib.parallel.comm import GATHERED_AT_MOST
+from spd_calib.parallel.distributed import backend, local_size
 from spd_calib.parallel.model import TensorParallelLM
+from spd_calib.parallel.session import open_session
+from spd_calib.ranks import rank, world_size
 
 SIZES = tuple(2**k for k in range(10, 25, 2))  # bytes: 1 KiB to 16 MiB
 AT_ONCE = 2**22  # bytes reduced between two looks at the clock, at most; see `time_collectives`
@@ -26,23 +32,62 @@ Blocks = Literal["dense", "plan", "every_block_dropped"]
 Tick = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Settings:
+class BenchSettings(BaseModel, frozen=True):
+    """What is timed: `rounds` turns; `batch_size` prompts of `tokens` tokens, and `new_tokens` decoded behind them."""
+
     rounds: int = 20
-    batch: int = 1
+    batch_size: int = 1
     tokens: int = 128
     new_tokens: int = 16
 
 
+class BenchJob(BaseModel, frozen=True):
+    """What the ranks are to time; `model` is a folder or a hub id, `provenance` that of the file that is written."""
+
+    plan: Path
+    model: str
+    settings: BenchSettings
+    device: str
+    dtype: str
+    provenance: Provenance
+
+
+def run(job: BenchJob, *, expect: Callable[[int], None], tick: Tick) -> Hardware:
+    """Time everything on this rank; all ranks call this at once and return the same.
+
+    `expect` is told how often `tick` will be called. Raises InputError as load_plan and open_session do, and for
+    sequences that are longer than the model can read.
+    """
+    plan, drops = load_plan(job.plan, ranks=[rank()])
+    session = open_session(job.model, plan.tensor_parallel.size, expected=plan.model)
+    tokens, new_tokens = job.settings.tokens, job.settings.new_tokens
+    if tokens + new_tokens > session.max_length:
+        raise InputError(
+            f"`tokens` {tokens} and `new_tokens` {new_tokens} are beyond the model's {session.max_length}; lower them."
+        )
+    lm = session.load(job.device, job.dtype)
+    expect(2 * (job.settings.rounds + 1))
+    collectives = time_collectives(lm.device, lm.model.dtype, rounds=job.settings.rounds, tick=tick)
+    steps = time_steps(lm, drops, settings=job.settings, tick=tick)
+    return Hardware(
+        model=plan.model,
+        plan_sha256=sha256_of(job.plan),
+        tensor_parallel=plan.tensor_parallel,
+        device=device_name(lm.device),
+        backend=backend(job.device),
+        nodes=world_size() // local_size(),
+        gathered_at_most=GATHERED_AT_MOST if lm.device.type == "cpu" else 0,
+        collectives=collectives,
+        steps=steps,
+        provenance=job.provenance,
+    )
+
+
 @torch.no_grad()
 def time_collectives(
-    device: torch.device,
-    dtype: torch.dtype,
-    sizes: Sequence[int] = SIZES,
-    rounds: int = 20,
-    tick: Tick = lambda _: None,
+    device: torch.device, dtype: torch.dtype, *, sizes: Sequence[int] = SIZES, rounds: int, tick: Tick
 ) -> list[Collective]:
-    """All-reduce, and all-gather with a sum of one's own, of messages of `sizes` bytes.
+    """Time all-reduces, and all-gathers with a sum of one's own, of messages of `sizes` bytes; `tick` after a round.
 
     Small ones are too quick for a clock: up to 16 are made in a row, and the time divided.
     """
@@ -69,54 +114,31 @@ def time_collectives(
 
 
 @torch.no_grad()
-def time_steps(
-    lm: TensorParallelLM,
-    plan: Plan,
-    compensation: dict[int, dict[int, Compensation]],
-    settings: Settings,
-    tick: Tick = lambda _: None,
-) -> list[Step]:
-    """Prefill and decode of random tokens: dense, as planned, and with every attention sync point dropped.
-
-    Leaves every sync point kept.
-    """
-    keep, drop = ((s,) * lm.num_blocks for s in (Strategy.KEEP_SYNC, Strategy.BLOCK_DROP))
-    variants: dict[Blocks, tuple] = {
-        "dense": (keep, keep, {}),
-        "plan": (plan.strategies, plan.mlp_strategies, compensation),
-        "every_block_dropped": (drop, keep, {}),
+def time_steps(lm: TensorParallelLM, planned: Drops, *, settings: BenchSettings, tick: Tick) -> list[TimedStep]:
+    """Time prefill and decode of random tokens: dense, as planned, and with every attention sync point dropped."""
+    variants: dict[Blocks, Drops] = {
+        "dense": NOTHING_DROPPED,
+        "plan": lm.fitted(planned),
+        "every_block_dropped": Drops.of_blocks([Strategy.BLOCK_DROP] * lm.num_blocks),
     }
     generator = torch.Generator().manual_seed(0)
-    shape = (settings.batch, settings.tokens)
+    shape = (settings.batch_size, settings.tokens)
     ids = torch.randint(0, lm.head.vocab_size, shape, generator=generator).to(lm.device)
     times: dict[tuple, list[float]] = {(phase, name): [] for phase in ("prefill", "decode") for name in variants}
     for turn in range(settings.rounds + 1):
         for name in _rotated(list(variants), turn):
-            attention, mlp, predictors = variants[name]
-            lm.set_strategies(attention, mlp)
-            lm.set_compensation(predictors)
-            with _Clock(lm.device) as clock:
-                out = lm.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+            with lm.running(variants[name]):
+                prefill, decode = _time_forwards(lm, ids, new_tokens=settings.new_tokens)
             if turn:
-                times["prefill", name].append(clock.seconds)
-            for _ in range(settings.new_tokens):
-                token = out.logits[:, -1:].argmax(-1)
-                with _Clock(lm.device) as clock:
-                    out = lm.model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
-                if turn:
-                    times["decode", name].append(clock.seconds)
+                times["prefill", name].append(prefill)
+                times["decode", name].extend(decode)
         tick("prefill and decode")
-    lm.keep_all()
-    lm.set_compensation({})
-    dropped = {
-        name: sum(s != Strategy.KEEP_SYNC for s in (*attention, *mlp)) for name, (attention, mlp, _) in variants.items()
-    }
     return [
-        Step(
+        TimedStep(
             phase=phase,
             blocks=name,
-            dropped=dropped[name],
-            batch=settings.batch,
+            dropped=len(variants[name]),
+            batch=settings.batch_size,
             tokens=settings.tokens,
             seconds=_timing(seconds),
         )
@@ -124,8 +146,21 @@ def time_steps(
     ]
 
 
+def _time_forwards(lm: TensorParallelLM, ids: Tensor, *, new_tokens: int) -> tuple[float, list[float]]:
+    """Return the seconds of a prefill of `ids` [B, T], and of each token decoded behind it."""
+    with _Clock(lm.device) as clock:
+        out = lm.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+    prefill, decode = clock.seconds, []
+    for _ in range(new_tokens):
+        token = out.logits[:, -1:].argmax(-1)
+        with _Clock(lm.device) as clock:
+            out = lm.model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        decode.append(clock.seconds)
+    return prefill, decode
+
+
 def device_name(device: torch.device) -> str:
-    """The GPU's or the processor's name."""
+    """Return the GPU's or the processor's name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -135,14 +170,14 @@ def device_name(device: torch.device) -> str:
 
 
 def _all_gather_and_sum(message: Tensor) -> Tensor:
-    """The sum over all ranks, added up in their order: the same bits on each."""
+    """Return the sum over all ranks, added up in their order: the same bits on each."""
     parts = [torch.empty_like(message) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, message)
     return torch.stack(parts).sum(0)
 
 
 class _Clock:
-    """Seconds from when all ranks have come in until this one is done."""
+    """Measures the seconds from when all ranks have come in until this one is done."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -163,13 +198,13 @@ class _Clock:
 
 
 def _rotated(items: list, turn: int) -> list:
-    """The items in an order that puts each of them first in its turn."""
+    """Return the items in an order that puts each of them first in its turn."""
     start = turn % len(items)
     return items[start:] + items[:start]
 
 
 def _timing(seconds: Sequence[float]) -> Timing:
-    """Of the slowest rank in each measurement."""
+    """Return the spread of a measurement over its repeats; in each the slowest rank counts."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, list(seconds))
     slowest = torch.tensor(everyone, dtype=torch.float64).amax(0)

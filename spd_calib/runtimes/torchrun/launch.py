@@ -13,7 +13,7 @@ RANK = "spd_calib.runtimes.torchrun.rank"
 FROM_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def torchrun(ranks: int, module: str, arguments: Sequence[str], timeout: float = 3600) -> None:
+def torchrun(ranks: int, module: str, *, arguments: Sequence[str], timeout: float = 3600) -> None:
     """Run `python -m module arguments` on that many ranks and wait for their end.
 
     Raises SpdError with the one sentence of the rank that failed, and InputError where this process is a rank itself.

@@ -3,7 +3,7 @@
 import runpy
 import sys
 
-from spd_calib.ranks import ending_together
+from spd_calib.parallel.ending import ending_together
 
 if __name__ == "__main__":
     del sys.argv[0]

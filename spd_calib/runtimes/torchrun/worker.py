@@ -1,11 +1,12 @@
 """What each rank does in a check: run the plan and the dense model, and write down what came out.
 
-torchrun --nproc-per-node N -m spd_calib.runtimes.torchrun.worker JOB.json SEEN.json
+torchrun --nproc-per-node N -m spd_calib.runtimes.torchrun.worker JOB.json OBSERVED.json
 """
 
 import hashlib
-import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,19 @@ from pydantic import BaseModel
 from torch import Tensor
 from transformers import GenerationConfig
 
-from spd_calib.formats.files import read, write_text
-from spd_calib.formats.plan import Plan
-from spd_calib.parallel.compensation import load_compensation
+from spd_calib.formats.files import write_text
+from spd_calib.models.plan_files import load_plan
+from spd_calib.parallel.ending import ending_together
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.session import open_session
-from spd_calib.ranks import ending_together
+from spd_calib.parallel.streams import Streams
+from spd_calib.ranks import rank
+from spd_calib.runtimes.observed import Observed
 
 
-class Job(BaseModel):
+class CheckJob(BaseModel):
+    """What the ranks of a check are to run; prompts are token ids."""
+
     plan: Path
     model: str
     prompts: list[list[int]]
@@ -32,60 +37,34 @@ class Job(BaseModel):
     dtype: str
 
 
-class Seen(BaseModel):
-    """Lists of lists hold one list a prompt, or a rank."""
+class PlannedAndDense(BaseModel):
+    """The same prompts under the plan and with every sync point kept."""
 
-    prompt: list[list[float]]  # log p of its tokens, from the second on
-    tokens: list[list[int]]  # the greedy continuation, decoded with the KV cache
-    chosen: list[list[float]]  # log p of these
-    all_reduces: list[list[int]]  # by rank, of each forward
-    streams: list[list[str]]  # by rank, a digest of the residual stream after each block, over all forwards
-
-
-class Report(BaseModel):
-    plan: Seen
-    dense: Seen
+    planned: Observed
+    dense: Observed
 
 
 def main() -> None:
     with ending_together():
-        job = Job.model_validate(json.loads(Path(sys.argv[1]).read_text()))
+        job = CheckJob.model_validate_json(Path(sys.argv[1]).read_text())
         write_text(Path(sys.argv[2]), run(job).model_dump_json())
 
 
-def run(job: Job) -> Report:
-    plan = read(Plan, job.plan)
-    lm = open_session(job.model, plan.tensor_parallel.size, plan.model).load(job.device, job.dtype)
-    set_plan(lm, plan, job.plan)
-    planned = see(lm, job)
-    lm.keep_all()
-    return Report(plan=planned, dense=see(lm, job))
-
-
-def set_plan(lm: TensorParallelLM, plan: Plan, path: Path) -> None:
-    """Make `lm` run the plan: its strategies, and the compensation in the file beside it."""
-    lm.set_strategies(plan.strategies, plan.mlp_strategies)
-    lm.set_compensation(load_compensation(plan, path, lm.comm.ranks))
+def run(job: CheckJob) -> PlannedAndDense:
+    """Run a job on this rank; all ranks return the same. Raises InputError as load_plan and open_session do."""
+    plan, drops = load_plan(job.plan, ranks=[rank()])
+    lm = open_session(job.model, plan.tensor_parallel.size, expected=plan.model).load(job.device, job.dtype)
+    with lm.running(drops):
+        planned = observe(lm, job)
+    return PlannedAndDense(planned=planned, dense=observe(lm, job))
 
 
 @torch.no_grad()
-def see(lm: TensorParallelLM, job: Job) -> Seen:
-    """Run every prompt under the present strategies; the same on all ranks, but for what is listed by rank."""
-    counts: list[int] = []
-    digests = [hashlib.sha256() for _ in lm.blocks]
-
-    def before(*_: Any) -> None:
-        counts.append(-lm.comm.all_reduces)
-
-    def after(*_: Any) -> None:
-        counts[-1] += lm.comm.all_reduces
-
-    hooks = [lm.model.register_forward_pre_hook(before), lm.model.register_forward_hook(after)]
-    for digest, block in zip(digests, lm.blocks, strict=True):
-        hooks.append(block.register_forward_hook(lambda m, a, s, digest=digest: digest.update(_bytes(s))))
+def observe(lm: TensorParallelLM, job: CheckJob) -> Observed:
+    """Run every prompt of the job under what `lm` runs at present, each continued greedily with the KV cache."""
     prompt, tokens, chosen = [], [], []
     lm.model.generation_config = GenerationConfig()  # nothing ends a continuation, nothing bends the probabilities
-    try:
+    with _counting_all_reduces(lm) as counts, _digesting_streams(lm) as digests:
         for ids in job.prompts:
             row = torch.tensor([ids], device=lm.device)
             log_p = lm(row)[0].float().log_softmax(-1)
@@ -102,10 +81,7 @@ def see(lm: TensorParallelLM, job: Job) -> Seen:
             steps = torch.stack([step[0] for step in out.logits]).float().log_softmax(-1)
             tokens.append(continuation.tolist())
             chosen.append(steps.gather(-1, continuation[:, None])[:, 0].tolist())
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return Seen(
+    return Observed(
         prompt=prompt,
         tokens=tokens,
         chosen=chosen,
@@ -114,9 +90,47 @@ def see(lm: TensorParallelLM, job: Job) -> Seen:
     )
 
 
-def _bytes(s: Any) -> bytes:
-    """What the rank's next block reads; after a deferred MLP sync point the part that the ranks share."""
-    stream: Tensor = s.shared if s.debt is not None else s.read(0)
+@contextmanager
+def _counting_all_reduces(lm: TensorParallelLM) -> Iterator[list[int]]:
+    """Count the all-reduces of each forward into the list it yields, while this lasts."""
+    counts: list[int] = []
+
+    def before(*_: Any) -> None:
+        counts.append(-lm.comm.all_reduces)
+
+    def after(*_: Any) -> None:
+        counts[-1] += lm.comm.all_reduces
+
+    hooks = [lm.model.register_forward_pre_hook(before), lm.model.register_forward_hook(after)]
+    try:
+        yield counts
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _digesting_streams(lm: TensorParallelLM) -> Iterator[list[Any]]:
+    """Hash what leaves each block, over all forwards, into the sha256 objects it yields, while this lasts."""
+
+    def hook_of(digest: Any) -> Callable[[Any, Any, Streams], None]:
+        def hook(_: Any, args: Any, streams: Streams) -> None:
+            digest.update(stream_bytes(streams))
+
+        return hook
+
+    digests = [hashlib.sha256() for _ in lm.blocks]
+    hooks = [block.register_forward_hook(hook_of(d)) for block, d in zip(lm.blocks, digests, strict=True)]
+    try:
+        yield digests
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def stream_bytes(streams: Streams) -> bytes:
+    """Return what this rank's next block reads; after a deferred MLP sync point the part that all ranks share."""
+    stream = streams.shared if streams.debt is not None else streams.read(0)
     return stream.contiguous().view(torch.uint8).cpu().numpy().tobytes()
 
 

@@ -3,70 +3,66 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from spd_calib.formats.common import Strategy
-from spd_calib.formats.files import read
-from spd_calib.formats.plan import Plan
-from spd_calib.models.load import load_dense, load_tokenizer, locate, read_config
-from spd_calib.parallel.compensation import load_compensation
+from spd_calib.formats.drops import NOTHING_DROPPED, SUBLAYERS, Drops
 from spd_calib.parallel.model import TensorParallelLM
-from spd_calib.runtimes.checks import Row, compare_run, largest_difference
+from spd_calib.parallel.session import Session
+from spd_calib.runtimes.checks import CheckRow, compare_run, folder_of, largest_difference
+from spd_calib.runtimes.observed import Observed
 from spd_calib.runtimes.simulation import simulate
 
-from .engine import Seen, start
+from .engine import start
 
 TOLERANCE = 1e-4  # of a log-probability in float32
 
 
-def run(plan_path: Path, prompts: Sequence[str], model: str | None = None, new_tokens: int = 16) -> list[Row]:
-    """Start vLLM at the plan's TP size with the plan, then swap in the dense model; compare both with the simulation.
+def check_vllm(
+    session: Session, plan: Path, *, drops: Drops, prompts: Sequence[str], new_tokens: int = 16
+) -> list[CheckRow]:
+    """Start vLLM at the session's TP size with the plan, swap in the dense model, compare both with the simulation.
 
-    `model` stands in for the id in the plan. Raises InputError where vLLM or the plan cannot be used.
+    `drops` are what `plan` holds, with the predictors of all ranks. Works in float32 on both sides. Raises InputError
+    where vLLM or the plan cannot be used.
     """
-    plan = read(Plan, plan_path)
-    source = locate(model or plan.model.id, plan.model.revision)
-    ids = [load_tokenizer(source)(p)["input_ids"] for p in prompts]
-    with start(source.folder, plan.tensor_parallel.size, max(map(len, ids)) + new_tokens, plan_path) as engine:
-        planned = engine.see(ids, new_tokens)
-        engine.set([Strategy.KEEP_SYNC] * plan.model.num_blocks)
-        dense = engine.see(ids, new_tokens)
-    lm = TensorParallelLM.simulated(
-        load_dense(source, read_config(source), "cpu", "float32"), plan.tensor_parallel.size
-    )
-    lm.set_compensation(load_compensation(plan, plan_path))
-    return compare(lm, plan.strategies, plan.mlp_strategies, ids, planned, dense)
+    ids = [session.tokenizer(p)["input_ids"] for p in prompts]
+    longest = max(map(len, ids)) + new_tokens
+    with start(folder_of(session), tp=session.tp, max_length=longest, plan=plan) as engine:
+        planned = engine.observe(ids, new_tokens=new_tokens)
+        vocabulary = engine.vocabulary()
+        engine.set(NOTHING_DROPPED)
+        dense = engine.observe(ids, new_tokens=new_tokens)
+    lm = session.load("cpu", "float32")
+    lm.head.cut_at(vocabulary)
+    return compare(lm, drops, prompts=ids, planned=planned, dense=dense)
 
 
 def compare(
-    lm: TensorParallelLM,
-    attention: Sequence[Strategy],
-    mlp: Sequence[Strategy],
-    prompts: Sequence[Sequence[int]],
-    planned: Seen,
-    dense: Seen,
-) -> list[Row]:
-    """Rows of expected and found for what an engine did under a plan (lm has its predictors), and as the dense model.
+    lm: TensorParallelLM, drops: Drops, *, prompts: Sequence[Sequence[int]], planned: Observed, dense: Observed
+) -> list[CheckRow]:
+    """Compare what an engine did under a plan, and as the dense model, with the simulation of both.
 
     vLLM pads the vocabulary before it cuts it, so its parts may differ from lm's: after a plain drop, where each rank
-    has a stream of its own, that shows, and lm is made to cut where the engine does.
+    has a stream of its own, that shows, and `lm` has to be cut where the engine is (Engine.vocabulary).
     """
-    lm.head.rows = [slice(*part) for part in planned.vocabulary]
-    lm.set_strategies(attention, mlp)
-    simulated = simulate(lm, prompts, planned.tokens)
-    lm.keep_all()
-    simulated_dense = simulate(lm, prompts, dense.tokens)
-    dropped = sum(s != Strategy.KEEP_SYNC for s in (*attention, *mlp))
-    rows = []
-    for name, simulation, seen, fewer in (("plan", simulated, planned, dropped), ("dense", simulated_dense, dense, 0)):
-        made = _all_reduces(lm, fewer)
-        rows += compare_run(name, simulation, seen.prompt, seen.chosen, seen.all_reduces, made, TOLERANCE)
-    if dropped:
+    simulated = simulate(lm, prompts, continuations=planned.tokens, drops=drops)
+    simulated_dense = simulate(lm, prompts, continuations=dense.tokens, drops=NOTHING_DROPPED)
+    rows = [
+        *compare_run("plan", planned, simulated=simulated, all_reduces=_all_reduces(lm, drops), tolerance=TOLERANCE),
+        *compare_run(
+            "dense",
+            dense,
+            simulated=simulated_dense,
+            all_reduces=_all_reduces(lm, NOTHING_DROPPED),
+            tolerance=TOLERANCE,
+        ),
+    ]
+    if drops:
         expected = largest_difference(simulated.prompt, simulated_dense.prompt)
         found = largest_difference(planned.prompt, dense.prompt)
         near = abs(expected - found) <= 2 * TOLERANCE
-        rows.append(Row("plan against dense: max |Δ log p|", f"{expected:.4f}", f"{found:.4f}", near))
+        rows.append(CheckRow("plan against dense: max |Δ log p|", f"{expected:.4f}", f"{found:.4f}", near))
     return rows
 
 
-def _all_reduces(lm: TensorParallelLM, dropped: int) -> int:
-    """Two a block, one for the vocabulary-parallel embedding, less the sync points dropped; none on one rank."""
-    return 2 * lm.num_blocks + 1 - dropped if lm.comm.size > 1 else 0
+def _all_reduces(lm: TensorParallelLM, drops: Drops) -> int:
+    """Return two a block, one for the vocabulary-parallel embedding, less the sync points dropped; 0 on one rank."""
+    return len(SUBLAYERS) * lm.num_blocks + 1 - len(drops) if lm.comm.size > 1 else 0

@@ -1,6 +1,6 @@
 """From an engine configuration with a plan to one whose workers run it, or one sentence why they cannot.
 
-Runs once, where the engine is configured: the workers get the strategies themselves, and read nothing but their rank's
+Runs once, where the engine is configured: the workers get the drops themselves, and read nothing but their rank's
 predictors, from the file whose hash they got. All of it stands in `additional_config`, which vLLM's compile cache has
 in its key, so that code compiled for one plan never serves another.
 """
@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from spd_calib.errors import InputError
-from spd_calib.formats.files import read, sha256_of
+from spd_calib.formats.files import sha256_of
 from spd_calib.formats.plan import Plan
-from spd_calib.parallel.compensation import load_compensation
+from spd_calib.models.plan_files import load_plan
 
 from .layers import FORMS
+from .rows import to_rows
 
 PLAN, ENVIRONMENT, RESOLVED = "spd_plan", "SPD_PLAN", "spd_calib"
 WORKERS = {
-    "vllm.v1.worker.gpu_worker.Worker": "spd_calib.runtimes.vllm.gpu_worker.PlannedWorker",
-    "vllm.v1.worker.cpu_worker.CPUWorker": "spd_calib.runtimes.vllm.cpu_worker.PlannedWorker",
+    "vllm.v1.worker.gpu_worker.Worker": "spd_calib.runtimes.vllm.gpu_worker.PlannedGPUWorker",
+    "vllm.v1.worker.cpu_worker.CPUWorker": "spd_calib.runtimes.vllm.cpu_worker.PlannedCPUWorker",
 }
 """vLLM's worker classes -> those that apply a plan once the model is loaded."""
 
@@ -32,16 +33,15 @@ def configure(config: Any) -> None:
     path = plan_path(config)
     if path is None:
         return
-    plan = read(Plan, path)
-    check(plan, path, config)
-    load_compensation(plan, path, ranks=())  # that the file is there, whole, and the plan's
+    plan, drops = load_plan(path, ranks=())  # no predictor yet, but their file must be there, whole, and the plan's
+    check(plan, path, config=config)
     config.additional_config = {
         **config.additional_config,
         PLAN: str(path),
         RESOLVED: {
             "sha256": sha256_of(path),
-            "attention": [str(s) for s in plan.strategies],
-            "mlp": [str(s) for s in plan.mlp_strategies],
+            "blocks": plan.model.num_blocks,
+            "drops": to_rows(drops),
             "compensation": plan.compensation.sha256 if plan.compensation else None,
         },
     }
@@ -49,7 +49,7 @@ def configure(config: Any) -> None:
 
 
 def plan_path(config: Any) -> Path | None:
-    """Where the plan lies: `additional_config["spd_plan"]`, else the environment's SPD_PLAN, else nowhere."""
+    """Return where the plan lies: `additional_config["spd_plan"]`, else the environment's SPD_PLAN, else None."""
     additional = config.additional_config
     if not isinstance(additional, dict):
         if os.environ.get(ENVIRONMENT):
@@ -63,9 +63,9 @@ def plan_path(config: Any) -> Path | None:
     return Path(named).expanduser().resolve()
 
 
-def check(plan: Plan, path: Path, config: Any) -> None:
-    """Everything that can be known before a process is started. Raises InputError with the reason."""
-    parallel, model = config.parallel_config, config.model_config
+def check(plan: Plan, path: Path, *, config: Any) -> None:
+    """Check all that can be known before a process is started. Raises InputError with the reason."""
+    parallel, model, cache = config.parallel_config, config.model_config, config.cache_config.cache_dtype
     architecture = model.architecture
     if unknown := sorted(set(plan.requires) - SUPPORTED):
         raise InputError(f"{path} requires {unknown[0]!r}, which the vLLM runtime does not have.")
@@ -88,14 +88,22 @@ def check(plan: Plan, path: Path, config: Any) -> None:
         ("a quantised model", config.quant_config is not None or model.quantization is not None),
         ("LoRA adapters", config.lora_config is not None),
         ("speculative decoding", config.speculative_config is not None),
+        ("weights offloaded to the CPU", _offloads(config.offload_config)),
+        (f"a KV cache in {cache}", cache not in ("auto", str(model.dtype).removeprefix("torch."))),
     ):
         if used:
             raise InputError(f"{path} cannot be run with {what}: the vLLM runtime of spd-calib does not support it.")
-    _check_same_model(plan, path, model)
+    _check_same_model(plan, path, model=model)
 
 
-def _check_same_model(plan: Plan, path: Path, model: Any) -> None:
-    """The plan's model and the one vLLM would load: architecture, number of blocks, and every weight on disk.
+def _offloads(offload: Any) -> bool:
+    """Say whether layers would wait for weights that lie elsewhere: vLLM wraps their forward to that end."""
+    prefetches = offload.offload_backend == "prefetch" or offload.prefetch.offload_group_size > 0
+    return prefetches or offload.uva.cpu_offload_gb > 0
+
+
+def _check_same_model(plan: Plan, path: Path, *, model: Any) -> None:
+    """Compare the plan's model with the one vLLM would load: architecture, number of blocks, and every weight on disk.
 
     Not config_hash: it is of the configuration as one version of transformers fills it in, and vLLM may bring another.
     """

@@ -3,24 +3,16 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spd_calib.errors import InputError, SpdError
+from spd_calib.formats.drops import Drops
+from spd_calib.runtimes.observed import Observed
+
+from .rows import to_rows
 
 EXTENSION = "spd_calib.runtimes.vllm.extension.CheckExtension"
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What an engine did with some prompts; one list a prompt."""
-
-    prompt: list[list[float]]  # log p of every prompt token but the first
-    tokens: list[list[int]]  # greedy continuation
-    chosen: list[list[float]]  # log p of its tokens
-    all_reduces: list[list[int]]  # one list a rank: how many in each forward
-    vocabulary: list[list[int]]  # one pair a rank: the first token of its part of the head, and the one behind the last
 
 
 class Engine:
@@ -28,36 +20,39 @@ class Engine:
 
     def __init__(self, llm: Any):
         self.llm = llm
-        self._call("spd_all_reduces")
+        self.call("spd_all_reduces")
 
-    def set(self, attention: Sequence[str], mlp: Sequence[str] | None = None, compensated: Path | None = None) -> None:
-        """Swap the plan in place, with the predictors beside the plan `compensated`, if given.
+    def set(self, drops: Drops, *, predictors_of: Path | None = None) -> None:
+        """Swap the strategies of `drops` in, in place, with the predictors that the plan `predictors_of` has for them.
 
-        Raises SpdError where a worker could not.
+        Predictors in `drops` itself are not looked at: every worker reads its own from the plan's file. Raises SpdError
+        where a worker could not.
         """
-        mlp = mlp or ["keep_sync"] * len(attention)
-        self._call("spd_set", list(map(str, attention)), list(map(str, mlp)), compensated and str(compensated))
+        self.call("spd_set", to_rows(drops), predictors_of and str(predictors_of))
 
-    def see(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Seen:
+    def observe(self, prompts: Sequence[Sequence[int]], *, new_tokens: int) -> Observed:
         """Run prompts of token ids, and continue each by `new_tokens` greedy ones."""
         from vllm import SamplingParams
 
-        self._call("spd_all_reduces")
+        self.call("spd_all_reduces")
         greedy = SamplingParams(
             temperature=0, max_tokens=new_tokens, ignore_eos=True, prompt_logprobs=0, logprobs=0, detokenize=False
         )
         outputs = self.llm.generate([{"prompt_token_ids": list(p)} for p in prompts], greedy, use_tqdm=False)
         tokens = [list(o.outputs[0].token_ids) for o in outputs]
-        return Seen(
+        return Observed(
             prompt=[_of(o.prompt_logprobs[1:], p[1:]) for o, p in zip(outputs, prompts, strict=True)],
             tokens=tokens,
             chosen=[_of(o.outputs[0].logprobs, t) for o, t in zip(outputs, tokens, strict=True)],
-            all_reduces=self._call("spd_all_reduces"),
-            vocabulary=self._call("spd_vocabulary"),
+            all_reduces=self.call("spd_all_reduces"),
         )
 
-    def _call(self, method: str, *args: Any) -> list[Any]:
-        """What each rank's CheckExtension returns. Raises SpdError where that is an error."""
+    def vocabulary(self) -> list[slice]:
+        """Return the part of the vocabulary that each rank's output head computes."""
+        return [slice(*part) for part in self.call("spd_vocabulary")]
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        """Return what each rank's worker extension returns. Raises SpdError where that is an error."""
         results = self.llm.collective_rpc(method, args=args)
         if errors := [r for r in results if isinstance(r, str)]:
             raise SpdError(f"vLLM's workers report: {errors[0]}")
@@ -69,7 +64,7 @@ def _of(positions: Sequence[dict[int, Any]], tokens: Sequence[int]) -> list[floa
 
 
 @contextmanager
-def start(folder: Path, tp: int, max_length: int, plan: Path | None = None, **options: Any) -> Iterator[Engine]:
+def start(folder: Path, *, tp: int, max_length: int, plan: Path | None = None, **options: Any) -> Iterator[Engine]:
     """Start vLLM on a model folder, with a plan as `vllm serve --additional-config` would; `options` as LLM's own.
 
     Raises InputError where vLLM is not installed or the plan is refused, SpdError where vLLM does not start.
@@ -87,7 +82,7 @@ def start(folder: Path, tp: int, max_length: int, plan: Path | None = None, **op
         "disable_log_stats": True,
         **options,
     }
-    with _environment(tp):
+    with vllm_environment(tp):
         try:
             from vllm import LLM
         except ImportError:
@@ -108,12 +103,12 @@ def start(folder: Path, tp: int, max_length: int, plan: Path | None = None, **op
             yield engine
         finally:
             llm.llm_engine.engine_core.shutdown()
-            _remove(names)
+            remove_shared_memory(names)
 
 
 @contextmanager
-def _environment(tp: int) -> Iterator[None]:
-    """Settings vLLM reads from the environment, where the user has not made them; taken back afterwards."""
+def vllm_environment(tp: int) -> Iterator[None]:
+    """Make the settings that vLLM reads from the environment, where the user has not; taken back afterwards."""
     cores = sorted(os.sched_getaffinity(0))
     share = max(1, len(cores) // tp)
     bound = [",".join(str(cores[(rank * share + i) % len(cores)]) for i in range(share)) for rank in range(tp)]
@@ -137,8 +132,8 @@ def _environment(tp: int) -> Iterator[None]:
             os.environ.pop(name, None)
 
 
-def _remove(names: set[str]) -> None:
-    """The shared memory files of this engine, which vLLM leaves behind when its processes are ended."""
+def remove_shared_memory(names: set[str]) -> None:
+    """Remove an engine's shared memory files, which vLLM leaves behind when its processes are ended."""
     for folder in (Path("/dev/shm"), Path("/tmp")):
         for path in folder.glob("vllm_dist_*"):
             if any(name and path.name.startswith(name) for name in names):

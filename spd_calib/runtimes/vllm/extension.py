@@ -8,24 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from .layers import apply
-from .worker import of_this_rank
+from .worker import drops_of_this_rank
 
 
 class CheckExtension:
-    def spd_set(self: Any, attention: list[str], mlp: list[str], compensated: str | None = None) -> str | None:
-        """Swap the plan in place (eager mode only: compiled code would not notice); None, or what went wrong.
+    def spd_set(self: Any, rows: list[dict[str, Any]], predictors_of: str | None = None) -> str | None:
+        """Swap drops (rows.to_rows) in, in place; return None, or what went wrong.
 
-        `compensated`: path of a plan whose predictors are to be used.
+        In eager mode only: compiled code would not notice. `predictors_of`: path of a plan whose predictors are used.
         """
         try:
-            predictors = of_this_rank(Path(compensated)) if compensated else {}
-            apply(self.model_runner.get_model(), attention, mlp, predictors)
+            drops = drops_of_this_rank(rows, Path(predictors_of) if predictors_of else None)
+            apply(self.model_runner.get_model(), drops)
         except Exception as e:
             return f"{type(e).__name__}: {e}"
         return None
 
     def spd_all_reduces(self: Any) -> list[int] | str:
-        """All-reduces of each forward since the last call, on this rank; the first call starts the counting."""
+        """Return the all-reduces of each forward since the last call, on this rank; the first call starts counting."""
         try:
             counts = vars(self).setdefault("spd_counts", [])
             if "spd_counting" not in vars(self):
@@ -38,7 +38,7 @@ class CheckExtension:
         return made
 
     def spd_vocabulary(self: Any) -> list[int] | str:
-        """First token id and the one behind the last that this rank's part of the output head computes."""
+        """Return the first token id, and the one behind the last, that this rank's part of the output head computes."""
         try:
             part = self.model_runner.get_model().lm_head.shard_indices
         except Exception as e:
@@ -46,7 +46,7 @@ class CheckExtension:
         return [part.org_vocab_start_index, part.org_vocab_end_index]
 
     def spd_shared_memory(self: Any) -> str:
-        """What the names of this engine's files in /dev/shm contain, or nothing."""
+        """Return what the names of this engine's files in /dev/shm contain, or ''."""
         return os.environ.get("VLLM_DIST_IDENT", "")
 
 

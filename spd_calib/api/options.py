@@ -1,0 +1,36 @@
+"""Options that several calls share."""
+
+from dataclasses import dataclass, replace
+
+from spd_calib.errors import InputError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where and how a model runs. `dtype` None: as the file that is read says, or float32; `device` auto: a GPU if any.
+
+    `stream` reads each block's weights from disk when the block is to run.
+    """
+
+    device: str = "auto"
+    dtype: str | None = None
+    batch_size: int = 8
+    seed: int = 0
+    stream: bool = False
+
+    def resolved(self, dtype: str = "float32") -> "RunOptions":
+        """Return the options with a device and a dtype that say what they are; `dtype` where none was given.
+
+        Raises InputError for a dtype that is none of DTYPES.
+        """
+        import torch
+
+        chosen = self.dtype or dtype
+        if chosen not in DTYPES:
+            raise InputError(f"`dtype` {chosen!r} is none of {', '.join(DTYPES)}.")
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return replace(self, device=device, dtype=chosen)

@@ -1,0 +1,286 @@
+"""From a profile and a budget to a verified plan."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from spd_calib.errors import InputError
+from spd_calib.formats.files import dumps, write_bytes, write_text
+from spd_calib.formats.pareto import Pareto
+from spd_calib.formats.plan import Budget, Plan
+from spd_calib.formats.profile import Comparison, Profile
+from spd_calib.parallel.session import Session
+from spd_calib.planning.budget_options import Amount, BudgetOptions, budget_for
+from spd_calib.planning.candidates import candidates
+from spd_calib.planning.latency import LatencyModel, Phase
+from spd_calib.planning.pareto import pareto_of
+from spd_calib.planning.plan import make_plan
+from spd_calib.planning.whole_plans import Calibration, HeldOut, measure_plans
+from spd_calib.sensitivity.measure import Subject
+from spd_calib.sensitivity.metrics import Tally
+from spd_calib.sensitivity.text import Text
+
+from .latency import LatencyOptions, latency_models
+from .opening import Model, document_of, resolved_for
+from .options import RunOptions
+from .progress import SILENT, Progress
+from .provenance import provenance
+from .recovered import RecoveredCheckpoint, open_profiled
+from .tasks import TaskOptions
+from .text import reload_texts, verification_rounds
+
+
+@dataclass(frozen=True)
+class PlanningResult:
+    """A plan, and what was found on the way to it.
+
+    given_back: how many sync points held-out text showed to be too many, after they had been chosen.
+    compared: what the plan and the baseline sets of its size cost on the calibration text, by name; empty unless asked
+    for. pareto: the cheapest set of every size, with what was measured of them. predictors: for a recovered checkpoint,
+    the content of the file that the plan names.
+    """
+
+    plan: Plan
+    given_back: int
+    compared: Mapping[str, Comparison]
+    pareto: Pareto
+    predictors: bytes | None = field(default=None, repr=False)
+
+    def write(self, path: Path) -> None:
+        """Write the plan to `path`, and the predictors that it names beside it. Raises as files.write_bytes does."""
+        if self.predictors is not None and self.plan.compensation is not None:
+            write_bytes(path.parent / self.plan.compensation.file, self.predictors)
+        write_text(path, dumps(self.plan))
+
+
+def plan(
+    profile: Profile | Path | str,
+    *,
+    max_kl: Amount | None = None,
+    max_ppl_increase: Amount | None = None,
+    max_accuracy_drop: Amount | None = None,
+    max_logprob_diff: Amount | None = None,
+    min_speedup: Amount | None = None,
+    drop: int | str | None = None,
+    tau1: float | None = None,
+    tau2: float | None = None,
+    each_text: bool = False,
+    strategies: Sequence[str] | None = None,
+    tasks: TaskOptions | None = None,
+    latency: LatencyOptions | None = None,
+    compare: bool = False,
+    model: Model | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    run: RunOptions = RunOptions(),
+    progress: Progress = SILENT,
+) -> Plan:
+    """Return a plan of the sync points to drop within exactly one budget, verified as a whole on held-out text.
+
+    Args:
+        profile: the document, or the path of its file.
+        max_kl: KL(dense || planned), nats per token: 0.05.
+        max_ppl_increase: relative: 0.01, or '1%'.
+        max_accuracy_drop: a fraction of next tokens or, with `tasks`, of lm-eval documents: 0.01 is one point.
+        max_logprob_diff: the largest |delta log p| of any token, anywhere.
+        min_speedup: share of a step's time to save by the model of `latency`: '10%'.
+        drop: a number of sync points, or a share of those profiled: 5, '60%'.
+        tau1, tau2: the paper's thresholds, points of perplexity: drop up to tau1, extremely sensitive above tau2.
+        each_text: keep the budget on each of the profile's texts, not on their mean.
+        strategies: 'block_drop', 'plain_drop' (default: those profiled).
+        tasks: lm-eval tasks; every second document chooses, the others verify.
+        latency: the machine to model latency on.
+        compare: measure baseline sets of the same size, too; the best of all is taken (see plan_with_details).
+        model: where the model is, or the model itself (default: where the profile says).
+        tokenizer: of a model in memory.
+        run: device, dtype (default: the profile's) and batch size; the seed is the profile's.
+        progress: callbacks, told how far it is.
+
+    Raises InputError for what cannot be used, SpdError where the budget cannot be met.
+    """
+    asked = BudgetOptions(
+        max_kl=max_kl,
+        max_ppl_increase=max_ppl_increase,
+        max_accuracy_drop=max_accuracy_drop,
+        max_logprob_diff=max_logprob_diff,
+        min_speedup=min_speedup,
+        drop=drop,
+        tau1=tau1,
+        tau2=tau2,
+        each_text=each_text,
+        strategies=strategies,
+    )
+    return plan_with_details(
+        profile,
+        asked,
+        tasks=tasks,
+        latency=latency,
+        compare=compare,
+        model=model,
+        tokenizer=tokenizer,
+        run=run,
+        progress=progress,
+    ).plan
+
+
+def plan_with_details(
+    profile: Profile | Path | str,
+    asked: BudgetOptions,
+    *,
+    tasks: TaskOptions | None = None,
+    latency: LatencyOptions | None = None,
+    compare: bool = False,
+    model: Model | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    run: RunOptions = RunOptions(),
+    progress: Progress = SILENT,
+) -> PlanningResult:
+    """Return the plan that `plan` returns, with what was found on the way; the budget is in `asked`.
+
+    A plan of a recovered checkpoint names a file of predictors: PlanningResult.write writes both. Arguments and errors
+    are those of `plan`.
+    """
+    inputs = _open(
+        profile,
+        asked,
+        tasks=tasks,
+        latency=latency,
+        model=model,
+        tokenizer=tokenizer,
+        run=run,
+        progress=progress,
+    )
+    subject, recovered = inputs.load(), inputs.recovered
+    calibration, held_out = _texts(inputs, subject, progress=progress)
+    file, content = (recovered.predictors() if recovered else None) or (None, None)
+    made_by = provenance(inputs.run)
+    planned = make_plan(
+        inputs.profile,
+        inputs.reached,
+        calibration=calibration,
+        held_out=held_out,
+        module_paths=subject.lm.module_paths,
+        provenance=made_by,
+        compare=compare,
+        recovered=recovered.plan if recovered else None,
+        predictors=file,
+    )
+    modelled = [model_of.latency(len(planned.plan.drops)) for model_of in inputs.models.values()]
+    return PlanningResult(
+        plan=planned.plan.model_copy(update={"budget": inputs.budget, "latency": modelled}),
+        given_back=planned.choice.given_back,
+        compared=planned.compared,
+        pareto=pareto_of(
+            inputs.profile,
+            provenance=made_by,
+            strategies=asked.strategies,
+            measured=calibration.measured,
+            latency=inputs.models,
+        ),
+        predictors=content,
+    )
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a plan is made from, before any weight is loaded.
+
+    `budget` is what was asked for, `reached` what is searched for: of a share of time to save, the number of drops that
+    save it. `suites` are the tasks to choose by and those to verify on, if a budget is of tasks.
+    """
+
+    profile: Profile
+    budget: Budget
+    reached: Budget
+    session: Session
+    recovered: RecoveredCheckpoint | None
+    models: Mapping[Phase, LatencyModel]
+    texts: list[Text]
+    suites: list[Any]
+    run: RunOptions
+
+    def load(self) -> Subject:
+        """Return the model that whole plans are measured on."""
+        if self.recovered:
+            return self.recovered.subject(self.session, self.run)
+        return Subject(self.session.load(self.run.device, str(self.run.dtype), seed=self.run.seed))
+
+
+def _open(
+    profile: Profile | Path | str,
+    asked: BudgetOptions,
+    *,
+    tasks: TaskOptions | None,
+    latency: LatencyOptions | None,
+    model: Model | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    run: RunOptions,
+    progress: Progress,
+) -> _Inputs:
+    """Check what is asked for, open the model and read the profile's text again."""
+    measured, path = document_of(Profile, profile)
+    budget = budget_for(measured, asked)
+    _check_tasks(budget, tasks)
+    if budget.kind == "min_speedup" and latency is None:
+        raise InputError("`min_speedup` needs `hardware`: a hardware.json, a CSV or a table's name.")
+    session, recovered = open_profiled(measured, path=path, model=model, tokenizer=tokenizer)
+    before = recovered.plan if recovered else None
+    models = latency_models(session, latency, recovered=before, progress=progress) if latency else {}
+    resolved = replace(resolved_for(session, run, dtype=measured.provenance.dtype), seed=measured.provenance.seed)
+    suites = [tasks.load(seed=resolved.seed, half=half) for half in (0, 1)] if tasks else []
+    if suites:
+        budget = budget.model_copy(update={"tasks": list(suites[0].loaded["tasks"])})
+    return _Inputs(
+        profile=measured,
+        budget=budget,
+        reached=_as_drops(measured, budget, models[latency.phase]) if latency else budget,
+        session=session,
+        recovered=recovered,
+        models=models,
+        texts=reload_texts(session, measured, path=path),
+        suites=suites,
+        run=resolved,
+    )
+
+
+def _check_tasks(budget: Budget, tasks: TaskOptions | None) -> None:
+    """Raise InputError where there are tasks that the budget is not about."""
+    if tasks is not None and budget.kind != "max_accuracy_drop":
+        raise InputError("`tasks` belongs to `max_accuracy_drop`: leave it out, or give that budget.")
+    if tasks is not None and budget.each_text:
+        raise InputError("`tasks` are of no text, so there is nothing to keep on each: leave `each_text` out.")
+
+
+def _as_drops(profile: Profile, budget: Budget, model: LatencyModel) -> Budget:
+    """Return the number of drops that saves the share of time asked for; any other budget as it is."""
+    if budget.kind != "min_speedup":
+        return budget
+    settled = len(profile.settled)
+    needed = model.drops_for(budget.value, available=settled + len(candidates(profile, budget)))
+    return budget.model_copy(update={"kind": "drop", "value": float(max(settled, needed))})
+
+
+def _texts(inputs: _Inputs, subject: Subject, *, progress: Progress) -> tuple[Calibration, HeldOut]:
+    """Return what measures whole plans on the calibration text, and what verifies them on held-out text."""
+    losses = [
+        suite.losing(subject.lm, subject.dense, inputs.session.tokenizer, inputs.run.batch_size)
+        for suite in inputs.suites
+    ] or [None, None]
+    measure = partial(
+        measure_plans,
+        subject=subject,
+        batch_size=inputs.run.batch_size,
+        expect=progress.expect,
+        tick=partial(_tick, progress),
+    )
+    calibration = partial(measure, texts=[text.calibration for text in inputs.texts], task_loss=losses[0])
+    rounds = verification_rounds(inputs.session, inputs.texts)
+    held_out = partial(measure, task_loss=losses[1])
+    return Calibration(calibration), HeldOut(rounds, measure=held_out, same_documents=bool(inputs.suites))
+
+
+def _tick(progress: Progress, plan: int, tally: Tally | None) -> None:
+    progress.step("")

@@ -1,0 +1,178 @@
+"""Winning back what a plan costs: from a plan and text to a checkpoint with a plan in it."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from spd_calib.errors import InputError
+from spd_calib.formats.files import dumps, sha256_of
+from spd_calib.formats.plan import Plan
+from spd_calib.models.load import load_dense
+from spd_calib.parallel.comm import DistributedComm
+from spd_calib.parallel.distributed import from_main_rank, local_device
+from spd_calib.ranks import is_main_rank, world_size
+from spd_calib.recovery import checkpoint
+from spd_calib.recovery.block_tiers import drops_to_recover, tiers_of
+from spd_calib.recovery.distillation import Schedule
+from spd_calib.recovery.held_out import HeldOut
+from spd_calib.recovery.journal import TensorJournal
+from spd_calib.recovery.options import METHODS, RecoveryMethod, RecoveryOptions
+from spd_calib.recovery.planned_model import PlannedModel
+from spd_calib.recovery.recover import recover as treat
+from spd_calib.recovery.recovered_plan import Measured, recovered_plan
+from spd_calib.sensitivity.text import Text
+from spd_calib.sensitivity.tiers import Tier
+
+from .opening import document_of, open_model_of, resolved_for
+from .options import RunOptions
+from .progress import SILENT, Progress
+from .provenance import provenance
+from .text import TextSelection, load_texts_for
+
+
+def recover(
+    plan: Plan | Path | str,
+    output: Path | str,
+    *,
+    data: str,
+    model: str | Path | None = None,
+    text: TextSelection = TextSelection(max_samples=512),
+    methods: Sequence[str] = METHODS,
+    max_rank: int | None = None,
+    exchange: float = 1.0,
+    tau1: float | None = None,
+    tau2: float | None = None,
+    steps: int = 200,
+    final_steps: int = 200,
+    rate: float = 0.01,
+    run: RunOptions = RunOptions(batch_size=16),
+    progress: Progress = SILENT,
+) -> Plan:
+    """Treat the blocks that a plan drops, write the checkpoint into the new folder `output`, and return its plan.
+
+    What is found on the way lies in OUTPUT.partial until it is done, from where a run that was killed goes on. Under
+    torchrun the processes train together, and all return the plan that the main one writes.
+
+    Args:
+        plan: as `plan` returned it, or its file.
+        output: a folder that does not exist, or is empty.
+        data: the text to fit on: 'demo', a file, or a hub data set as NAME:CONFIG:SPLIT.
+        model: where the model is, in place of what the plan says.
+        text: which sequences of it are used; a fifth of `max_samples` judges, the rest is fitted on. The lengths are by
+            default those of the text that the plan was verified on.
+        methods: some of 'grouping', 'compensation' and 'distillation'.
+        max_rank: bound on the predictors' rank; 0 allows the mean alone (default: the full predictor, too).
+        exchange: what one per cent more weights of a block must explain, in per cent of what its ranks miss.
+        tau1, tau2: blocks up to tau1 of KL are left alone, blocks above tau2 regrouped (default: see block_tiers).
+        steps, final_steps: of training a block, and of training all treated blocks together at the end.
+        rate: of training, relative to each weight's size.
+        run: device, dtype (default: the plan's), batch size, seed.
+        progress: callbacks, told how far it is.
+
+    Raises InputError for a plan, a text or an option that cannot be used, SpdError where the disk refuses.
+    """
+    options = RecoveryOptions(
+        methods=_checked_methods(methods),
+        max_rank=max_rank,
+        exchange=exchange,
+        batch_size=run.batch_size,
+        seed=run.seed,
+        block_schedule=Schedule(steps=steps, rate=rate, seed=run.seed),
+        whole_schedule=Schedule(steps=final_steps, rate=rate, seed=run.seed),
+    )
+    output = Path(output)
+    document, path = document_of(Plan, plan)
+    tiers, whence = tiers_of(document, tau1=tau1, tau2=tau2)
+    checkpoint.check_output(output)
+    session = open_model_of(document, path=path, model=model, replicas=True)
+    if (source := session.source) is None:
+        raise InputError("Recovery writes a folder like the one the model came from; give that folder as `model`.")
+    run = resolved_for(session, run, dtype=document.provenance.dtype)
+    run = replace(run, device=local_device(run.device))
+    found = load_texts_for(session, [data], _like_the_plans(text, document))[0]
+    judged = max(2, len(found.calibration) // 5)
+    fitting, judging = found.calibration[:-judged], found.calibration[-judged:]
+    _announce(progress, found, judged=judged, tiers=tiers, whence=whence)
+    dense = load_dense(source, session.config, device=run.device, dtype=str(run.dtype))
+    planned = PlannedModel(dense, session.tp, drops_to_recover(document))
+    identity = {
+        "plan": sha256_of(path) if path else hashlib.sha256(dumps(document).encode()).hexdigest(),
+        "text": found.calibration_ref().sha256,
+        "options": repr(options),
+        "dtype": run.dtype,
+        "tiers": repr(tiers),
+    }
+    progress.expect(_steps_at_most(tiers, options))
+    made: Plan | None = None
+    with TensorJournal(output.absolute().parent / f"{output.name}.partial", identity) as journal:
+        report = treat(
+            planned,
+            fitting=fitting,
+            held_out=judging,
+            tiers=tiers,
+            options=options,
+            journal=journal,
+            tick=progress.step,
+            replicas=DistributedComm() if world_size() > 1 else None,
+        )
+        if is_main_rank():
+            checkpoint.round_to_storage(planned, checkpoint.storage_dtype(source))
+            measured = Measured(
+                judged=HeldOut(planned, judging, batch_size=run.batch_size).measure(),
+                verified=HeldOut(planned, found.verification, batch_size=run.batch_size).measure(),
+                text=found.verification_ref(),
+            )
+            made = checkpoint.write_checkpoint(
+                output,
+                planned,
+                source=source,
+                make_plan=partial(
+                    recovered_plan, document, planned, report=report, measured=measured, provenance=provenance(run)
+                ),
+                report=report.json() | {"tiers_from": whence},
+            )
+            journal.remove()
+    made = from_main_rank(made)
+    assert made is not None
+    return made
+
+
+def _checked_methods(methods: Sequence[str]) -> tuple[RecoveryMethod, ...]:
+    """Return the methods, each once. Raises InputError for none, or one that is not known."""
+    wrong = [m for m in methods if m not in METHODS]
+    if wrong or not methods:
+        raise InputError(f"`methods` {wrong[0] if wrong else ''!r} is none of {', '.join(METHODS)}.")
+    return tuple(dict.fromkeys(methods))  # type: ignore[arg-type]
+
+
+def _like_the_plans(text: TextSelection, plan: Plan) -> TextSelection:
+    """Return the selection with the lengths, where it has none, of the text that the plan was verified on."""
+    used = plan.verified.text
+    return replace(
+        text,
+        seq_len=text.seq_len or used.seq_len,
+        min_len=text.min_len or (used.min_len if text.seq_len is None else None),
+        pack=text.pack or used.pack,
+    )
+
+
+def _announce(progress: Progress, text: Text, *, judged: int, tiers: Mapping[int, Tier], whence: str) -> None:
+    if text.note:
+        progress.say(text.note)
+    progress.say(whence + ": " + ", ".join(f"{block} {tier}" for block, tier in tiers.items()))
+    progress.say(
+        f"{len(text.calibration) - judged} sequences to fit on, {judged} to judge by, {len(text.verification)} to "
+        "verify on"
+    )
+
+
+def _steps_at_most(tiers: Mapping[int, Tier], options: RecoveryOptions) -> int:
+    """Return how many steps there will be: training may end early, and treatments that do nothing are left out."""
+    treated = sum(tier != "insensitive" for tier in tiers.values())
+    if not treated:
+        return 0
+    per_block, end = (-(-s.steps // s.check_every) + 1 for s in (options.block_schedule, options.whole_schedule))
+    trained = treated * per_block + end if "distillation" in options.methods else 0
+    return treated * len(set(options.methods) - {"distillation"}) + trained

@@ -1,0 +1,148 @@
+"""A checkpoint that `recover` wrote: its plan and predictors, and the dense model that it was made from."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from spd_calib.errors import InputError
+from spd_calib.formats.drops import SUBLAYERS, Drops, Point
+from spd_calib.formats.files import read, sha256_of
+from spd_calib.formats.plan import CompensationFile, Plan
+from spd_calib.formats.profile import Comparison, Profile, Recovered
+from spd_calib.models.plan_files import load_drops
+from spd_calib.parallel.model import TensorParallelLM
+from spd_calib.parallel.session import Session, check_same_model
+from spd_calib.sensitivity.measure import Subject
+
+from .opening import Model, named_by, open_model, open_model_of
+from .options import RunOptions
+from .text import TextSelection
+
+
+@dataclass(frozen=True)
+class RecoveredCheckpoint:
+    """What `recover` left in a checkpoint's folder; `plan` was read from `path`."""
+
+    plan: Plan
+    path: Path
+
+    @property
+    def sha256(self) -> str:
+        return sha256_of(self.path)
+
+    @property
+    def drops(self) -> Drops:
+        """Return what the checkpoint drops always, with its predictors. Raises InputError as plan_files.load_drops."""
+        return load_drops(self.plan, self.path)
+
+    def subject(self, session: Session, run: RunOptions) -> Subject:
+        """Return the recovered model, what it drops always, and the dense one it was made from, as `run` says.
+
+        The session is the checkpoint's own, `run` is resolved.
+        """
+        always = self.drops
+        lm = session.load(run.device, str(run.dtype), seed=run.seed, stream=run.stream)
+        return Subject(lm, always, load_original(self.plan, run, path=self.path))
+
+    def described(self, skip: int) -> str:
+        """Return in a sentence what it is; `skip` sequences of the text it was fitted on are left out."""
+        assert self.plan.recovered_from is not None
+        fitted = f"; the first {skip} sequences were fitted on, they are left out" if skip else ""
+        return (
+            f"recovered from {self.plan.recovered_from.id}, which everything is compared with; "
+            f"{len(self.plan.drops)} sync points stay dropped{fitted}"
+        )
+
+    def part(self, alone: Comparison) -> Recovered:
+        """Return what a profile says of it; `alone` is what it costs with nothing dropped but what it drops always."""
+        assert self.plan.recovered_from is not None
+        return Recovered(
+            recovered_from=self.plan.recovered_from,
+            plan_sha256=self.sha256,
+            settled=[Point(b, sublayer) for sublayer in SUBLAYERS for b in self.plan.drops.blocks(sublayer)],
+            alone=alone,
+        )
+
+    def predictors(self) -> tuple[CompensationFile, bytes] | None:
+        """Return the predictors' file for another plan of this checkpoint, under a name of its own, and its content."""
+        own = self.plan.compensation
+        if own is None:
+            return None
+        name = f"compensation-{own.sha256[:12]}.safetensors"
+        return CompensationFile(file=name, sha256=own.sha256), (self.path.parent / own.file).read_bytes()
+
+
+def find_recovered(session: Session) -> RecoveredCheckpoint | None:
+    """Return what `recover` left in the session's folder; None where it did not write it, and for a model in memory.
+
+    Raises InputError where the weights are not those it wrote, or for another TP size than its plan's.
+    """
+    if session.source is None:
+        return None
+    folder = session.source.folder
+    path = folder / "plan.json"
+    if not path.is_file() or b'"spd-calib/plan"' not in path.read_bytes():
+        return None
+    plan = read(Plan, path)
+    if plan.recovered_from is None:
+        return None
+    check_same_model(plan.model, session.ref)
+    ranks = plan.tensor_parallel.size
+    if ranks != session.tp:
+        raise InputError(f"{folder} was recovered for {ranks} ranks, not for {session.tp}; give `tp` {ranks}.")
+    return RecoveredCheckpoint(plan, path)
+
+
+def selection_beyond_fitted(
+    recovered: RecoveredCheckpoint, data: str, selection: TextSelection
+) -> tuple[int, TextSelection]:
+    """Return how many sequences at the beginning of `data` it was fitted on, and the lengths: by default those of then.
+
+    Raises InputError where it was fitted on `data` in other lengths.
+    """
+    text = recovered.plan.verified.text
+    if Path(text.source).expanduser().absolute() != Path(data).expanduser().absolute():
+        return 0, selection
+    fitted = replace(selection, seq_len=text.seq_len, min_len=text.min_len, pack=text.pack)
+    given = replace(
+        selection,
+        seq_len=selection.seq_len or text.seq_len,
+        min_len=selection.min_len or text.min_len,
+        pack=selection.pack or text.pack,
+    )
+    if given != fitted:
+        raise InputError(
+            f"{data} was fitted on in other lengths, and cannot be told from the rest; leave out seq_len, min_len and "
+            "`pack`, or give other text."
+        )
+    return text.first, fitted
+
+
+def open_profiled(
+    profile: Profile,
+    *,
+    path: Path | None = None,
+    model: Model | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> tuple[Session, RecoveredCheckpoint | None]:
+    """Return the model that a profile is of, and what `recover` left in its folder, where that was profiled.
+
+    The arguments are those of opening.open_model_of. Raises InputError where it is no longer the one profiled.
+    """
+    session = open_model_of(profile, path=path, model=model, tokenizer=tokenizer)
+    if profile.recovered is None:
+        return session, None
+    recovered = find_recovered(session)
+    if recovered is None or recovered.sha256 != profile.recovered.plan_sha256:
+        where = session.source.folder if session.source else "The model in memory"
+        raise InputError(f"{where} has another plan.json than when it was profiled; profile again.")
+    return session, recovered
+
+
+def load_original(plan: Plan, run: RunOptions, *, path: Path | None = None) -> TensorParallelLM:
+    """Return the dense model that a recovered checkpoint was made from, on as many ranks; `path` is the plan's file."""
+    assert plan.recovered_from is not None
+    ref = plan.recovered_from
+    session = open_model(named_by(ref, path), tp=plan.tensor_parallel.size, expected=ref)
+    return session.load(run.device, str(run.dtype), seed=run.seed, stream=run.stream)

@@ -1,0 +1,151 @@
+"""Which sync points of a model are dropped, and how: the one value that files, search, measuring and runtimes share."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as validated_dataclass
+
+
+class Strategy(StrEnum):
+    """What happens at a sync point (docs/design.md, section 2)."""
+
+    KEEP_SYNC = "keep_sync"
+    BLOCK_DROP = "block_drop"
+    PLAIN_DROP = "plain_drop"
+
+
+Sublayer = Literal["attention", "mlp"]
+SUBLAYERS: tuple[Sublayer, Sublayer] = ("attention", "mlp")
+
+
+@validated_dataclass(frozen=True, order=True, config=ConfigDict(extra="forbid"))
+class Point:
+    """A sync point of the model, behind a block's attention or its MLP; they sort in the order the model meets them."""
+
+    block: Annotated[int, Field(ge=0)]
+    sync_point: Sublayer
+
+    def __str__(self) -> str:
+        """Return 'block 3' or 'block 3 MLP', as tables and messages name it."""
+        return f"block {self.block}{' MLP' if self.sync_point == 'mlp' else ''}"
+
+
+@dataclass(frozen=True)
+class Drop:
+    """How one sync point is treated, and what each rank's MLP reads in place of its own partial sum, if predicted.
+
+    `predictors` holds a models.predictor.Predictor for each rank of this process, by rank; block_drop at an attention
+    only.
+    """
+
+    strategy: Strategy
+    predictors: Mapping[int, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.predictors is None:
+            return
+        if self.strategy != Strategy.BLOCK_DROP:
+            raise ValueError(f"predictors go with block_drop, not with {self.strategy}")
+        object.__setattr__(self, "predictors", MappingProxyType(dict(self.predictors)))
+
+
+KEPT = Drop(Strategy.KEEP_SYNC)
+
+
+@dataclass(frozen=True)
+class Drops:
+    """The sync points that are dropped and how each is; every other sync point is kept.
+
+    Immutable and hashable; iterating gives the points in the order the model meets them.
+    """
+
+    by_point: Mapping[Point, Drop] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        dropped = {p: d for p, d in sorted(self.by_point.items()) if d.strategy != Strategy.KEEP_SYNC}
+        if any(p.sync_point == "mlp" and d.strategy != Strategy.BLOCK_DROP for p, d in dropped.items()):
+            raise ValueError("an MLP sync point is kept or block-dropped")
+        if any(p.sync_point == "mlp" and d.predictors is not None for p, d in dropped.items()):
+            raise ValueError("predictors stand in for an attention's partial sum, not for an MLP's")
+        object.__setattr__(self, "by_point", MappingProxyType(dropped))
+
+    @classmethod
+    def of(cls, strategies: Mapping[Point, Strategy]) -> "Drops":
+        """Return the drops that treat each point named by its strategy, without predictors."""
+        return cls({point: Drop(strategy) for point, strategy in strategies.items()})
+
+    @classmethod
+    def of_blocks(cls, attention: Sequence[str], mlp: Sequence[str] = ()) -> "Drops":
+        """Return the drops given by one strategy a block, for the attentions and (default: all kept) for the MLPs."""
+        rows: Iterable[tuple[Sublayer, Sequence[str]]] = zip(SUBLAYERS, (attention, mlp), strict=True)
+        return cls.of({Point(i, sublayer): Strategy(s) for sublayer, row in rows for i, s in enumerate(row)})
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """Return the points that are dropped, in the order the model meets them."""
+        return tuple(self.by_point)
+
+    @property
+    def streams_differ(self) -> bool:
+        """Say whether the ranks' residual streams differ from the first plain_drop to the end."""
+        return any(drop.strategy == Strategy.PLAIN_DROP for drop in self.by_point.values())
+
+    @property
+    def requires_mlp_drop(self) -> bool:
+        """Say whether an MLP's sync point is dropped: what a runtime must know how to do ("mlp_drop" in a plan)."""
+        return any(p.sync_point == "mlp" for p in self.by_point)
+
+    def at(self, point: Point) -> Drop:
+        """Return how `point` is treated: KEPT where it is not dropped."""
+        return self.by_point.get(point, KEPT)
+
+    def strategy(self, point: Point) -> Strategy:
+        """Return the strategy at `point`: keep_sync where it is not dropped."""
+        return self.at(point).strategy
+
+    def blocks(self, sync_point: Sublayer) -> list[int]:
+        """Return the blocks whose sync point of this kind is dropped."""
+        return [p.block for p in self.by_point if p.sync_point == sync_point]
+
+    def only(self, points: Iterable[Point]) -> "Drops":
+        """Return these drops at `points` alone."""
+        wanted = set(points)
+        return Drops({p: d for p, d in self.by_point.items() if p in wanted})
+
+    def first_difference(self, other: "Drops") -> int | None:
+        """Return the first block that these drops treat otherwise than `other` does; None where both are the same.
+
+        Predictors are the same only where they are the same objects.
+        """
+        either = (p.block for p in (*self, *other) if self.at(p) != other.at(p))
+        return min(either, default=None)
+
+    def check_fits(self, num_blocks: int) -> None:
+        """Raise ValueError where a point is none that can be dropped in a model of `num_blocks` blocks."""
+        last = Point(num_blocks - 1, "attention")  # behind the last MLP no sync point follows that could settle a debt
+        for point in self.by_point:
+            if point > last:
+                raise ValueError(f"{point} is no sync point that can be dropped in a model of {num_blocks} blocks")
+
+    def __or__(self, other: "Drops") -> "Drops":
+        """Return both together; where both treat a point, as `other` does."""
+        return Drops({**self.by_point, **other.by_point})
+
+    def __iter__(self) -> Iterator[Point]:
+        return iter(self.by_point)
+
+    def __len__(self) -> int:
+        return len(self.by_point)
+
+    def __contains__(self, point: object) -> bool:
+        return point in self.by_point
+
+    def __hash__(self) -> int:
+        return hash(tuple((p, d.strategy) for p, d in self.by_point.items()))
+
+
+NOTHING_DROPPED = Drops()

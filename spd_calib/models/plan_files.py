@@ -1,0 +1,104 @@
+"""A plan and the predictors in the file beside it, from disk to the drops that a model runs."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from spd_calib.errors import InputError
+from spd_calib.formats.drops import Drop, Drops, Point
+from spd_calib.formats.files import read, sha256_of
+from spd_calib.formats.plan import Plan
+
+from .predictor import Predictor, predictor_shapes
+
+OfBlocks = dict[int, dict[int, Predictor]]  # predictors by block and rank
+
+
+def load_plan(path: Path, *, ranks: Iterable[int] | None = None) -> tuple[Plan, Drops]:
+    """Read a plan, and the drops that a model runs: its strategies and the predictors in the file beside it.
+
+    With `ranks`, the predictors of those alone; the tensors of the others are not read. Raises InputError where the
+    plan cannot be used, or where the file beside it is missing, lies elsewhere, is not the one the plan was written
+    with, or holds other tensors than the plan says.
+    """
+    plan = read(Plan, path)
+    return plan, load_drops(plan, path, ranks=ranks)
+
+
+def load_drops(plan: Plan, path: Path | None, *, ranks: Iterable[int] | None = None) -> Drops:
+    """Return the drops of a plan that was read from `path`, with its predictors; see load_plan.
+
+    A plan that comes from no file (`path` None) can have none: raises InputError where it has.
+    """
+    predictors = _load_predictors(plan, path, ranks)
+    return plan.drops | Drops(
+        {Point(i, "attention"): Drop(plan.blocks[i].strategy, of_ranks) for i, of_ranks in predictors.items()}
+    )
+
+
+def predictor_tensors(drops: Drops) -> dict[str, Tensor]:
+    """Return all predictors of `drops` as they are written beside a plan, float32 on the CPU; empty without any."""
+    return {
+        _tensor_name(point.block, rank, part): tensor.detach().to("cpu", torch.float32).contiguous()
+        for point in drops
+        for rank, predictor in (drops.at(point).predictors or {}).items()
+        for part, tensor in predictor.named_parameters()
+    }
+
+
+def _tensor_name(block: int, rank: int, part: str) -> str:
+    """Return the name of a tensor in the file beside the plan; part: bias, a, b or w."""
+    return f"blocks.{block}.ranks.{rank}.{part}"
+
+
+def _load_predictors(plan: Plan, plan_path: Path | None, ranks: Iterable[int] | None) -> OfBlocks:
+    if plan.compensation is None:
+        return {}
+    if plan_path is None:
+        raise InputError("The predictors of this plan lie in a file beside it; give the path of the plan's file.")
+    path = plan_path.parent / plan.compensation.file
+    if not path.is_file():
+        raise InputError(f"{plan_path} needs {path.name} beside it, and it is not there; copy both files together.")
+    if path.resolve().parent not in (plan_path.parent.resolve(), plan_path.resolve().parent):
+        # the hub's cache links both files to one folder; a link to anywhere else is not followed
+        raise InputError(f"{path} is a link that leaves the folder of {plan_path}; copy the file itself there.")
+    try:
+        if sha256_of(path) != plan.compensation.sha256:
+            raise InputError(f"{path} is not the file {plan_path} was written with; run `spd-calib recover` again.")
+        with safe_open(path, framework="pt") as file:
+            wanted = set(ranks) if ranks is not None else set(range(plan.tensor_parallel.size))
+            return _read_predictors(plan, plan_path, path=path, file=file, ranks=wanted)
+    except (SafetensorError, OSError):
+        raise InputError(f"{path} is not a whole safetensors file; run `spd-calib recover` again.") from None
+
+
+def _read_predictors(plan: Plan, plan_path: Path, *, path: Path, file: Any, ranks: set[int]) -> OfBlocks:
+    """Return what the open safetensors file holds for `ranks`; every name in it must be one of the plan's."""
+    names = set(file.keys())
+    found: OfBlocks = {}
+    for block in plan.blocks:
+        if (form := block.compensation) is None:
+            continue
+        found[block.index] = {}
+        for rank in range(plan.tensor_parallel.size):
+            named = {p: _tensor_name(block.index, rank, p) for p in predictor_shapes(form.kind, 1, d_rank=1, d=1)}
+            if rank not in ranks:
+                names -= set(named.values())
+                continue
+            parts = {p: file.get_tensor(n) if n in names else None for p, n in named.items()}
+            names -= set(named.values())
+            d, d_rank = (len(b) if (b := parts["bias"]) is not None and b.dim() == 1 else 0), 0
+            for inner in (parts.get("a"), parts.get("w")):
+                d_rank = inner.shape[0] if inner is not None else d_rank
+            expected = predictor_shapes(form.kind, form.rank, d_rank=d_rank, d=d)
+            for part, tensor in parts.items():
+                if tensor is None or tensor.shape != expected[part] or not tensor.isfinite().all():
+                    raise InputError(f"{path}: {named[part]} is missing or not what it should be.")
+            found[block.index][rank] = Predictor(**parts)  # type: ignore[arg-type]
+    if names:
+        raise InputError(f"{path} holds {min(names)}, which {plan_path} does not name.")
+    return found

@@ -1,0 +1,80 @@
+"""What a rank's MLP reads in place of its own partial sum: a prediction of the whole attention output.
+
+The predictor sees the rank's own head outputs z alone, so it needs no sync. It has three forms, with `partial` the
+rank's own partial sum (o_proj's bias left out of it, and of the prediction):
+
+    mean      partial + bias              free: a bias
+    low_rank  partial + bias + (z A) B    k * (d_rank + d) more weights
+    full      z W + bias                  d_rank * d more weights, one matrix product with o_proj's slice
+
+The residual stream still gets the exact partial sums; only what the MLP reads is predicted.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import Tensor, nn
+
+from spd_calib.errors import InputError
+
+PredictorKind = Literal["mean", "low_rank", "full"]
+
+
+class Predictor(nn.Module):
+    """One rank's predictor in one block. bias [d]; low_rank: a [d_rank, k], b [k, d]; full: w [d_rank, d]."""
+
+    bias: Tensor
+    a: Tensor | None
+    b: Tensor | None
+    w: Tensor | None
+
+    def __init__(self, bias: Tensor, *, a: Tensor | None = None, b: Tensor | None = None, w: Tensor | None = None):
+        super().__init__()
+        for name, tensor in (("bias", bias), ("a", a), ("b", b), ("w", w)):
+            setattr(self, name, None if tensor is None else nn.Parameter(tensor, requires_grad=False))
+
+    @property
+    def kind(self) -> PredictorKind:
+        return "full" if self.w is not None else "low_rank" if self.a is not None else "mean"
+
+    @property
+    def rank(self) -> int:
+        """Return k of the low-rank form; 0 for the others."""
+        return self.a.shape[1] if self.a is not None else 0
+
+    def forward(self, z: Tensor, partial: Tensor) -> Tensor:
+        """Predict the sum of all ranks' partial sums.
+
+        z [B, T, d_rank] enters the rank's slice of o_proj; partial and what is returned are [B, T, d].
+        """
+        if self.w is not None:
+            return z @ self.w + self.bias
+        predicted = partial + self.bias
+        return predicted if self.a is None or self.b is None else predicted + z @ self.a @ self.b
+
+    def like(self, other: Tensor) -> "Predictor":
+        """Return the predictor on the device and in the dtype of `other`: itself where it is there already."""
+        if self.bias.dtype == other.dtype and self.bias.device == other.device:
+            return self
+        return copy.deepcopy(self).to(other)
+
+
+def predictor_shapes(kind: PredictorKind, k: int, *, d_rank: int, d: int) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of one rank's predictor, by its name; `k` is the rank of the low-rank form."""
+    forms: dict[str, dict[str, tuple[int, ...]]] = {
+        "mean": {"bias": (d,)},
+        "low_rank": {"bias": (d,), "a": (d_rank, k), "b": (k, d)},
+        "full": {"bias": (d,), "w": (d_rank, d)},
+    }
+    return forms[kind]
+
+
+def check_predictors(block: int, predictors: Mapping[int, Predictor], *, d_rank: int, d: int) -> None:
+    """Raise InputError unless every predictor (by rank) reads d_rank head outputs and gives d values."""
+    for rank, p in predictors.items():
+        found = {name: tuple(t.shape) for name, t in p.named_parameters()}
+        if found != predictor_shapes(p.kind, p.rank, d_rank=d_rank, d=d):
+            raise InputError(
+                f"The compensation of block {block}, rank {rank}, does not fit the model's heads and width."
+            )

@@ -1,0 +1,77 @@
+"""The latency model of a machine: from its rates, or from the steps that `spd-calib bench` timed on it."""
+
+from spd_calib.errors import InputError
+from spd_calib.formats.hardware import Hardware
+from spd_calib.formats.machine import Machine
+
+from .latency import LatencyModel, Phase, Step
+from .machine_tables import interpolate
+from .model_sizes import ModelSizes, bytes_moved, flops
+
+ATTAINED = 0.8  # of a data sheet's rates; assumed, not measured
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def on_machine(machine: Machine, sizes: ModelSizes, *, tp: int, step: Step, predictors: int = 0) -> LatencyModel:
+    """Return the latency model of `step` from a machine's rates; `predictors`: weights that they add on a rank.
+
+    Raises InputError for another number of ranks than its table is of.
+    """
+    if machine.ranks != tp:
+        raise InputError(
+            f"{machine.name} holds all-reduce times of {machine.ranks} ranks, not of {tp}, and how a link scales is "
+            "not guessed; measure yours with `spd-calib bench`, or give a CSV of them."
+        )
+    dense = _busy(machine, sizes, tp=tp, step=step, more=0)
+    return LatencyModel(
+        hardware=machine.name,
+        step=step,
+        blocks=sizes.blocks,
+        compute=dense,
+        all_reduce=interpolate(
+            {r.bytes: r.seconds for r in machine.all_reduces}, step.new_tokens * sizes.width * step.itemsize
+        ),
+        predictors=_busy(machine, sizes, tp=tp, step=step, more=predictors) - dense,
+    )
+
+
+def _busy(machine: Machine, sizes: ModelSizes, *, tp: int, step: Step, more: int) -> float:
+    """Return the seconds that a step takes outside its all-reduces, with so many `more` weights on a rank."""
+    moved, computed = bytes_moved(sizes, step, tp=tp), flops(sizes, step, tp=tp)
+    memory = (moved + more * step.itemsize) / (ATTAINED * machine.memory_bytes_per_second)
+    compute = (computed + 2 * step.new_tokens * more) / (ATTAINED * machine.flops_per_second)
+    return max(memory, compute)
+
+
+def as_measured(hardware: Hardware, sizes: ModelSizes, *, phase: Phase, name: str, predictors: int = 0) -> LatencyModel:
+    """Return the latency model with a measured dense step, of the batch and prompt it was timed with.
+
+    `predictors`: weights that they add on a rank; they take as long as the step's own, in proportion. `name` is what
+    `hardware` is called in messages. Raises InputError where that step is not there, or took less than its all-reduces
+    timed alone.
+    """
+    row = next((s for s in hardware.steps if s.phase == phase and s.blocks == "dense"), None)
+    if row is None:
+        raise InputError(f"{name} holds no {phase} step of the dense model; run `spd-calib bench` again.")
+    step = Step(phase, row.batch, row.tokens, ITEMSIZE[hardware.provenance.dtype])
+    one = interpolate(hardware.all_reduce_seconds(), step.new_tokens * sizes.width * step.itemsize)
+    compute = row.seconds.median - 2 * sizes.blocks * one
+    if compute <= 0:
+        raise InputError(
+            f"In {name} the dense {phase} step is shorter than its {2 * sizes.blocks} all-reduces timed alone; bench "
+            "again with more rounds, on a machine with nothing else to do."
+        )
+    tp = hardware.tensor_parallel.size
+    share = predictors * step.itemsize / bytes_moved(sizes, step, tp=tp)
+    if phase == "prefill":
+        share = 2 * step.new_tokens * predictors / flops(sizes, step, tp=tp)
+    return LatencyModel(name, step, sizes.blocks, compute=compute, all_reduce=one, predictors=compute * share)
+
+
+def held_against(hardware: Hardware, model: LatencyModel) -> dict[str, tuple[float, float]]:
+    """Return (predicted, measured) seconds of the steps that `bench` timed with sync points dropped, by what was."""
+    return {
+        s.blocks: (model.seconds(s.dropped), s.seconds.median)
+        for s in hardware.steps
+        if s.phase == model.step.phase and s.blocks != "dense"
+    }

@@ -1,0 +1,74 @@
+"""What a forward moves and computes on one rank: bytes and FLOPs from a model's sizes."""
+
+import math
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from spd_calib.formats.plan import Plan
+from spd_calib.models.architecture import HeadCounts
+from spd_calib.models.predictor import predictor_shapes
+from spd_calib.models.probe import find_layers
+
+from .latency import Step
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Sizes of a model, weights in elements; biases and norms are left out."""
+
+    blocks: int
+    width: int
+    counts: HeadCounts
+    query_weights: int  # of q and o, a block
+    kv_weights: int  # of k and v, a block
+    mlp_weights: int  # of a block
+    head_weights: int  # what makes logits of the last hidden state; the embedding is looked up, not read
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "ModelSizes":
+        """Return the sizes of any supported model; its weights may be on the meta device."""
+        layers = find_layers(model)
+        parts = layers[0]
+        return cls(
+            blocks=len(layers),
+            width=parts.q.in_features,
+            counts=HeadCounts.of(parts),
+            query_weights=parts.q.weight.numel() + parts.o.weight.numel(),
+            kv_weights=parts.k.weight.numel() + parts.v.weight.numel(),
+            mlp_weights=sum(linear.weight.numel() for linear in (*parts.mlp_in, parts.down)),
+            head_weights=model.get_output_embeddings().weight.numel(),
+        )
+
+    def kv_heads(self, tp: int) -> int:
+        """Return the KV heads of a rank: with more ranks than KV heads each holds one of them."""
+        return max(self.counts.kv_heads // tp, 1)
+
+    def block_weights(self, tp: int) -> float:
+        """Return the weights of one block on a rank."""
+        kv_share = self.kv_heads(tp) / self.counts.kv_heads
+        return (self.query_weights + self.mlp_weights) / tp + self.kv_weights * kv_share
+
+
+def bytes_moved(sizes: ModelSizes, step: Step, *, tp: int) -> float:
+    """Return the bytes that a rank reads or writes: its weights, and the cache, read (decode) or written (prefill)."""
+    cache = 2 * sizes.blocks * sizes.kv_heads(tp) * sizes.counts.head_dim * step.batch * step.context
+    return (sizes.blocks * sizes.block_weights(tp) + sizes.head_weights / tp + cache) * step.itemsize
+
+
+def flops(sizes: ModelSizes, step: Step, *, tp: int) -> float:
+    """Return a rank's FLOPs: two for each weight and new token, the head's for the last token alone, and attention."""
+    linear = 2 * step.new_tokens * sizes.blocks * sizes.block_weights(tp) + 2 * step.batch * sizes.head_weights / tp
+    keys = step.context if step.phase == "decode" else step.context / 2  # a token attends to, on average: it is causal
+    return linear + 4 * sizes.blocks * sizes.counts.heads / tp * sizes.counts.head_dim * step.new_tokens * keys
+
+
+def predictor_weights(plan: Plan, sizes: ModelSizes) -> int:
+    """Return the elements that the predictors of a recovered plan add to a rank, all blocks together."""
+    d_rank = sizes.counts.heads // plan.tensor_parallel.size * sizes.counts.head_dim
+    return sum(
+        math.prod(shape)
+        for block in plan.blocks
+        if (c := block.compensation)
+        for shape in predictor_shapes(c.kind, c.rank, d_rank=d_rank, d=sizes.width).values()
+    )

@@ -1,0 +1,107 @@
+"""Whole plans, measured: on calibration text to choose by, and on rounds of held-out text to verify what was chosen."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from spd_calib.formats.common import TextRef
+from spd_calib.formats.drops import Drops
+from spd_calib.formats.profile import Comparison
+from spd_calib.sensitivity.measure import Subject, Tick, measure
+from spd_calib.sensitivity.texts import average
+
+Sequences = Sequence[Sequence[int]]  # token ids of one text
+TaskLoss = Callable[[], tuple[dict[str, float], dict[str, float]]]
+"""Returns, by lm-eval task, the accuracy lost by what the model runs at the moment, and its standard error."""
+
+
+def measure_plans(
+    plans: Sequence[Drops],
+    texts: Sequence[Sequences],
+    *,
+    subject: Subject,
+    batch_size: int = 8,
+    task_loss: TaskLoss | None = None,
+    expect: Callable[[int], None] | None = None,
+    tick: Tick | None = None,
+) -> list[Comparison]:
+    """Return what each of `plans` costs as a whole, the mean over `texts`; with `task_loss`, on its tasks, too.
+
+    `expect` is told the number of ticks to come, before the first.
+    """
+    if expect is not None:
+        expect(len(plans) * sum(math.ceil(len(sequences) / batch_size) for sequences in texts))
+    by_text = [
+        measure(subject, sequences, plans=plans, batch_size=batch_size, tick=tick)[1] for sequences in texts
+    ]  # fmt: skip
+    found = [average(of_one_plan) for of_one_plan in zip(*by_text, strict=True)]
+    if task_loss is None:
+        return found
+    return [_with_tasks(subject, drops, m, task_loss=task_loss) for drops, m in zip(plans, found, strict=True)]
+
+
+def _with_tasks(subject: Subject, drops: Drops, measured: Comparison, *, task_loss: TaskLoss) -> Comparison:
+    with subject.lm.running(subject.always | drops):
+        lost, stderr = task_loss()
+    return measured.model_copy(update={"task_accuracy_drop": lost, "task_accuracy_drop_stderr": stderr})
+
+
+class Calibration:
+    """Whole plans on the calibration text; each is measured once, by `measure_new`, and held in `measured`."""
+
+    def __init__(self, measure_new: Callable[[Sequence[Drops]], list[Comparison]]):
+        self.measure_new = measure_new
+        self.measured: dict[Drops, Comparison] = {}
+
+    def measure(self, plans: Sequence[Drops]) -> list[Comparison]:
+        """Return what each of `plans` costs, in their order."""
+        if new := [drops for drops in dict.fromkeys(plans) if drops not in self.measured]:
+            self.measured.update(zip(new, self.measure_new(new), strict=True))
+        return [self.measured[drops] for drops in plans]
+
+    def cost_of(self, drops: Drops) -> Comparison:
+        """Return what one plan costs."""
+        return self.measure([drops])[0]
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of held-out text: token ids to verify on, of each of the profile's texts, and their name in a file."""
+
+    texts: Sequence[Sequences]
+    ref: TextRef
+
+
+class HeldOut:
+    """Held-out text, round after round, on which plans are verified.
+
+    A round that showed a plan to break its budget is used up: it took part in choosing the next one. `rounds` yields
+    them as they are needed; where they are at an end, the last is used again. `measure` is measure_plans but for its
+    first two arguments. `same_documents`: what it measures on lm-eval tasks comes from the same documents every time.
+    """
+
+    def __init__(
+        self,
+        rounds: Iterable[Round],
+        *,
+        measure: Callable[[Sequence[Drops], Sequence[Sequences]], list[Comparison]],
+        same_documents: bool = False,
+    ):
+        self._coming: Iterator[Round] = iter(rounds)
+        self._rounds: list[Round] = []
+        self._measure, self._same_documents = measure, same_documents
+
+    def verify(self, drops: Drops, used_up: int) -> Comparison:
+        """Return what a plan costs on the round that follows the `used_up` first ones."""
+        return self._measure([drops], self.after(used_up)[1].texts)[0]
+
+    def after(self, used_up: int) -> tuple[int, Round]:
+        """Return the round that follows the `used_up` first ones, or the last there is, and its number from 0 on."""
+        while len(self._rounds) <= used_up and (more := next(self._coming, None)) is not None:
+            self._rounds.append(more)
+        number = min(used_up, len(self._rounds) - 1)
+        return number, self._rounds[number]
+
+    def reused(self, used_up: int) -> bool:
+        """Say whether what verifies after `used_up` rounds took part in choosing."""
+        return used_up > (0 if self._same_documents else self.after(used_up)[0])

@@ -1,0 +1,41 @@
+"""Which of a plan's blocks recovery treats, and how hard it tries: the paper's three tiers."""
+
+from spd_calib.errors import InputError
+from spd_calib.formats.drops import Drops, Point, Strategy
+from spd_calib.formats.plan import Plan
+from spd_calib.sensitivity.tiers import Tier, thresholds, tiers
+
+PAPER: dict[str | None, Tier] = {
+    None: "insensitive",
+    "distillation": "sensitive",
+    "grouping+distillation": "extremely sensitive",
+}
+
+
+def drops_to_recover(plan: Plan) -> Drops:
+    """Return what the recovered model drops: what the plan does, and the blocks it keeps until they are treated."""
+    waiting = [Point(b.index, "attention") for b in plan.blocks if b.recovery]
+    return plan.drops | Drops.of(dict.fromkeys(waiting, Strategy.BLOCK_DROP))
+
+
+def tiers_of(plan: Plan, *, tau1: float | None = None, tau2: float | None = None) -> tuple[dict[int, Tier], str]:
+    """Return the tier of each block whose attention's sync point is dropped, and a sentence on where it comes from.
+
+    A plan by the paper's rule says it itself; else the block's own KL is held against tau1 and tau2
+    (sensitivity.tiers). Raises InputError for a plan that drops no attention's, or that was recovered before.
+    """
+    if plan.compensation is not None or plan.recovered_from is not None:
+        raise InputError(f"{plan.model.id} was recovered already; recover the plan it was made from instead.")
+    blocks = drops_to_recover(plan).blocks("attention")
+    if not blocks:
+        raise InputError("The plan drops no attention's sync point, so there is nothing to recover; raise its budget.")
+    dropped = [plan.blocks[i] for i in blocks]
+    if plan.budget.kind == "tau" and tau1 is None and tau2 is None:
+        return {b.index: PAPER[b.recovery] for b in dropped}, (
+            f"tiers by the plan's own thresholds, perplexity +{plan.budget.value:.4g} and +{plan.budget.tau2 or 0:.4g}"
+        )
+    kl = {b.index: b.kl if b.kl is not None else float("inf") for b in dropped}
+    known = {index: value for index, value in kl.items() if value != float("inf")}
+    low, high = thresholds(known, tau1, tau2)
+    whence = "given" if tau1 is not None else "a quarter of the dropped blocks' mean KL, and the mean"
+    return tiers(kl, low, high), f"tiers by each block's own KL, thresholds {low:.4g} and {high:.4g} ({whence})"

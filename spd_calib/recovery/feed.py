@@ -1,0 +1,95 @@
+"""The text that is fitted on, as it enters one block after the other in the dense and in the planned model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spd_calib.formats.drops import NOTHING_DROPPED
+from spd_calib.parallel.comm import Comm, SimulatedComm
+from spd_calib.parallel.streams import Streams
+from spd_calib.sensitivity.measure import batches
+
+from .planned_model import PlannedModel
+
+
+@dataclass
+class Batch:
+    """One batch on its way through both models."""
+
+    dense: Tensor  # [B, T, d], entering the present block of the dense model
+    planned: Streams  # entering the present block of the planned one
+    kwargs: list[dict]  # of every block
+    mask: Tensor  # [B, T], True at real tokens
+    final: Tensor  # leaving the dense model's final norm
+
+
+class Feed:
+    """The batches in front of the present block, `index`, of both models; moves on block by block.
+
+    Holds 3 hidden states a token (4 while a block is distilled), whatever the number of blocks. With `own_inputs` a
+    student is shown the planned model's own stream, errors of earlier blocks included, else the dense model's.
+
+    Each of several `replicas` (processes that train together) holds its share of every batch: rows r, r + n, r + 2n ...
+    of the r-th of n replicas, or, where none is left for it, one row without a real token.
+    """
+
+    def __init__(
+        self,
+        model: PlannedModel,
+        sequences: Sequence[Sequence[int]],
+        *,
+        batch_size: int = 8,
+        own_inputs: bool = True,
+        replicas: Comm | None = None,
+    ):
+        self.model, self.index, self.own_inputs = model, 0, own_inputs
+        self.replicas = replicas or SimulatedComm(1)
+        self.batches: list[Batch] = []
+        for all_ids, all_lengths in batches(sequences, batch_size, model.lm.device):
+            rows = list(range(self.replicas.ranks[0], len(all_lengths), self.replicas.size))
+            input_ids, lengths = all_ids[rows or [0]], [all_lengths[row] for row in rows] or [0]
+            recording = model.lm.record(input_ids)
+            mask = torch.arange(input_ids.shape[1], device=input_ids.device) < torch.tensor(lengths)[:, None].to(
+                input_ids.device
+            )
+            x = recording.streams[0].shared
+            self.batches.append(Batch(x, Streams(x), recording.kwargs, mask, recording.final))
+
+    @property
+    def fitting(self) -> list[Batch]:
+        """Return the batches to fit and train on: all but the last eighth."""
+        return self.batches[: -len(self.choosing)]
+
+    @property
+    def choosing(self) -> list[Batch]:
+        """Return the batches to choose by (ridges, orders of heads, the best step of training): the last eighth."""
+        return self.batches[-max(1, len(self.batches) // 8) :]
+
+    def inputs(self, batch: Batch) -> Streams:
+        """Return what a student of the present block is shown."""
+        return batch.planned if self.own_inputs else Streams(batch.dense)
+
+    def kwargs(self, batch: Batch) -> dict:
+        """Return what the present block takes beside the streams."""
+        return batch.kwargs[self.index]
+
+    @torch.no_grad()
+    def dense_output(self, batch: Batch) -> Tensor:
+        """Return what leaves the present block of the dense model, [B, T, d]."""
+        block = self.model.lm.blocks[self.index]
+        return block.run(Streams(batch.dense), NOTHING_DROPPED, **self.kwargs(batch)).shared
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Move all batches through the present block of both models."""
+        for batch in self.batches:
+            batch.dense = self.dense_output(batch)
+            batch.planned = self.model.run_block(self.index, batch.planned, **self.kwargs(batch))
+        self.index += 1
+
+    def move_to(self, block: int) -> None:
+        """Move on until `block` is the present one; a block behind it stays behind."""
+        while self.index < block:
+            self.advance()

@@ -1,0 +1,93 @@
+"""The steps of a recovery that are finished: kept as they are done, and taken over by the run that goes on."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TypeVar
+
+from torch import Tensor
+
+from spd_calib.parallel.comm import Comm
+from spd_calib.parallel.distributed import from_main_rank
+
+from .distillation import TrainingHooks
+from .journal import TensorJournal
+from .judge import Judge
+from .planned_model import PlannedModel
+from .report import Attempt
+
+T = TypeVar("T")
+Saved = tuple[dict[str, Tensor], dict]  # tensors, and a note
+
+
+@dataclass(frozen=True)
+class FinishedSteps:
+    """What a journal holds of a recovery; without one (None) nothing is kept, and nothing taken over.
+
+    Of several replicas the main one reads and writes it, and tells the others.
+    """
+
+    model: PlannedModel
+    judge: Judge
+    journal: TensorJournal | None
+    replicas: Comm
+
+    @property
+    def is_main(self) -> bool:
+        """Say whether this is the main replica."""
+        return self.replicas.ranks[0] == 0
+
+    def agreed(self, of_main: Callable[[], T]) -> T | None:
+        """Return, on every replica, what the main one finds; all of them call this at once."""
+        return from_main_rank(of_main() if self.is_main else None)
+
+    def saved(self, name: str) -> Saved | None:
+        """Return what stands under `name`, if anything does."""
+        return None if self.journal is None else self.journal.load(name)
+
+    def take_over(self, saved: Saved | None) -> bool:
+        """Give the model what an interrupted run had made of its blocks in a step; say whether it had."""
+        if saved is None:
+            return False
+        tensors, note = saved
+        by_block: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            index, _, rest = key.partition("/")
+            by_block.setdefault(int(index), {})[rest] = tensor
+        for block, state in by_block.items():
+            self.put_state(block, state)
+        self.judge.go_on_from([Attempt(**a) for a in note["attempts"]])
+        return True
+
+    def keep(self, name: str, blocks: Sequence[int]) -> None:
+        """Write down that a step is finished, with what it made of `blocks`."""
+        if self.is_main and self.journal is not None:
+            tensors = {f"{b}/{n}": t for b in blocks for n, t in self.model.students[b].state().items()}
+            self.journal.save(name, tensors, note={"attempts": [asdict(a) for a in self.judge.attempts]})
+
+    def share(self, blocks: Sequence[int]) -> None:
+        """Give all replicas what the main one made of `blocks`."""
+        for block in blocks if self.replicas.size > 1 else ():
+            state = self.agreed(self.model.students[block].state)
+            if not self.is_main and state is not None:
+                self.put_state(block, state)
+
+    def put_state(self, block: int, state: dict[str, Tensor]) -> None:
+        self.model.put(self.model.students[block].with_state(state))
+
+    def training(self, name: str, what: str) -> TrainingHooks:
+        """Return the hooks of the training that is step `name`; `what` it is, in the notes.
+
+        Its state, too, is kept, by the main replica for all.
+        """
+        name = f"training-{name}"
+        saved = self.agreed(lambda: self.saved(name))
+
+        def save(state: dict[str, Tensor]) -> None:
+            if self.journal is not None:
+                self.journal.save(name, state, note={})
+
+        return TrainingHooks(
+            saved=saved and saved[0],
+            save=save if self.is_main and self.journal is not None else None,
+            tick=lambda note: self.judge.tick(f"distilling {what}, {note}"),
+        )

@@ -1,0 +1,28 @@
+"""What recovery may do, and how hard it tries."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .distillation import Schedule
+
+RecoveryMethod = Literal["grouping", "compensation", "distillation"]
+METHODS: tuple[RecoveryMethod, ...] = ("grouping", "compensation", "distillation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryOptions:
+    """Which methods are tried, and how.
+
+    `max_rank` bounds the predictors: 0 allows the mean alone, None the full one too; `exchange` is that of
+    predictor_fit.choose. With `own_inputs` blocks are fitted and trained on the planned model's own streams, else on
+    the dense model's. The schedules are those of training a block, and all treated blocks together.
+    """
+
+    methods: tuple[RecoveryMethod, ...] = METHODS
+    max_rank: int | None = None
+    exchange: float = 1.0
+    own_inputs: bool = True
+    block_schedule: Schedule = field(default_factory=Schedule)
+    whole_schedule: Schedule = field(default_factory=Schedule)
+    batch_size: int = 16
+    seed: int = 0

@@ -1,0 +1,272 @@
+"""What the files say, as tables of text: the terminal and the page show the same rows."""
+
+from collections.abc import Mapping, Sequence
+
+from spd_calib.formats.drops import SUBLAYERS, Point, Strategy, Sublayer
+from spd_calib.formats.hardware import Hardware, Timing
+from spd_calib.formats.pareto import Pareto
+from spd_calib.formats.plan import Latency, Plan
+from spd_calib.formats.profile import Comparison, Profile
+from spd_calib.formats.results import Results
+from spd_calib.planning.budget import describe
+
+from .table import Table, nats
+
+NAMES = {"attention": "attention", "mlp": "MLP"}
+
+
+def rankings(profile: Profile) -> list[Table]:
+    """A table for each strategy and kind of sync point that was profiled, the least sensitive block first."""
+    one = _predicted if profile.fisher else _ranking
+    return [one(profile, s, kind) for s in profile.strategies for kind in profile.sync_points if profile.kl(s, kind)]
+
+
+def _predicted(profile: Profile, strategy: Strategy, kind: Sublayer) -> Table:
+    kl = profile.kl(strategy, kind)
+    return Table(
+        f"{NAMES[kind]}: {strategy}, least sensitive block first, predicted",
+        ["block", "KL"],
+        [[str(block), nats(*kl[block])] for block in profile.ranking(strategy, "kl", kind)],
+    )
+
+
+def _ranking(profile: Profile, strategy: Strategy, kind: Sublayer) -> Table:
+    by_block = profile.of(strategy, kind)
+    value = profile.sensitivity(strategy, sync_point=kind)
+    unit = {"accuracy": "accuracy lost", "kl": "KL added", "ppl": "perplexity"}[profile.rank_by]
+    order = profile.ranking(strategy, sync_point=kind)
+    rows = [
+        [
+            str(block),
+            nats(value[block]) if profile.rank_by == "kl" else f"{value[block]:.4f}",
+            nats(by_block[block].kl, by_block[block].kl_stderr),
+            f"{100 * by_block[block].ppl_increase:+.2f} %",
+            f"{100 * by_block[block].accuracy_drop:+.2f} ± {100 * by_block[block].accuracy_drop_stderr:.2f}",
+            f"{100 * by_block[block].top1_agreement:.1f} %",
+        ]
+        for block in order
+    ]
+    columns = ["block", unit, "KL", "ppl", "top-1 lost, points", "agreement"]
+    if any(m.stopped_early for m in by_block.values()):
+        from spd_calib.sensitivity.tiers import tiers  # imports torch
+
+        tier = tiers(profile.sensitivity(strategy, "kl", kind))
+        columns[-1:] = ["sequences", "tier"]
+        for row, block in zip(rows, order, strict=True):
+            row[-1:] = [str(by_block[block].sequences), tier[block]]
+    known = ([by_block[b].kl for b in order], [by_block[b].accuracy_drop for b in order])
+    if [value[b] for b in order] in known:  # the same column twice
+        columns, rows = [columns[0], *columns[2:]], [[row[0], *row[2:]] for row in rows]
+    cumulative = "" if profile.method == "single" else " (blocks dropped from here to the last)"
+    return Table(f"{NAMES[kind]}: {strategy}, least sensitive block first{cumulative}", columns, rows)
+
+
+def by_text(profile: Profile) -> list[Table]:
+    """Of several texts: the dense model on each, and how far the order of sync points there is the mean's."""
+    if not profile.text.parts:
+        return []
+    from scipy.stats import spearmanr
+
+    rows = []
+    for i, text in enumerate(profile.text.parts):
+        dense = profile.baseline.per_text[i]
+        correlations = []
+        for s in profile.strategies:
+            own = [(m.per_text[i].kl, m.kl) for m in profile.measurements if m.strategy == s]
+            if f := profile.fisher:
+                own = [(f.per_text[i].of(t[0])[0], f.of(t[0])[0]) for t in f.terms if len(t) == 1]
+            correlations.append(f"{spearmanr(own).statistic:.2f}" if len(own) > 2 else "")
+        cells = [text.source, str(text.sequences), f"{dense.ppl:.2f}", f"{100 * dense.top1_accuracy:.1f} %"]
+        rows.append([*cells, *correlations])
+    return [
+        Table(
+            "text by text: the dense model; Spearman's rank correlation of each text's KLs with their mean's",
+            ["text", "sequences", "ppl", "top-1", *profile.strategies],
+            rows,
+        )
+    ]
+
+
+def verified_by_text(plan: Plan) -> list[Table]:
+    """Of a profile of several texts: what the whole plan costs on each."""
+    v = plan.verified
+    if not v.per_text:
+        return []
+    rows = [[text.source, *_costs(one)] for text, one in zip(v.text.parts, v.per_text, strict=True)]
+    return [Table("verified, text by text", ["text", "KL", "ppl", "top-1 lost, points"], rows)]
+
+
+def _costs(measured: Comparison) -> list[str]:
+    return [
+        nats(measured.kl, measured.kl_stderr),
+        f"{100 * measured.ppl_increase:+.2f} %",
+        f"{100 * measured.accuracy_drop:+.2f} ± {100 * measured.accuracy_drop_stderr:.2f}",
+    ]
+
+
+def blocks(plan: Plan) -> Table:
+    """The plan block by block."""
+    mlps = any(b.mlp_kl is not None for b in plan.blocks)
+    columns = ["block", "strategy", *(["MLP"] if mlps else []), "KL alone", *(["MLP alone"] if mlps else []), "why"]
+    rows = []
+    for b in plan.blocks:
+        kls = ["" if kl is None else nats(kl) for kl in (b.kl, b.mlp_kl)]
+        words = [str(b.index), b.strategy]
+        rows.append([*words, b.mlp_strategy, *kls, b.reason] if mlps else [*words, kls[0], b.reason])
+    title = f"plan for {plan.model.id} at TP {plan.tensor_parallel.size}, asked for: {describe(plan.budget)}"
+    return Table(title, columns, rows, 3 if mlps else 2)
+
+
+def whole_plan(plan: Plan) -> Table:
+    """Predicted and verified side by side."""
+    p, v = plan.predicted, plan.verified
+    return Table(
+        "the whole plan",
+        ["", "KL", "ppl", "top-1 lost, points"],
+        [
+            [
+                "predicted from the profile",
+                nats(p.kl),
+                "" if p.ppl_increase is None else f"{100 * p.ppl_increase:+.2f} %",
+                "" if p.accuracy_drop is None else f"{100 * p.accuracy_drop:+.2f}",
+            ],
+            ["verified, held-out text", *_costs(v)],
+        ],
+    )
+
+
+def task_losses(plan: Plan) -> str:
+    """Of a budget of lm-eval tasks, a sentence; else nothing."""
+    if not plan.budget.tasks:
+        return ""
+    v = plan.verified
+    lost = [f"{t} {100 * d:+.2f} ± {100 * v.task_accuracy_drop_stderr[t]:.2f}" for t, d in v.task_accuracy_drop.items()]
+    return "lm-eval accuracy lost on documents not used to choose, points: " + ", ".join(lost)
+
+
+def saving(plan: Plan) -> str:
+    """Return in a sentence how many all-reduces are gone, and how many are left."""
+    n, m = (len(plan.drops.blocks(sublayer)) for sublayer in SUBLAYERS)
+    before = 2 * len(plan.blocks)
+    what = f"{n} of {len(plan.blocks)} attention all-reduces"
+    if m:
+        what += f" and {m} of {len(plan.blocks) - 1} of the MLPs"
+    return f"{what} dropped: {before} a forward and rank become {before - n - m}"
+
+
+def pareto(front: Pareto) -> Table:
+    """Return the cheapest set of every size, one a row."""
+    phases = list(front.points[0].saved)
+    return Table(
+        f"the cheapest set of every size; the knee is at {front.knee}",
+        ["drops", "KL predicted", "measured", *[f"{phase} saved" for phase in phases], "dropped beyond those above"],
+        [
+            [
+                str(p.drops),
+                nats(p.predicted_kl),
+                "" if p.measured_kl is None else nats(p.measured_kl),
+                *[f"{100 * p.saved[phase]:.1f} %" for phase in phases],
+                _beyond(p.dropped, front.points[i - 1].dropped if i else []),
+            ]
+            for i, p in enumerate(front.points)
+        ],
+    )
+
+
+def compared(found: Mapping[str, Comparison]) -> Table:
+    """Return what the plan and the baseline sets of its size cost, by name, one a row."""
+    return Table(
+        "the plan and baseline sets of its size, on the calibration text",
+        ["set", "KL", "ppl", "top-1 lost, points"],
+        [
+            [name, nats(m.kl, m.kl_stderr), f"{100 * m.ppl_increase:+.2f} %", f"{100 * m.accuracy_drop:+.2f}"]
+            for name, m in found.items()
+        ],
+    )
+
+
+def _beyond(dropped: Sequence[Point], before: Sequence[Point]) -> str:
+    back = names([p for p in before if p not in dropped])
+    return ", ".join(names([p for p in dropped if p not in before])) + (f"; not {', '.join(back)}" if back else "")
+
+
+def names(points: Sequence[Point]) -> list[str]:
+    """Return '3' for the attention of block 3, '3 MLP' for its MLP."""
+    return [str(p).removeprefix("block ") for p in points]
+
+
+def tasks(results: Results) -> Table:
+    return Table(
+        f"{len(results.dropped)} attention all-reduces dropped, TP {results.tensor_parallel.size}",
+        ["task", "metric", "docs", "dense", "planned", "planned - dense"],
+        [
+            [
+                r.task,
+                r.metric,
+                str(r.documents),
+                f"{r.dense:.4f}",
+                f"{r.planned:.4f}",
+                f"{r.difference:+.4f}" + ("" if r.difference_stderr is None else f" ± {r.difference_stderr:.4f}"),
+            ]
+            for r in results.tasks
+        ],
+        2,
+    )
+
+
+def latencies(found: Sequence[Latency]) -> Table:
+    """Of one plan, by phase."""
+    return Table(
+        f"modelled latency on {found[0].hardware}, batch {found[0].batch}, context {found[0].context}: no promise",
+        ["phase", "all-reduce, us", "dense, ms", "planned, ms", "saved", "ceiling: every sync point dropped"],
+        [
+            [
+                m.phase,
+                f"{1e6 * m.all_reduce_seconds:.1f}",
+                f"{1e3 * m.dense_seconds:.3f}",
+                f"{1e3 * m.planned_seconds:.3f}",
+                f"{100 * m.saved:.1f} %",
+                f"{100 * m.ceiling:.1f} %",
+            ]
+            for m in found
+        ],
+    )
+
+
+def hardware(measured: Hardware) -> list[Table]:
+    """Sums by size, and steps."""
+    ranks = f"{measured.tensor_parallel.size} ranks, {measured.backend}, {measured.device}"
+    gathered = {c.bytes: c.seconds for c in measured.collectives if c.method == "all_gather_and_sum"}
+    sums = [
+        [f"{c.bytes}", _spread(c.seconds, 1e6), _spread(gathered[c.bytes], 1e6)]
+        for c in measured.collectives
+        if c.method == "all_reduce"
+    ]
+    dense = {s.phase: s.seconds.median for s in measured.steps if s.blocks == "dense"}
+    steps = [
+        [
+            s.phase,
+            s.blocks.replace("_", " "),
+            str(s.dropped),
+            _spread(s.seconds, 1e3),
+            f"{100 * s.seconds.median / dense[s.phase]:.1f} %",
+        ]
+        for s in measured.steps
+    ]
+    return [
+        Table(
+            f"sum over {ranks}: median (10 % to 90 %), microseconds",
+            ["bytes", "all-reduce", "all-gather and sum"],
+            sums,
+        ),
+        Table(
+            f"forward on {ranks}: median (10 % to 90 %), milliseconds",
+            ["phase", "sync points", "dropped", "time", "of dense"],
+            steps,
+            2,
+        ),
+    ]
+
+
+def _spread(seconds: Timing, unit: float) -> str:
+    return f"{seconds.median * unit:.1f} ({seconds.p10 * unit:.1f} to {seconds.p90 * unit:.1f})"

@@ -1,0 +1,23 @@
+"""Tiny planned models, and random text for them."""
+
+import tiny
+
+from spd_calib.formats.drops import Drops, Point, Strategy
+from spd_calib.recovery.planned_model import PlannedModel
+
+
+def sequences(n: int, length: int = 24, seed: int = 0) -> list[list[int]]:
+    """n sequences of random token ids."""
+    return tiny.tokens(n, length, seed=seed).tolist()
+
+
+def planned(family: str = "llama", *, tp: int = 4, layers: int = 2, drop=None) -> PlannedModel:
+    """A tiny model that drops the attention's sync point of the blocks `drop`, by default of all, by block_drop."""
+    drop = range(layers) if drop is None else drop
+    drops = Drops.of({Point(i, "attention"): Strategy.BLOCK_DROP for i in drop})
+    return PlannedModel(tiny.build(family, layers=layers), tp, drops)
+
+
+def extreme(model: PlannedModel) -> dict:
+    """The tier that is treated with everything, for every block of the plan."""
+    return dict.fromkeys(model.students, "extremely sensitive")

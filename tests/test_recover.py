@@ -1,0 +1,131 @@
+"""Recovery as a whole: the rule that nothing gets worse, tiers, going on after a kill, and too little to work with."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from planned_models import extreme, planned, sequences
+
+from spd_calib.errors import InputError
+from spd_calib.formats.drops import Drops, Point, Strategy
+from spd_calib.models.load import load_dense, load_tokenizer, locate, read_config
+from spd_calib.recovery import closed_form
+from spd_calib.recovery.distillation import Schedule
+from spd_calib.recovery.held_out import HeldOut, kl_fall
+from spd_calib.recovery.journal import TensorJournal
+from spd_calib.recovery.options import RecoveryOptions
+from spd_calib.recovery.planned_model import PlannedModel
+from spd_calib.recovery.recover import recover
+from spd_calib.sensitivity.text import TextOptions, load_text
+from spd_calib.sensitivity.tiers import tiers
+
+
+def test_recovery_makes_the_whole_plan_better_and_only_keeps_what_does() -> None:
+    model = planned("opt", tp=4, layers=2)
+    schedule = Schedule(steps=15, check_every=5)
+    options = RecoveryOptions(block_schedule=schedule, whole_schedule=schedule, batch_size=8)
+    report = recover(
+        model, fitting=sequences(48), held_out=sequences(12, seed=1), tiers=extreme(model), options=options
+    )
+    assert report.kl < 0.7 * report.kl_as_is
+    assert {a.treatment for a in report.attempts} >= {"compensation", "grouping", "distillation"}
+    now = report.kl_as_is
+    for a in report.attempts:
+        assert a.kl_before == pytest.approx(now) and a.kept == (a.fell > a.fell_stderr)
+        now = a.kl_after if a.kept else now
+    assert report.kl == pytest.approx(now) == HeldOut(model, sequences(12, seed=1)).measure().kl()
+    json.dumps(report.json())
+    everything = HeldOut(model, sequences(12, seed=1)).measure()
+    assert kl_fall(everything, everything) == (0.0, 0.0)
+
+
+def test_a_bad_treatment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ruin(student, *args, **kw):
+        with torch.no_grad():
+            student.parts.down.weight.mul_(-1)
+
+    monkeypatch.setattr(closed_form, "group_neurons", ruin)
+    model = planned(layers=2, drop=[1])
+    before = model.students[1]
+    options = RecoveryOptions(methods=("grouping",))
+    report = recover(model, fitting=sequences(16), held_out=sequences(6, seed=1), tiers=extreme(model), options=options)
+    assert [a.kept for a in report.attempts] == [False] and model.students[1] is before
+    assert report.kl == report.kl_as_is
+
+
+def test_insensitive_blocks_are_left_alone_and_sensitive_ones_are_not_regrouped() -> None:
+    assert tiers({0: 0.01, 1: 0.3, 2: 0.9}) == {0: "insensitive", 1: "sensitive", 2: "extremely sensitive"}
+    assert set(tiers({0: 0.01, 1: 0.3}, 0.0, 0.0).values()) == {"extremely sensitive"}
+    with pytest.raises(InputError, match="not in order"):
+        tiers({0: 0.1}, 0.5, 0.1)
+    model = planned(layers=2)
+    schedule = Schedule(steps=4, check_every=2)
+    report = recover(
+        model,
+        fitting=sequences(16),
+        held_out=sequences(4, seed=1),
+        tiers={0: "insensitive", 1: "sensitive"},
+        options=RecoveryOptions(block_schedule=schedule, whole_schedule=schedule),
+    )
+    assert {a.block for a in report.attempts} == {1, None}
+    assert not {"grouping", "grouping+compensation"} & {a.treatment for a in report.attempts}
+
+
+@pytest.mark.parametrize("max_rank", [None, 3])
+def test_a_killed_recovery_goes_on_where_it_was(tmp_path: Path, max_rank: int | None) -> None:
+    """To the same bits, with full predictors and with low-rank ones."""
+    schedule = Schedule(steps=6, check_every=2)
+    options = RecoveryOptions(exchange=0.0, max_rank=max_rank, block_schedule=schedule, whole_schedule=schedule)
+    text = {"fitting": sequences(16), "held_out": sequences(4, seed=1)}
+    whole = planned(layers=2)
+    expected = recover(whole, **text, tiers=extreme(whole), options=options)
+
+    class Killed(Exception):
+        pass
+
+    def kill(note: str) -> None:
+        if "distilling block 1, step 4" in note:
+            raise Killed
+
+    model = planned(layers=2)
+    with pytest.raises(Killed), TensorJournal(tmp_path / "state", {"run": 1}) as journal:
+        recover(model, **text, tiers=extreme(model), options=options, journal=journal, tick=kill)
+    model = planned(layers=2)
+    with TensorJournal(tmp_path / "state", {"run": 1}) as journal:
+        report = recover(model, **text, tiers=extreme(model), options=options, journal=journal)
+    assert report.kl == expected.kl
+    for block, student in model.students.items():
+        state, through = student.state(), whole.students[block].state()
+        assert state.keys() == through.keys() and all(torch.equal(state[k], through[k]) for k in state)
+    assert [(a.block, a.treatment) for a in report.attempts] == [(a.block, a.treatment) for a in expected.attempts]
+    with pytest.raises(InputError, match="another recovery"):
+        TensorJournal(tmp_path / "state", {"run": 2})
+
+
+def test_too_little_text_and_a_plan_that_drops_nothing() -> None:
+    model = planned(layers=2)
+    with pytest.raises(InputError, match="too few"):
+        recover(model, fitting=sequences(3), held_out=sequences(3), tiers=extreme(model))
+    model = planned(layers=2, drop=[])
+    with pytest.raises(InputError, match="drops nothing"):
+        recover(model, fitting=sequences(16), held_out=sequences(3), tiers={})
+
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.mark.skipif(not (SHARED / "models/stories260k").exists(), reason="../shared/models/stories260k is not here")
+@pytest.mark.parametrize(("methods", "bar"), [(("grouping",), 0.75), (("grouping", "compensation"), 0.63)])
+def test_stories260k_without_training(methods, bar: float) -> None:
+    source = locate(str(SHARED / "models/stories260k"))
+    config, tokenizer = read_config(source), load_tokenizer(source)
+    drops = Drops.of({Point(i, "attention"): Strategy.BLOCK_DROP for i in range(5)})
+    model = PlannedModel(load_dense(source, config, device="cpu", dtype="float32"), 4, drops)
+    fit = load_text(TextOptions(str(SHARED / "data/tinystories-calibration.jsonl"), 256, 64, 160, 32), tokenizer)
+    other = load_text(TextOptions(str(SHARED / "data/tinystories-eval.jsonl"), 256, 128, 48, 1), tokenizer)
+    measured = HeldOut(model, other.calibration)
+    as_is = measured.measure().kl()
+    options = RecoveryOptions(methods=methods, exchange=0.0, batch_size=8)
+    recover(model, fitting=fit.calibration, held_out=fit.verification, tiers=extreme(model), options=options)
+    assert measured.measure().kl() <= bar * as_is

@@ -1,0 +1,95 @@
+"""`spd-calib recover`, and the same from Python."""
+
+import json
+
+import tiny
+import torch
+from plans import write_plan
+from safetensors.torch import load_file
+
+import spd_calib
+from spd_calib.api.progress import Progress
+from spd_calib.formats.files import read
+from spd_calib.formats.plan import Plan
+
+SELECTION = spd_calib.TextSelection(seq_len=24, max_samples=24, verify_samples=8)
+
+
+def test_the_command(spd, tmp_path, profile_file, text) -> None:
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    assert spd("plan", profile_file, "--drop", 1, "--strategy", "block_drop", "-o", plan, "--device", "cpu").code == 0
+    given = ("--data", text, "--seq-len", 32, "--max-samples", 24, "--verify-samples", 6, "--device", "cpu")
+    run = spd(
+        "recover", plan, *given, "-o", out, "--methods", "compensation", "--max-rank", 0, "--tau1", 0, "--tau2", 0
+    )
+    assert run.code == 0 and "verified on other text" in run.err
+    assert (out / "plan.json").exists() and not list(tmp_path.glob("*.partial"))
+    report = json.loads((out / "recovery.json").read_text())
+    assert report["kl"] <= report["kl_as_is"] and report["attempts"][0]["detail"]["form"] == "mean"
+
+    bad = tmp_path / "bad"
+    assert "none of grouping" in spd("recover", plan, *given, "-o", bad, "--methods", "magic").err
+    assert "there already" in spd("recover", plan, *given, "-o", out).err
+    changed = json.loads(plan.read_text())
+    changed["model"]["weight_fingerprint"] = "0" * 64
+    (tmp_path / "changed.json").write_text(json.dumps(changed))
+    run = spd("recover", tmp_path / "changed.json", *given, "-o", bad)
+    assert run.code == 2 and "the weights differs" in run.err
+    for block in changed["blocks"]:
+        block["strategy"] = "keep_sync"
+    (tmp_path / "nothing.json").write_text(json.dumps(changed))
+    run = spd("recover", tmp_path / "nothing.json", *given, "-o", bad)
+    assert run.code == 2 and "nothing to recover" in run.err
+    few = ("--data", text, "--seq-len", 32, "--max-samples", 6, "--verify-samples", 6, "--device", "cpu")
+    run = spd("recover", plan, *few, "-o", bad)
+    assert run.code == 2 and "too few" in run.err
+    assert not bad.exists() and not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob(".bad*"))
+
+
+def test_from_python_the_plan_comes_back_and_progress_is_told(llama, text, tmp_path) -> None:
+    plan = write_plan(tmp_path / "plan.json", llama, 4, ["keep_sync", "block_drop", "keep_sync", "keep_sync"])
+    said, expected, steps = [], [], []
+    progress = Progress(say=said.append, expect=expected.append, step=steps.append)
+    options = {"data": str(text), "text": SELECTION, "methods": ["compensation", "distillation"], "steps": 2,
+               "final_steps": 2, "run": spd_calib.RunOptions(device="cpu")}  # fmt: skip
+    made = spd_calib.recover(plan, tmp_path / "out", **options, progress=progress)
+    assert made == read(Plan, tmp_path / "out" / "plan.json") and made.recovered_from == read(Plan, plan).model
+    assert any("to fit on" in s for s in said) and 0 < len(steps) <= sum(expected)
+    again = spd_calib.recover(read(Plan, plan), tmp_path / "again", **options)  # the document in place of its file
+    assert again.verified == made.verified
+    for name in ("model.safetensors", "compensation.safetensors"):
+        files = [tmp_path / folder / name for folder in ("out", "again")]
+        assert files[0].exists() == files[1].exists()
+        if files[0].exists():
+            one, two = map(load_file, files)
+            assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_a_checkpoint_in_bfloat16_stays_in_bfloat16(text, tmp_path) -> None:
+    """Weights are stored as the model's configuration says, and what is verified is what is stored."""
+    model = tiny.build("llama").to(torch.bfloat16)
+    folder = tiny.save(model, tmp_path / "model")
+    plan = write_plan(tmp_path / "plan.json", folder, 4, ["block_drop"] * 4)
+    made = spd_calib.recover(
+        plan, tmp_path / "out", data=str(text), text=SELECTION, methods=["grouping", "distillation"], steps=10,
+        final_steps=10, run=spd_calib.RunOptions(device="cpu"),
+    )  # fmt: skip
+    assert made.provenance.dtype == "float32"
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert {t.dtype for t in written.values()} == {torch.bfloat16}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+    again = verified_again(made, tmp_path / "out", text)
+    assert abs(again.kl - made.verified.kl) < 1e-4 * made.verified.kl
+
+
+def verified_again(plan: Plan, folder, text):
+    """What the checkpoint costs against the model it was made from, both loaded anew, on the sequences verified on."""
+    from spd_calib.api.text import load_texts_for
+    from spd_calib.models.plan_files import load_plan
+    from spd_calib.parallel.session import open_session
+    from spd_calib.sensitivity.measure import Subject, measure
+
+    recovered, original = open_session(str(folder), 4), open_session(plan.recovered_from.id, 4)
+    (found,) = load_texts_for(recovered, [str(text)], SELECTION)
+    subject = Subject(recovered.load(), load_plan(folder / "plan.json")[1], original.load())
+    return measure(subject, found.verification, plans=[plan.drops.only([])])[1][0]
