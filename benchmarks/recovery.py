@@ -114,7 +114,7 @@ def one(args: argparse.Namespace, method: str) -> dict:
     source = locate(str(folder))
     config = read_config(source)
     tokenizer = load_tokenizer(source)
-    model_of = load_dense(source, config, "cpu", "float32")
+    model_of = load_dense(source, config, device="cpu", dtype="float32")
     blocks = config.num_hidden_layers
     dropped = range(blocks) if args.drop is None else args.drop
     model = PlannedModel(model_of, args.tp, [DROP if b in dropped else KEEP for b in range(blocks)], [KEEP] * blocks)

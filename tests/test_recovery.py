@@ -384,7 +384,8 @@ def recovered(tmp_path: Path, llama: Path, text: Path, **kw):
     session = open_session(str(llama), 4)
     options = TextOptions(str(text), 24, 24, 24, 8)
     found = load_text(options, session.tokenizer)
-    model = PlannedModel(load_dense(session.source, session.config, "cpu", "float32"), 4, [DROP] * 4, [KEEP] * 4)
+    dense = load_dense(session.source, session.config, device="cpu", dtype="float32")
+    model = PlannedModel(dense, 4, [DROP] * 4, [KEEP] * 4)
     as_is = HeldOut(model, found.verification).measure().comparison()
     made = {"command": "test", "seed": 0, "device": "cpu", "dtype": "float32", "versions": {}}
     from spd_calib.formats.common import Provenance
@@ -538,7 +539,7 @@ def test_stories260k_without_training(methods, bar: float) -> None:
 
     source = locate(str(SHARED / "models/stories260k"))
     config, tokenizer = read_config(source), load_tokenizer(source)
-    model = PlannedModel(load_dense(source, config, "cpu", "float32"), 4, [DROP] * 5, [KEEP] * 5)
+    model = PlannedModel(load_dense(source, config, device="cpu", dtype="float32"), 4, [DROP] * 5, [KEEP] * 5)
     fit = load_text(TextOptions(str(SHARED / "data/tinystories-calibration.jsonl"), 256, 64, 160, 32), tokenizer)
     other = load_text(TextOptions(str(SHARED / "data/tinystories-eval.jsonl"), 256, 128, 48, 1), tokenizer)
     measured = HeldOut(model, other.calibration)

@@ -3,7 +3,7 @@
 from spd_calib.errors import InputError
 from spd_calib.formats.hardware import Hardware
 from spd_calib.formats.plan import Plan
-from spd_calib.models.shard_load import skeleton
+from spd_calib.models.load import skeleton
 from spd_calib.parallel.session import Session, check_same_model
 from spd_calib.planning.latency import (
     ITEMSIZE,
@@ -32,7 +32,7 @@ def latency_models(
     `recovered`: the plan whose predictors a plan of the session's checkpoint takes over.
     Raises InputError where it is of another model or number of ranks, or other steps are asked for than it holds.
     """
-    shape = Shape.of(skeleton(session.source, session.config, "bfloat16"))
+    shape = Shape.of(skeleton(session.source, session.config, dtype="bfloat16"))
     predictors = predictor_weights(recovered, shape) if recovered else 0
     found = load(hardware)
     if not isinstance(found, Hardware):

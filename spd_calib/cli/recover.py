@@ -120,9 +120,8 @@ def recover(
         block_schedule=Schedule(steps=steps, rate=rate, seed=seed),
         whole_schedule=Schedule(steps=final_steps, rate=rate, seed=seed),
     )  # fmt: skip
-    model = PlannedModel(
-        load_dense(session.source, session.config, device, dtype), session.tp, *treatment.strategies(planned)
-    )
+    dense = load_dense(session.source, session.config, device=device, dtype=dtype)
+    model = PlannedModel(dense, session.tp, *treatment.strategies(planned))
     run = {"plan": sha256_of(plan), "text": text.calibration_ref().sha256, "options": repr(options), "dtype": dtype,
            "tiers": repr(block_tiers)}  # fmt: skip
     journal = Journal(output.absolute().parent / f"{output.name}.partial", run)

@@ -9,7 +9,17 @@ from transformers import PreTrainedTokenizerBase
 
 from spd_calib.errors import InputError
 from spd_calib.formats.common import ModelRef
-from spd_calib.models.load import Source, check_config, load_dense, load_tokenizer, locate, model_ref, read_config
+from spd_calib.models.checkpoint import account
+from spd_calib.models.load import (
+    Source,
+    check_config,
+    load_dense,
+    load_tokenizer,
+    locate,
+    model_ref,
+    read_config,
+    skeleton,
+)
 from spd_calib.models.shard_load import load_sharded
 from spd_calib.models.stream_load import load_streamed, must_stream
 from spd_calib.ranks import is_main_rank, world_size
@@ -45,14 +55,15 @@ class Session:
         """
         if world_size() == 1:
             torch.manual_seed(seed)
-            if stream or must_stream(self.source, self.config, device, dtype):
-                model, weights = load_streamed(self.source, self.config, device, dtype)
+            if stream or must_stream(self.source, self.config, device=device, dtype=dtype):
+                model, weights = load_streamed(self.source, self.config, device=device, dtype=dtype)
                 lm = TensorParallelLM(model, Simulated(self.tp), sharded=True)
                 lm.read_blocks_by(weights.hold)
                 return lm
-            return TensorParallelLM.simulated(load_dense(self.source, self.config, device, dtype), self.tp)
-        comm = distributed.start(self.tp)
-        model = load_sharded(self.source, self.config, comm.rank, self.tp, distributed.local_device(device), dtype)
+            dense = load_dense(self.source, self.config, device=device, dtype=dtype)
+            return TensorParallelLM.simulated(dense, self.tp)
+        comm, device = distributed.start(self.tp), distributed.local_device(device)
+        model = load_sharded(self.source, self.config, rank=comm.rank, tp=self.tp, device=device, dtype=dtype)
         torch.manual_seed(seed)  # the same on all ranks: they sample the same tokens
         return TensorParallelLM(model, comm, sharded=True)
 
@@ -70,6 +81,7 @@ def open_session(model: str, tp: int, expected: ModelRef | None = None, replicas
     source = locate(model, expected.revision if expected else None)
     config = read_config(source)
     check_config(config, tp)
+    account(source, skeleton(source, config))
     check_small_copy(config)
     ref = _ref(source, config)
     if expected is not None:

@@ -30,7 +30,7 @@ def run(plan_path: Path, prompts: Sequence[str], model: str | None = None, new_t
         engine.set([Strategy.KEEP_SYNC] * plan.model.num_blocks)
         dense = engine.see(ids, new_tokens)
     lm = TensorParallelLM.simulated(
-        load_dense(source, read_config(source), "cpu", "float32"), plan.tensor_parallel.size
+        load_dense(source, read_config(source), device="cpu", dtype="float32"), plan.tensor_parallel.size
     )
     lm.set_compensation(load_compensation(plan, plan_path))
     return compare(lm, plan.strategies, plan.mlp_strategies, ids, planned, dense)
