@@ -81,7 +81,7 @@ def _why_missing(
             return f"block {block} holds no attention, it may have been pruned away; name the model as it was before"
     if unread:
         return f"what it holds instead, such as {unread[0].name}, the model has no place for; {FETCH}"
-    return FETCH
+    return f"no weight file holds it; {FETCH}" if len(lost) == 1 else f"no weight file holds them; {FETCH}"
 
 
 def left_over(model: str, unread: Sequence[StoredTensor], *, wanted: Collection[str]) -> str:
@@ -109,10 +109,10 @@ def _wrapping(stored: str, missed: Collection[str], *, rename: Callable[[str], s
     for wrapper in WRAPPERS:
         if wrapper in parts and rename(".".join(p for p in parts if p != wrapper)) in missed:
             return f"{wrapper}."
-    for first in range(1, len(parts) - 1):
-        if rename(".".join(parts[first:])) in missed:
-            return ".".join(parts[:first]) + "."
-    return ""
+    shortened = {".".join(parts[:first]) + ".": ".".join(parts[first:]) for first in range(1, len(parts) - 1)}
+    exact = [prefix for prefix, rest in shortened.items() if rest in missed]
+    renamed = [prefix for prefix, rest in shortened.items() if rename(rest) in missed]
+    return next(iter([*exact, *renamed]), "")
 
 
 def _blocks(names: Collection[str]) -> set[int]:

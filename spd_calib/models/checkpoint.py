@@ -161,7 +161,7 @@ class Checkpoint:
                 piece = whole[rows] if len(stored.shape) == 1 else whole[rows, columns]
                 piece = piece.to(dtype or piece.dtype)
                 if name not in self.checked:
-                    check_finite(piece, name, model=self.id)
+                    check_weight(name, piece, model=self.id)
                     self.checked.add(name)
                 return piece.clone(memory_format=torch.contiguous_format)
         except (SafetensorError, OSError):
@@ -169,7 +169,7 @@ class Checkpoint:
 
 
 @torch.no_grad()
-def check_finite(weight: Tensor, name: str, *, model: str) -> None:
+def check_weight(name: str, weight: Tensor, *, model: str) -> None:
     """Raise InputError, naming the block, where a weight holds NaN or Inf: attention may turn them into a plain 0."""
     if weight.sum().isfinite() or weight.isfinite().all():  # of finite numbers, too, the sum may overflow
         return

@@ -4,6 +4,7 @@ import hashlib
 import json
 import mmap
 import os
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,19 @@ def weight_fingerprint(folder: Path) -> str:
             raise InputError(
                 f"{path} is not a whole safetensors file, it may be cut off; fetch the model again."
             ) from None
+    return digest_of_all(digests)
+
+
+def digest_of_all(digests: Iterable[str]) -> str:
+    """Return the fingerprint of a checkpoint whose tensors have these digests, in any order."""
     return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
+
+
+def tensor_digest(name: str, dtype: str, shape: Sequence[int], content: bytes | memoryview) -> str:
+    """Return the sha256 of a tensor under the name, the kind of number and the shape that safetensors gives it."""
+    h = hashlib.sha256(json.dumps([name, dtype, list(shape)]).encode())
+    h.update(content)  # hashlib lets other threads run meanwhile
+    return h.hexdigest()
 
 
 def _tensor_digests(data: memoryview) -> list[str]:
@@ -52,9 +65,7 @@ def _digest(data: memoryview, header_end: int, item: tuple[str, dict]) -> str:
     begin, end = (header_end + offset for offset in info["data_offsets"])
     if not header_end <= begin <= end <= len(data):
         raise ValueError("tensor beyond the end of the file")
-    h = hashlib.sha256(json.dumps([name, info["dtype"], info["shape"]]).encode())
-    h.update(data[begin:end])  # hashlib lets other threads run meanwhile
-    return h.hexdigest()
+    return tensor_digest(name, info["dtype"], info["shape"], data[begin:end])
 
 
 def config_hash(config: dict) -> str:

@@ -6,14 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from spd_calib.errors import InputError
 from spd_calib.formats.common import ModelRef
 
 from .architecture import HeadCounts, check_divides
-from .checkpoint import account, check_finite
+from .checkpoint import account, check_weight
 from .fingerprint import config_hash, weight_fingerprint
 from .generation import set_generation_config
 from .probe import find_layers
@@ -228,6 +235,7 @@ def load_dense(source: Source, config: Any, *, device: str, dtype: str) -> PreTr
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            generation_config=GenerationConfig(),  # not the folder's: see set_generation_config
         )
         model, info = loaded
         model = model.to(torch.device(device)).eval()
@@ -238,7 +246,7 @@ def load_dense(source: Source, config: Any, *, device: str, dtype: str) -> PreTr
             f"{sorted(names, key=str)[0]}); save the model anew with save_pretrained."
         )
     for name, weight in model.named_parameters():
-        check_finite(weight, name, model=source.id)
+        check_weight(name, weight, model=source.id)
     return _prepared(source, model)
 
 
