@@ -274,17 +274,30 @@ def check_device(device: str) -> None:
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer. Raises InputError where there is none that can be used without running code."""
     try:
-        return AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-    except Exception as e:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+        _try_tokenizer(tokenizer)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # a panic of the tokenizers library is no Exception
         if "trust_remote_code" in str(e):
             raise InputError(
                 f"The tokenizer of {source.id} comes with code of its own, which spd-calib never runs; "
                 "save it in the form of tokenizer.json."
             ) from None
         raise InputError(f"The tokenizer of {source.id} cannot be loaded: {_first_line(e)}.") from None
+    return tokenizer
 
 
-def _first_line(e: Exception) -> str:
+def _try_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Use a tokenizer in each way the commands do: what is wrong with its files may show here only."""
+    encoded = tokenizer("A word, 2.\n", return_tensors="pt")
+    if (names := {"input_ids", "attention_mask"} - set(encoded)) or encoded["input_ids"].dim() != 2:
+        raise ValueError(f"it gives no {min(names)}" if names else "it gives no token ids")
+    tokenizer("A word, 2.\n", truncation=True, max_length=2)
+    tokenizer.decode(encoded["input_ids"][0], skip_special_tokens=True)
+
+
+def _first_line(e: BaseException) -> str:
     """Return the first line of an exception's message, with the next where it ends in a colon."""
     first, *rest = str(e).strip().splitlines() or [type(e).__name__]
     return (f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first).rstrip(".")

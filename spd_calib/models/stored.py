@@ -71,7 +71,7 @@ def read_index(folder: Path) -> dict[str, str] | None:
         index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         index = None
-    if not isinstance(index, dict) or not index or not all(isinstance(file, str) and file for file in index.values()):
+    if not isinstance(index, dict) or not index or not all(map(_plain, [*index, *index.values()])):
         raise InputError(f"{path} cannot be read as an index of weight files; fetch the model again.")
     return index
 
@@ -101,10 +101,17 @@ def _header(path: Path) -> Iterator[StoredTensor]:
     try:
         with safe_open(path, framework="pt") as f:
             for name in sorted(f.keys()):
+                if not _plain(name):
+                    raise InputError(f"{path} holds a tensor of the name {name!r}, which no model has; fetch it again.")
                 view = f.get_slice(name)
                 yield StoredTensor(name, str(view.get_dtype()), tuple(view.get_shape()), path)
     except (SafetensorError, OSError):
         raise InputError(f"{path} is not a whole safetensors file, it may be cut off; fetch the model again.") from None
+
+
+def _plain(name: object) -> bool:
+    """Tell whether `name` is text that can stand in a sentence."""
+    return isinstance(name, str) and name != "" and name.isprintable()
 
 
 def _check_index(folder: Path, index: dict[str, str], found: dict[str, StoredTensor]) -> None:
