@@ -17,6 +17,7 @@ from spd_calib.errors import InputError
 from spd_calib.models.load import checked_fingerprint, load_dense, locate, read_config
 from spd_calib.models.shard_load import load_sharded, own_slices
 from spd_calib.models.stream_load import load_streamed
+from spd_calib.parallel.generate import continue_text
 from spd_calib.parallel.session import open_session
 
 Tensors = dict[str, Tensor]
@@ -346,3 +347,68 @@ def test_the_commands_say_it_in_one_sentence_and_write_nothing(spd, text, tmp_pa
     assert (
         spd("profile", added, "--tp", 2, *(str(o).format(text=text) for o in SHORT), "-o", cases / "p.json").code == 0
     )
+
+
+def text_of(folder: Path, stream: bool = False) -> str:
+    session = open_session(str(folder), 2)
+    return continue_text(session.load(stream=stream), session.tokenizer, prompt="the cat", new_tokens=6)
+
+
+def generation(folder: Path, **values) -> Path:
+    """Set fields of a folder's generation_config.json."""
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    return folder
+
+
+SET_ASIDE = {
+    "penalty_alpha": 0.6,
+    "return_dict_in_generate": True,
+    "num_return_sequences": 3,
+    "num_beams": 4,
+    "dola_layers": "high",
+    "prompt_lookup_num_tokens": 3,
+    "cache_implementation": "quantized",
+    "stop_strings": ["a"],
+    "guidance_scale": 2.0,
+    "output_scores": True,
+    "constraints": 3,
+}
+
+
+def test_what_asks_for_another_search_is_set_aside(tmp_path):
+    expected = text_of(make(tmp_path))
+    generation(tmp_path, **SET_ASIDE)
+    assert text_of(tmp_path) == text_of(tmp_path, stream=True) == expected
+    for name in SET_ASIDE:
+        assert getattr(open_session(str(tmp_path), 2).load().model.generation_config, name) in (None, False)
+
+
+def test_what_shapes_the_tokens_is_kept(tmp_path):
+    dense = AutoModelForCausalLM.from_pretrained(generation(make(tmp_path), repetition_penalty=2, bad_words_ids=[[5]]))
+    ids = tiny.tokenizer()("the cat", return_tensors="pt")["input_ids"]
+    dense.generation_config.repetition_penalty = 2.0
+    expected = dense.generate(ids, max_new_tokens=6, do_sample=False)[0]
+    assert text_of(tmp_path) == text_of(tmp_path, stream=True) == tiny.tokenizer().decode(expected, True)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"top_k": -1},
+        {"temperature": "warm"},
+        {"repetition_penalty": 0},
+        {"eos_token_id": "x"},
+        {"bad_words_ids": [[999]]},
+    ],
+    ids=str,
+)
+def test_what_no_text_can_be_generated_by_is_refused(values, tmp_path):
+    (said,) = refusals(generation(make(tmp_path), **values))
+    assert next(iter(values)) in said and "correct it, or remove that line" in said
+
+
+def test_junk_as_a_generation_config_is_refused(tmp_path):
+    (make(tmp_path) / "generation_config.json").write_text("[1]")
+    (said,) = refusals(tmp_path)
+    assert "is no JSON object" in said

@@ -13,8 +13,8 @@ from .source import Source
 
 
 def _count(value: Any, vocabulary: int) -> bool:
-    """Tell whether `value` is a whole number from 0, such as a token id."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    """Tell whether `value` is a whole number from 0 that fits 32 bits, such as a token id."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
 def _count_from_one(value: Any, vocabulary: int) -> bool:
