@@ -32,6 +32,7 @@ from spd_calib.parallel.comm import Simulated
 from spd_calib.parallel.generate import continue_text
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.session import open_session
+from spd_calib.parallel.small_copy import check_small_copy
 
 # FUZZ_EXAMPLES: how many a test; make fuzz sets it
 FUZZ = settings(
@@ -143,6 +144,10 @@ def check_folder(folder: Path) -> bool:
         except InputError as e:
             refused.add(one_line(e))
     assert not (made and refused) and len(refused) <= 1, (refused, list(made))
+    try:
+        check_small_copy(config)  # as a session does, once the tensors have shown that its sizes are real
+    except InputError as e:
+        refused.add(one_line(e))
     if refused:
         return False
     model, wrong = reference(folder)

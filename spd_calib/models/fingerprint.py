@@ -11,9 +11,7 @@ from pathlib import Path
 
 from spd_calib.errors import InputError
 
-from .stored import safetensors_files
-
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+from .stored import MAX_HEADER_BYTES, safetensors_files
 
 
 def weight_fingerprint(folder: Path) -> str:

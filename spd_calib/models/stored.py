@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from spd_calib.errors import InputError
 
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -99,6 +100,9 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 def _header(path: Path) -> Iterator[StoredTensor]:
     """Yield the tensors of one file, in the order of their names."""
     try:
+        with open(path, "rb") as beginning:  # before the whole file is mapped for a header that cannot be one
+            if int.from_bytes(beginning.read(8), "little") > min(path.stat().st_size - 8, MAX_HEADER_BYTES):
+                raise OSError("header beyond the end of the file, or larger than the format allows")
         with safe_open(path, framework="pt") as f:
             for name in sorted(f.keys()):
                 if not _plain(name):

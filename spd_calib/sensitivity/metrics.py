@@ -68,7 +68,7 @@ class Tally:
 
     def state(self) -> dict:
         """As JSON values; `of_state` takes them back, the same bits. Raises InputError where a perplexity overflows."""
-        if self.finite():
+        if self.sums and self.finite():
             for name in ("nll_dense", "nll"):
                 perplexity(self._mean(name)[0])
         return {
