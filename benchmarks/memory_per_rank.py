@@ -57,9 +57,9 @@ def rank_main(folder: str, ranks: int) -> None:
     check_small_copy(config)  # before any weight is read, so that its memory is free again
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
     before = memory("VmRSS")
-    model = load_sharded(source, config, comm.rank, ranks, "cpu", "float32")
+    model = load_sharded(source, config, rank=comm.rank, tp=ranks, device="cpu", dtype="float32")
     peak, held = memory("VmHWM") - before, memory("VmRSS") - before
-    own = own_slices(model, comm.rank, ranks)
+    own = own_slices(model, rank=comm.rank, tp=ranks)
     sizes = {name: p.numel() * p.element_size() for name, p in model.named_parameters()}
     cut = sum(size for name, size in sizes.items() if name in own)
     lm = TensorParallelLM(model, comm, sharded=True)

@@ -43,7 +43,10 @@ BAD = [
         "alone",
     ),
     (["profile", "{llama}", "--tp", "2", "--data", "{text}", "--dtype", "int8"], "--dtype"),
-    (["profile", "{llama}", "--tp", "2", "--data", "{text}", "--device", "cuda:77", "--seq-len", "16"], "--device"),
+    (
+        ["profile", "{llama}", "--tp", "2", "--data", "{text}", "--device", "cuda:77", "--seq-len", "16"],
+        "device 'cuda:77'",
+    ),
     (["profile", "{llama}", "--tp", "2", "--data", "{text}", "-o", "{tmp}/no/p.json"], "does not exist"),
     (["profile", "{llama}", "--tp", "2", "--data", "{text}", "-o", "{tmp}"], "is a folder"),
     (["profile", "{tmp}/nothing", "--tp", "2", "--data", "{text}"], "no model folder"),

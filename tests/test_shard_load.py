@@ -18,7 +18,7 @@ from spd_calib.parallel.small_copy import check_small_copy
 
 def load(folder, rank=1, tp=4, dtype="float32"):
     source = locate(str(folder))
-    return load_sharded(source, read_config(source), rank, tp, "cpu", dtype)
+    return load_sharded(source, read_config(source), rank=rank, tp=tp, device="cpu", dtype=dtype)
 
 
 @pytest.mark.parametrize("family", tiny.SUPPORTED)
@@ -29,7 +29,7 @@ def test_a_rank_holds_its_slices_of_the_dense_weights(family, tp, tmp_path):
     tied = dense.config.tie_word_embeddings
     for rank in range(tp):
         model = load(tmp_path, rank, tp)
-        own = own_slices(model, rank, tp)
+        own = own_slices(model, rank=rank, tp=tp)
         state = dense.state_dict()
         for name, parameter in model.named_parameters():
             whole = state[name]
@@ -57,7 +57,7 @@ def test_the_ranks_of_more_ranks_than_kv_heads_share_them(tmp_path):
 @pytest.mark.parametrize(("stored", "asked"), [("bfloat16", "float32"), ("float32", "bfloat16")])
 def test_weights_are_converted_as_they_are_read(stored, asked, tmp_path):
     tiny.save(tiny.build("llama").to(getattr(torch, stored)), tmp_path)
-    dense = load_dense(locate(str(tmp_path)), read_config(locate(str(tmp_path))), "cpu", asked)
+    dense = load_dense(locate(str(tmp_path)), read_config(locate(str(tmp_path))), device="cpu", dtype=asked)
     model = load(tmp_path, dtype=asked)
     assert {p.dtype for p in model.parameters()} == {getattr(torch, asked)}
     assert torch.equal(model.model.layers[1].mlp.up_proj.weight, dense.model.layers[1].mlp.up_proj.weight[32:64])
@@ -73,7 +73,7 @@ def test_a_checkpoint_of_the_bare_decoder_lacks_the_prefix(family, tmp_path):
     save_file({name.removeprefix("model."): t for name, t in tensors.items()}, tmp_path / "model.safetensors")
     model = load(tmp_path)
     assert torch.equal(model.get_output_embeddings().weight, dense.get_output_embeddings().weight)
-    own = own_slices(model, 1, 4)
+    own = own_slices(model, rank=1, tp=4)
     for name, parameter in model.named_parameters():
         rows, columns = own.get(name, (slice(None), slice(None)))
         whole = dense.state_dict()[name]

@@ -82,7 +82,7 @@ def _sizes(session: Session) -> ModelSizes:
     if session.source is None:
         assert session.model is not None
         return ModelSizes.of(session.model)
-    return ModelSizes.of(skeleton(session.source, session.config, "bfloat16"))
+    return ModelSizes.of(skeleton(session.source, session.config, dtype="bfloat16"))
 
 
 def _check_fits(hardware: Hardware, session: Session, options: LatencyOptions) -> None:

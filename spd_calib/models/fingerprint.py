@@ -11,33 +11,14 @@ from pathlib import Path
 
 from spd_calib.errors import InputError
 
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-
-
-def safetensors_files(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint. Raises InputError where there are none, only pickles, or some are missing."""
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():  # transformers looks for it first, too
-        return [single]
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise InputError(f"{index} cannot be read as an index of weight files; fetch the model again.") from None
-        missing = [n for n in names if Path(n).name != n or not (folder / n).is_file()]
-        if missing:
-            raise InputError(f"{folder} lacks the weight file {missing[0]} its index names; fetch the model again.")
-        return [folder / n for n in names]
-    if pickles := sorted(folder.glob("*.bin")):
-        raise InputError(
-            f"{folder} holds its weights as a pickle ({pickles[0].name}), which may run code when read; "
-            "convert it to safetensors first."
-        )
-    raise InputError(f"{folder} holds no weights in safetensors; name a checkpoint that does (pickles are not read).")
+from .stored import MAX_HEADER_BYTES, safetensors_files
 
 
 def weight_fingerprint(folder: Path) -> str:
-    """sha256 over the sorted sha256 of (name, dtype, shape, bytes) of every tensor in the checkpoint's files."""
+    """Return the sha256 over the sorted sha256 of (name, dtype, shape, bytes) of every tensor in a checkpoint's files.
+
+    Raises InputError where a file is not whole.
+    """
     digests: list[str] = []
     for path in safetensors_files(folder):
         try:
@@ -63,7 +44,7 @@ def tensor_digest(name: str, dtype: str, shape: Sequence[int], content: bytes | 
 
 
 def _tensor_digests(data: memoryview) -> list[str]:
-    """One digest a tensor of a safetensors file: 8 bytes header length, JSON header, then the bytes."""
+    """Return a digest for each tensor of a safetensors file: 8 bytes header length, JSON header, then the bytes."""
     try:
         header_end = 8 + int.from_bytes(data[:8], "little")
         if header_end > min(len(data), 8 + MAX_HEADER_BYTES):
@@ -86,7 +67,7 @@ def _digest(data: memoryview, header_end: int, item: tuple[str, dict]) -> str:
 
 
 def config_hash(config: dict) -> str:
-    """sha256 of a model's configuration, without what transformers writes of itself into it."""
+    """Return the sha256 of a model's configuration, without what transformers writes of itself into it."""
     volatile = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "_attn_implementation")
     kept = {k: v for k, v in config.items() if k not in volatile}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

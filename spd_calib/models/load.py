@@ -1,36 +1,43 @@
 """From MODEL as a user names it to a dense model, its tokenizer and its reference."""
 
-import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from spd_calib.errors import InputError
 from spd_calib.formats.common import ModelRef
 
 from .architecture import HeadCounts, check_divides
+from .checkpoint import account, check_weight
 from .fingerprint import config_hash, weight_fingerprint
+from .generation import set_generation_config
 from .probe import find_layers
+from .source import Source
+from .tokens import guard_embedding
 
 MAX_JSON_BYTES = 256 * 2**20  # the largest tokenizer.json known has 40 MB
 MAX_BLOCKS = 1024  # eight times the deepest model known; a block more is a module more before any weight is read
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a model's files lie."""
-
-    id: str  # as the user named it
-    folder: Path
-    revision: str | None
+PARTS = ("text_config", "vision_config", "audio_config", "text_encoder", "decoder", "generator")
+"""What the configuration of a model of several parts has beside, or instead of, that of a language model."""
 
 
 def locate(model: str, revision: str | None = None) -> Source:
-    """Find MODEL: a local folder, or a hub id whose files are then fetched (safetensors, configuration, tokenizer).
+    """Return where MODEL lies: a local folder, or the files of a hub id, which are then fetched.
+
+    Fetched are weights in safetensors, configuration and tokenizer.
 
     Raises InputError where it is neither, the hub cannot be reached, or a JSON file in it is too large to be one.
     """
@@ -46,6 +53,7 @@ def locate(model: str, revision: str | None = None) -> Source:
 
 
 def _of_plain_size(source: Source) -> Source:
+    """Return `source`. Raises InputError for a JSON file in it that is too large to be one."""
     for path in sorted(source.folder.glob("*.json")):
         if path.is_file() and path.stat().st_size > MAX_JSON_BYTES:
             raise InputError(f"{path} is larger than {MAX_JSON_BYTES >> 20} MiB: it is no {path.name}; fetch it again.")
@@ -53,6 +61,7 @@ def _of_plain_size(source: Source) -> Source:
 
 
 def _fetch(model: str, revision: str | None) -> str:
+    """Return the folder that the hub's files of a model were fetched to. Raises InputError where they cannot be."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -74,9 +83,12 @@ def _fetch(model: str, revision: str | None) -> str:
         ) from None
 
 
-def read_config(source: Source):
-    """The model's configuration. Raises InputError where transformers cannot use it, or would run or read what the
-    fingerprint does not speak of: code, an adapter, weights under another name."""
+def read_config(source: Source) -> Any:
+    """Return the model's configuration, as transformers reads it.
+
+    Raises InputError where transformers cannot use it, where it is of several models, and where it would run or read
+    what the fingerprint does not speak of: code, an adapter, weights under another name.
+    """
     transformers_logging.set_verbosity_error()  # what it warns of here is checked, or no concern of the user's
     transformers_logging.disable_progress_bar()
     try:
@@ -90,10 +102,12 @@ def read_config(source: Source):
             ) from None
         raise InputError(f"The configuration of {source.id} cannot be used: {_first_line(e)}.") from None
     _refuse_what_it_calls_in(source, config)
+    _refuse_other_kinds(source, config)
     return config
 
 
-def _refuse_what_it_calls_in(source: Source, config) -> None:
+def _refuse_what_it_calls_in(source: Source, config: Any) -> None:
+    """Raise InputError for a folder with which transformers would load, or run, more than its weights."""
     if (source.folder / "adapter_config.json").exists():  # transformers would load it, or the base model it names
         raise InputError(f"{source.id} holds an adapter (adapter_config.json); merge it into the weights first.")
     kernels = [v for k, v in vars(config).items() if "attn_implementation" in k and isinstance(v, str) and "/" in v]
@@ -109,26 +123,71 @@ def _refuse_what_it_calls_in(source: Source, config) -> None:
         )
 
 
-def model_ref(source: Source, config) -> ModelRef:
-    """The reference that stands in every file; reads every weight once to fingerprint it."""
+def _refuse_other_kinds(source: Source, config: Any) -> None:
+    """Raise InputError unless the configuration is that of one decoder, its sizes whole numbers."""
+    if parts := [part for part in PARTS if getattr(config, part, None) is not None]:
+        raise InputError(
+            f"{source.id} is a model of several parts ({config.model_type} has {parts[0]}), of text and images or "
+            "sound, which is not supported; name a checkpoint of a language model alone."
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            f"{source.id} is an encoder and a decoder (is_encoder_decoder), which is not supported; name a decoder."
+        )
+    for name in ("num_hidden_layers", "vocab_size", "max_position_embeddings", "hidden_size", "num_attention_heads"):
+        value = getattr(config, name, None)
+        if value is None:
+            raise InputError(f"The configuration of {source.id} ({config.model_type}) has no {name}: not supported.")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(
+                f"The configuration of {source.id} says {name} {value!r}, and a model that can be used has a number of "
+                "1 or more there; fetch the model again."
+            )
+    named = config.architectures
+    if named is not None and not (isinstance(named, list) and named and all(isinstance(n, str) for n in named)):
+        raise InputError(
+            f"The configuration of {source.id} says architectures {named!r}, which are no names; fetch the model again."
+        )
+
+
+def model_ref(source: Source, config: Any) -> ModelRef:
+    """Return the reference that stands in every file; reads every weight once to fingerprint it.
+
+    Raises InputError where the folder's tensors are not those of the model that its configuration describes.
+    """
     return ModelRef(
         id=source.id,
         revision=source.revision,
         architecture=(config.architectures or [type(config).__name__])[0],
         num_blocks=config.num_hidden_layers,
         config_hash=config_hash(config.to_dict()),
-        weight_fingerprint=weight_fingerprint(source.folder),
+        weight_fingerprint=checked_fingerprint(source, config),
     )
 
 
-def check_config(config, tp: int) -> None:
-    """Refuse, before any weight is read, a model whose form is not supported or that `tp` does not divide."""
+def checked_fingerprint(source: Source, config: Any) -> str:
+    """Return the fingerprint of the folder's weights, once `account` has found them to be the model's.
+
+    What a runtime compares before it serves a plan. Raises InputError as `account` and `weight_fingerprint` do.
+    """
+    account(source, skeleton(source, config))
+    return weight_fingerprint(source.folder)
+
+
+def check_config(config: Any, tp: int) -> None:
+    """Raise InputError, before any weight is read, for a form that is not supported or that `tp` does not divide."""
     if quantised := getattr(config, "quantization_config", None):
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
         raise InputError(
             f"This checkpoint is quantised ({method or 'its configuration says so'}), which is not supported; "
             "name the one it was made from, in float32, bfloat16 or float16."
         )
+    for parts in find_layers(_on_meta(config, torch.float32)):
+        check_divides(HeadCounts.of(parts), tp)
+
+
+def _on_meta(config: Any, dtype: torch.dtype) -> PreTrainedModel:
+    """Return transformers' causal language model of a configuration on the meta device, in eval mode."""
     if not 1 <= config.num_hidden_layers <= MAX_BLOCKS:
         raise InputError(
             f"Its configuration says num_hidden_layers {config.num_hidden_layers}, and a model that can be used has "
@@ -136,69 +195,109 @@ def check_config(config, tp: int) -> None:
         )
     try:
         with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
     except Exception as e:
         raise InputError(
             f"transformers has no causal language model for this configuration: {_first_line(e)}."
         ) from None
-    for parts in find_layers(skeleton):
-        check_divides(HeadCounts.of(parts), tp)
 
 
-def load_dense(source: Source, config, device: str, dtype: str) -> PreTrainedModel:
-    """The dense model in eval mode. Raises InputError where its weights cannot be read or the device is not there."""
+def skeleton(source: Source, config: Any, *, dtype: str = "float32") -> PreTrainedModel:
+    """Return the model in eval mode on the meta device: everything but its weights.
+
+    Raises InputError where transformers has no such model, or for a generation_config.json that cannot be used.
+    """
+    return _prepared(source, _on_meta(config, DTYPES[dtype]))
+
+
+def _prepared(source: Source, model: PreTrainedModel) -> PreTrainedModel:
+    """Return `model`, with what every loader adds: how it generates, and that it refuses ids it has no row for."""
+    set_generation_config(source, model)
+    guard_embedding(model)
+    return model
+
+
+def load_dense(source: Source, config: Any, *, device: str, dtype: str) -> PreTrainedModel:
+    """Return the dense model in eval mode, its weights in `dtype` (a name of DTYPES) on `device`.
+
+    Raises InputError where the folder's tensors are not the model's, do not fit, or the device is not there.
+    """
     check_device(device)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
+    account(source, skeleton(source, config))
+    with refusing_unreadable(
+        source, f"{source.id} does not fit on {device} in {dtype}; use more ranks or a narrower dtype."
+    ):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
             config=config,
             dtype=DTYPES[dtype],
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
+            output_loading_info=True,
+            generation_config=GenerationConfig(),  # not the folder's: see set_generation_config
         )
-        model = model.to(torch.device(device)).eval()  # type: ignore[arg-type]
-    except torch.OutOfMemoryError:
+        model, info = loaded
+        model = model.to(torch.device(device)).eval()
+    if wrong := [(what, names) for what, names in info.items() if names]:  # two definitions that should be one
+        what, names = wrong[0]
         raise InputError(
-            f"{source.id} does not fit on {device} in {dtype}; use more ranks or --dtype bfloat16."
-        ) from None
+            f"transformers reads the weights of {source.id} otherwise than spd-calib ({what}: "
+            f"{sorted(names, key=str)[0]}); save the model anew with save_pretrained."
+        )
+    for name, weight in model.named_parameters():
+        check_weight(name, weight, model=source.id)
+    return _prepared(source, model)
+
+
+@contextmanager
+def refusing_unreadable(source: Source, too_large: str) -> Iterator[None]:
+    """Turn what goes wrong while weights are read into an InputError: `too_large` where memory is short."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (torch.OutOfMemoryError, MemoryError):
+        raise InputError(too_large) from None
     except Exception as e:
         raise InputError(f"The weights of {source.id} cannot be loaded: {_first_line(e)}.") from None
-    for name, weight in model.named_parameters():
-        check_weight(source.id, name, weight)
-    return model
-
-
-@torch.no_grad()
-def check_weight(model: str, name: str, weight: torch.Tensor) -> None:
-    """Raises InputError, naming the block, where a weight holds NaN or Inf: attention may turn them into a plain 0."""
-    if weight.sum().isfinite() or weight.isfinite().all():  # of finite numbers, too, the sum may overflow
-        return
-    block = re.search(r"\.(\d+)\.", name)
-    where = f"block {block[1]}, {name}" if block else name
-    raise InputError(f"The weights of {model} hold NaN or Inf, first in {where}; fetch the model again.")
 
 
 def check_device(device: str) -> None:
-    """Raises InputError for a device that is not there."""
+    """Raise InputError for a device that is not there."""
     try:
         torch.empty(1, device=device)
     except Exception:
-        raise InputError(f"The device {device!r} cannot be used here; choose another with --device.") from None
+        raise InputError(f"The device {device!r} cannot be used here; choose another.") from None
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer. Raises InputError where there is none that can be used without running code."""
     try:
-        return AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-    except Exception as e:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+        _try_tokenizer(tokenizer)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # a panic of the tokenizers library is no Exception
         if "trust_remote_code" in str(e):
             raise InputError(
                 f"The tokenizer of {source.id} comes with code of its own, which spd-calib never runs; "
                 "save it in the form of tokenizer.json."
             ) from None
         raise InputError(f"The tokenizer of {source.id} cannot be loaded: {_first_line(e)}.") from None
+    return tokenizer
 
 
-def _first_line(e: Exception) -> str:
+def _try_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Use a tokenizer in each way the commands do: what is wrong with its files may show here only."""
+    encoded = tokenizer("A word, 2.\n", return_tensors="pt")
+    if (names := {"input_ids", "attention_mask"} - set(encoded)) or encoded["input_ids"].dim() != 2:
+        raise ValueError(f"it gives no {min(names)}" if names else "it gives no token ids")
+    tokenizer("A word, 2.\n", truncation=True, max_length=2)
+    tokenizer.decode(encoded["input_ids"][0], skip_special_tokens=True)
+
+
+def _first_line(e: BaseException) -> str:
+    """Return the first line of an exception's message, with the next where it ends in a colon."""
     first, *rest = str(e).strip().splitlines() or [type(e).__name__]
     return (f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first).rstrip(".")

@@ -32,6 +32,12 @@ def find_layers(model: PreTrainedModel) -> list[LayerParts]:
         raise InputError(
             f"{name} runs attention and MLP in parallel: it has one sync per block already, there is nothing to drop."
         )
+    projection = getattr(decoder.owner, "project_out", None) if decoder else None
+    if projection is not None and getattr(model.config, "do_layer_norm_before", True):
+        raise InputError(
+            f"{name} has a projection between its blocks and its output head (word_embed_proj_dim "
+            f"{model.config.word_embed_proj_dim}, hidden_size {model.config.hidden_size}): not supported."
+        )
     if parts and all(parts):
         norms = [n for n, m in decoder.layers[0].named_children() if "norm" in n]  # type: ignore[union-attr]
         if len(norms) > 2:

@@ -10,18 +10,21 @@ from transformers import PreTrainedModel
 from spd_calib.errors import InputError
 
 from .architecture import find_decoder
-from .load import DTYPES, Source, check_device
-from .shard_load import Checkpoint, fill_buffers, set_tensor, skeleton
+from .checkpoint import Checkpoint
+from .load import DTYPES, check_device, refusing_unreadable, skeleton
+from .shard_load import fill_buffers, set_tensor
+from .source import Source
 
 
-def must_stream(source: Source, config: Any, device: str, dtype: str) -> bool:
-    """Would the weights take more than half of the memory free on the device? InputError where there is no device."""
+def must_stream(source: Source, config: Any, *, device: str, dtype: str) -> bool:
+    """Tell whether the weights would take more than half of the memory free. Raises InputError without the device."""
     check_device(device)
-    weights = sum(p.numel() for p in skeleton(source, config, dtype).parameters()) * DTYPES[dtype].itemsize
+    weights = sum(p.numel() for p in skeleton(source, config).parameters()) * DTYPES[dtype].itemsize
     return weights > _free_memory(device) / 2
 
 
 def _free_memory(device: str) -> float:
+    """Return the bytes of memory free on a device; infinity where that cannot be told."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -39,7 +42,7 @@ class BlockWeights:
         self.held: int | None = None
 
     def hold(self, block: int) -> None:
-        """Read the weights of `block`, and let go of those held before. Raises InputError for a weight not there."""
+        """Read the weights of `block`, and let go of those held before. Raises InputError for NaN or Inf in them."""
         if block == self.held:
             return
         if self.held is not None:
@@ -47,44 +50,40 @@ class BlockWeights:
                 parameter.data = no_memory(parameter.shape, parameter)
         self.held = None
         for name, parameter in self.blocks[block]:
-            parameter.data = self.stored.read([name], parameter.shape).to(parameter)
+            parameter.data = self.stored.read(name, dtype=parameter.dtype).to(parameter.device)
         self.held = block
 
 
-def load_streamed(source: Source, config: Any, device: str, dtype: str) -> tuple[PreTrainedModel, BlockWeights]:
-    """The model in eval mode, all but its blocks' weights read; those are there while BlockWeights holds them.
+def load_streamed(source: Source, config: Any, *, device: str, dtype: str) -> tuple[PreTrainedModel, BlockWeights]:
+    """Return the model in eval mode, all but its blocks' weights read; those are there while BlockWeights holds them.
 
-    Raises InputError where a weight is missing, of another shape than the configuration says, or does not fit.
+    Raises InputError where the folder's tensors are not the model's, or the embeddings do not fit.
     """
     check_device(device)
-    model = skeleton(source, config, dtype)
-    stored = Checkpoint(source, model.base_model_prefix)
+    model = skeleton(source, config, dtype=dtype)
+    stored = Checkpoint(source, model)
     decoder = find_decoder(model)
-    assert decoder is not None, "check_config has found its layers"
+    if decoder is None:
+        raise InputError(f"{type(model).__name__} has no list of blocks that could be read one by one.")
     like = torch.empty(0, device=device, dtype=DTYPES[dtype])
-    names = {id(p): name for name, p in model.named_parameters()}
     of_block = {id(p): i for i, layer in enumerate(decoder.layers) for p in layer.parameters()}
     blocks: list[list[tuple[str, nn.Parameter]]] = [[] for _ in decoder.layers]
     replaced: dict[int, nn.Parameter] = {}  # tied parameters are one
-    parameters = list(model.named_parameters(remove_duplicate=False))
-    try:
-        fill_buffers(model, stored, device)
-        for name, parameter in parameters:
+    with refusing_unreadable(source, f"The embeddings of {source.id} do not fit on {device} in {dtype}."):
+        fill_buffers(model, stored, device=device)
+        for name, parameter in list(model.named_parameters(remove_duplicate=False)):
             key = id(parameter)
             if key not in replaced:
                 if key in of_block:
                     new = nn.Parameter(no_memory(parameter.shape, like), requires_grad=False)
-                    blocks[of_block[key]].append((names[key], new))
+                    blocks[of_block[key]].append((name, new))
                 else:
-                    aliases = [n for n, p in parameters if p is parameter]
-                    new = nn.Parameter(stored.read(aliases, parameter.shape).to(like), requires_grad=False)
+                    new = nn.Parameter(stored.read(name, dtype=like.dtype).to(device), requires_grad=False)
                 replaced[key] = new
-            set_tensor(model, name, replaced[key])
-    except torch.OutOfMemoryError:
-        raise InputError(f"The embeddings of {source.id} do not fit on {device} in {dtype}.") from None
+            set_tensor(model, name, value=replaced[key])
     return model, BlockWeights(stored, blocks)
 
 
 def no_memory(shape: torch.Size, like: Tensor) -> Tensor:
-    """A tensor of any shape that takes the memory of one number."""
+    """Return a tensor of NaN of any shape that takes the memory of one number, of the dtype and device of `like`."""
     return torch.full((1,) * len(shape), torch.nan, dtype=like.dtype, device=like.device).expand(shape)

@@ -9,16 +9,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spd_calib.errors import InputError, OtherModel
 from spd_calib.formats.common import ModelRef
+from spd_calib.models.checkpoint import account, check_weight
 from spd_calib.models.in_memory import check_in_memory, check_tensors, ref_in_memory, sharing_copy
 from spd_calib.models.load import (
     Source,
     check_config,
-    check_weight,
     load_dense,
     load_tokenizer,
     locate,
     model_ref,
     read_config,
+    skeleton,
 )
 from spd_calib.models.shard_load import load_sharded
 from spd_calib.models.stream_load import load_streamed, must_stream
@@ -63,14 +64,15 @@ class Session:
             return TensorParallelLM.simulated(self._in_memory(device, dtype), self.tp)
         if world_size() == 1:
             torch.manual_seed(seed)
-            if stream or must_stream(self.source, self.config, device, dtype):
-                model, weights = load_streamed(self.source, self.config, device, dtype)
+            if stream or must_stream(self.source, self.config, device=device, dtype=dtype):
+                model, weights = load_streamed(self.source, self.config, device=device, dtype=dtype)
                 lm = TensorParallelLM(model, SimulatedComm(self.tp), sharded=True)
                 lm.read_blocks_by(weights.hold)
                 return lm
-            return TensorParallelLM.simulated(load_dense(self.source, self.config, device, dtype), self.tp)
-        comm = distributed.start(self.tp)
-        model = load_sharded(self.source, self.config, comm.rank, self.tp, distributed.local_device(device), dtype)
+            dense = load_dense(self.source, self.config, device=device, dtype=dtype)
+            return TensorParallelLM.simulated(dense, self.tp)
+        comm, device = distributed.start(self.tp), distributed.local_device(device)
+        model = load_sharded(self.source, self.config, rank=comm.rank, tp=self.tp, device=device, dtype=dtype)
         torch.manual_seed(seed)  # the same on all ranks: they sample the same tokens
         return TensorParallelLM(model, comm, sharded=True)
 
@@ -102,7 +104,7 @@ def session_in_memory(
     check_config(model.config, tp)
     check_tensors(model)
     for name, weight in model.named_parameters():
-        check_weight(model.name_or_path or "the model in memory", name, weight)
+        check_weight(name, weight, model=model.name_or_path or "the model in memory")
     ref = ref_in_memory(model)
     if expected is not None:
         check_same_model(expected, ref)
@@ -122,6 +124,7 @@ def open_session(model: str, tp: int, *, expected: ModelRef | None = None, repli
     source = locate(model, expected.revision if expected else None)
     config = read_config(source)
     check_config(config, tp)
+    account(source, skeleton(source, config))
     check_small_copy(config)
     ref = _ref(source, config)
     if expected is not None:

@@ -4,7 +4,9 @@ import copy
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from spd_calib.errors import InputError
 
 from .model import TensorParallelLM
 
@@ -20,13 +22,29 @@ def check_small_copy(config: Any) -> None:
     dense model gives is not checked by this. Raises InputError as TensorParallelLM does; the random state stays as
     it was.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(_narrow(config), dtype=torch.float32, trust_remote_code=False).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():  # transformers leaves biases at zero, where a wrong one would not show
-                parameter.add_(0.05 * torch.randn(parameter.shape))
-    TensorParallelLM.simulated(model, RANKS)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            _run(_narrow(config))
+    except InputError:
+        raise
+    except Exception as e:  # values that only a forward stumbles over
+        first = (str(e).strip().splitlines() or [type(e).__name__])[0].rstrip(".")
+        raise InputError(
+            f"The configuration ({config.model_type}) cannot be used: a small model of it does not run ({first}); "
+            "correct its config.json, or fetch the model again."
+        ) from None
+
+
+@torch.no_grad()
+def _run(config: Any) -> None:
+    """Check the model of a narrow configuration, and have it generate two tokens with its cache."""
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False).eval()
+    for parameter in model.parameters():  # transformers leaves biases at zero, where a wrong one would not show
+        parameter.add_(0.05 * torch.randn(parameter.shape))
+    model.generation_config = GenerationConfig(pad_token_id=0)
+    lm = TensorParallelLM.simulated(model, RANKS)
+    lm.model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, do_sample=False)  # type: ignore[operator]
 
 
 def _narrow(config: Any) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 from spd_calib.errors import InputError
 from spd_calib.formats.profile import Baseline, Comparison
 
+MAX_NLL = 709  # nats: exp of it is still a float
 FIELDS = ("nll_dense", "nll", "kl", "correct_dense", "correct", "agree")
 
 
@@ -41,6 +42,16 @@ def log_prob_metrics(log_p: Tensor, log_q: Tensor, targets: Tensor) -> tuple[Ten
     return torch.stack([c.double() for c in columns], dim=-1), max(-smallest.item(), largest.item())
 
 
+def perplexity(nll: float) -> float:
+    """Return exp(nll), of nats a token. Raises InputError where that is beyond any number."""
+    if nll > MAX_NLL:
+        raise InputError(
+            f"The model's loss is {nll:.0f} nats a token, and of more than {MAX_NLL} there is no perplexity: its "
+            "weights or the tokenizer are not those it was trained with; name the right ones."
+        )
+    return math.exp(nll)
+
+
 @dataclass
 class Tally:
     """Sums of FIELDS and token counts, one row a sequence."""
@@ -56,7 +67,10 @@ class Tally:
         self.max_abs_logprob_diff = max(self.max_abs_logprob_diff, other.max_abs_logprob_diff)
 
     def state(self) -> dict:
-        """As JSON values; `of_state` takes them back, the same bits."""
+        """As JSON values; `of_state` takes them back, the same bits. Raises InputError where a perplexity overflows."""
+        if self.sums and self.finite():
+            for name in ("nll_dense", "nll"):
+                perplexity(self._mean(name)[0])
         return {
             "sums": [row.tolist() for row in self.sums],
             "tokens": self.tokens,
@@ -78,7 +92,7 @@ class Tally:
 
     def baseline(self) -> Baseline:
         nll, correct = (self._mean(name)[0] for name in ("nll_dense", "correct_dense"))
-        return Baseline(nll=nll, ppl=math.exp(nll), top1_accuracy=correct, tokens=sum(self.tokens))
+        return Baseline(nll=nll, ppl=perplexity(nll), top1_accuracy=correct, tokens=sum(self.tokens))
 
     def comparison(self) -> Comparison:
         kl, kl_stderr = self._mean("kl")
@@ -91,7 +105,7 @@ class Tally:
             kl_stderr=kl_stderr,
             nll_increase=nll_increase,
             nll_increase_stderr=nll_increase_stderr,
-            ppl=math.exp(nll),
+            ppl=perplexity(nll),
             ppl_increase=math.expm1(nll - dense),
             accuracy_drop=accuracy_drop,
             accuracy_drop_stderr=accuracy_drop_stderr,

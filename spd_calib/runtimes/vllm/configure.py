@@ -107,15 +107,15 @@ def _check_same_model(plan: Plan, path: Path, *, model: Any) -> None:
 
     Not config_hash: it is of the configuration as one version of transformers fills it in, and vLLM may bring another.
     """
-    from spd_calib.models.fingerprint import weight_fingerprint
-    from spd_calib.models.load import locate
+    from spd_calib.models.load import checked_fingerprint, locate, read_config
 
     if plan.model.architecture != model.architecture or plan.model.num_blocks != model.hf_config.num_hidden_layers:
         raise InputError(
             f"{path} is for {plan.model.architecture} with {plan.model.num_blocks} blocks, but {model.model} is "
             f"{model.architecture} with {model.hf_config.num_hidden_layers}; name the right model, or plan anew."
         )
-    if weight_fingerprint(locate(model.model, model.revision).folder) != plan.model.weight_fingerprint:
+    source = locate(model.model, model.revision)
+    if checked_fingerprint(source, read_config(source)) != plan.model.weight_fingerprint:
         raise InputError(
             f"{path} was made for other weights than those of {model.model}; name the right model, or plan anew."
         )

@@ -1,0 +1,178 @@
+"""Which tensors make a model: all that its configuration asks for, and where each of them lies on disk.
+
+The one definition for every way to load a model (whole, block by block, a rank's slices) and for a runtime's
+fingerprint. A folder is refused, before any weight is read, where a tensor is missing, where one is left over that
+might change what the others mean, and where one is not of the shape or the kind of number that the model has there.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from spd_calib.errors import InputError
+
+from .causes import foreign_number, left_over, missing
+from .source import Source
+from .stored import StoredTensor, stored_tensors
+
+ALL = slice(None)
+NUMBERS = ("F32", "BF16", "F16", "F64")
+"""The kinds of number that a weight is read from, as safetensors spells them; any other is a quantised weight's."""
+ROTARY = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # old checkpoints hold it for each block; it is computed
+COMPARED_BYTES = 2**26  # of each of two tied tensors at a time
+
+
+def account(source: Source, model: PreTrainedModel) -> dict[str, StoredTensor]:
+    """Return the stored tensor of each parameter and persistent buffer of `model`, by its name in the model.
+
+    `model` may be on the meta device. Names that are tied (an output head and its embedding) get the same tensor.
+    Stored names may be spelled as transformers allows: with or without the prefix of the base model, or in the older
+    spellings it knows of the class. Raises InputError, one sentence with the likely cause, unless the folder holds
+    exactly what `model` needs.
+    """
+    stored = stored_tensors(source.folder)
+    wanted: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
+    if odd := [t for t in stored.values() if t.dtype not in NUMBERS and not _harmless(t.name, model)]:
+        raise InputError(foreign_number(source.id, odd))
+    rename = _renaming(source, model, wanted=wanted)
+    found: dict[str, StoredTensor] = {}
+    unread: list[StoredTensor] = []
+    for tensor in stored.values():
+        name = rename(tensor.name)
+        if name not in wanted:
+            unread += [] if _harmless(tensor.name, model) else [tensor]
+        elif name in found:
+            raise InputError(
+                f"The weights of {source.id} hold {name} twice, as {found[name].name} and as {tensor.name}; "
+                "fetch the model again."
+            )
+        else:
+            found[name] = tensor
+    tied = _tied(wanted)
+    if lost := [names[0] for names in tied if not any(n in found for n in names)]:
+        raise InputError(missing(source.id, lost, wanted=wanted, unread=unread, rename=rename))
+    if unread:
+        raise InputError(left_over(source.id, unread, wanted=wanted))
+    for name, tensor in found.items():
+        _check_shape(source, tensor, wanted=wanted[name])
+    return _share(source, tied, found=found)
+
+
+def _renaming(source: Source, model: PreTrainedModel, *, wanted: Mapping[str, Tensor]) -> Callable[[str], str]:
+    """Return what turns a stored name into the model's, by the rules that transformers has for the model's class."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    prefix, known = model.base_model_prefix, dict(wanted)
+
+    def rename(stored: str) -> str:
+        name, converter = rename_source_key(stored, renamings, converters, prefix, known)
+        if name not in known and stored in known:  # transformers then takes the name as it is
+            return rename_source_key(stored, [], [], prefix, known)[0]
+        if converter is not None:
+            raise InputError(
+                f"{source.id} holds {stored} in a form that has to be converted into the model's weights, which is "
+                "not supported; name a checkpoint whose tensors are those of the model."
+            )
+        return name
+
+    return rename
+
+
+def _harmless(name: str, model: PreTrainedModel) -> bool:
+    """Tell whether a tensor may be left unread: a rotary frequency, which every loader computes by itself."""
+    return bool(ROTARY.search(name)) and any(n.endswith("rotary_emb.inv_freq") for n, _ in model.named_buffers())
+
+
+def _tied(wanted: Mapping[str, Tensor]) -> list[list[str]]:
+    """Return the names of `wanted`, those of one and the same parameter together."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in wanted.items():
+        groups.setdefault(id(tensor), []).append(name)
+    return list(groups.values())
+
+
+def _check_shape(source: Source, tensor: StoredTensor, *, wanted: Tensor) -> None:
+    """Raise InputError unless a stored tensor has the shape that the model has for it."""
+    if tensor.shape != tuple(wanted.shape):
+        raise InputError(
+            f"{source.id}: {tensor.name} has the shape {tensor.shape} where its configuration says "
+            f"{tuple(wanted.shape)}; the folder mixes two models."
+        )
+
+
+def _share(source: Source, tied: list[list[str]], *, found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Return `found` with one stored tensor for all names of a parameter. Raises InputError where two differ."""
+    shared: dict[str, StoredTensor] = {}
+    for names in tied:
+        first, *copies = [found[n] for n in names if n in found]
+        for copy in copies:
+            if not same_bytes(first, copy):
+                raise InputError(
+                    f"The weights of {source.id} hold {copy.name} and {first.name} with different values, but its "
+                    "configuration ties them (tie_word_embeddings); set that to false if the two were trained apart, "
+                    "or fetch the model again."
+                )
+        shared |= dict.fromkeys(names, first)
+    return shared
+
+
+def same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
+    """Tell whether two stored tensors are the same numbers in the same form; reads both, a piece at a time."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    rows = max(1, COMPARED_BYTES // max(1, 8 * torch.Size(a.shape[1:]).numel()))
+    with safe_open(a.file, framework="pt") as f, safe_open(b.file, framework="pt") as g:
+        first, second = f.get_slice(a.name), g.get_slice(b.name)
+        pieces = range(0, a.shape[0], rows) if a.shape else ()
+        return all(torch.equal(_bits(first[i : i + rows]), _bits(second[i : i + rows])) for i in pieces)
+
+
+def _bits(piece: Tensor) -> Tensor:
+    """Return the bytes of a tensor, so that NaN equals itself and 0 does not equal -0."""
+    return piece.contiguous().view(torch.uint8)
+
+
+class Checkpoint:
+    """The weights of a model, read piece by piece from where `account` has found them."""
+
+    def __init__(self, source: Source, model: PreTrainedModel):
+        self.id, self.tensors = source.id, account(source, model)
+        self.checked: set[str] = set()
+
+    def read(self, name: str, *, rows: slice = ALL, columns: slice = ALL, dtype: torch.dtype | None = None) -> Tensor:
+        """Return a piece of the parameter `name` in memory of its own, in `dtype` (default: as stored).
+
+        Raises InputError for NaN or Inf in what is read for the first time, and for a file that has gone.
+        """
+        stored = self.tensors[name]
+        try:
+            # opened anew each time: what was read of a file that stays open counts as this process's memory
+            with safe_open(stored.file, framework="pt") as f:
+                whole = f.get_slice(stored.name)
+                if rows != ALL and rows.start == rows.stop:
+                    return torch.empty(0, *stored.shape[1:], dtype=dtype)
+                piece = whole[rows] if len(stored.shape) == 1 else whole[rows, columns]
+                piece = piece.to(dtype or piece.dtype)
+                if name not in self.checked:
+                    check_weight(name, piece, model=self.id)
+                    self.checked.add(name)
+                return piece.clone(memory_format=torch.contiguous_format)
+        except (SafetensorError, OSError):
+            raise InputError(f"{stored.file} cannot be read any more; fetch the model again.") from None
+
+
+@torch.no_grad()
+def check_weight(name: str, weight: Tensor, *, model: str) -> None:
+    """Raise InputError, naming the block, where a weight holds NaN or Inf: attention may turn them into a plain 0."""
+    if weight.sum().isfinite() or weight.isfinite().all():  # of finite numbers, too, the sum may overflow
+        return
+    block = re.search(r"\.(\d+)\.", name)
+    where = f"block {block[1]}, {name}" if block else name
+    raise InputError(f"The weights of {model} hold NaN or Inf, first in {where}; fetch the model again.")
