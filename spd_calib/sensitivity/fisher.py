@@ -20,7 +20,7 @@ all of them, since the tokens that one drop makes uncertain are mostly those tha
 than BROKEN is not used for this.
 
 On each batch DRAWS sync points are really dropped: the first serves as that planned model, and the measured costs of
-all of them correct the predictions (shrinkage.py). They are drawn in turn: none is measured twice before every other
+all of them correct the predictions (correction.py). They are drawn in turn: none is measured twice before every other
 was measured once.
 """
 
@@ -44,6 +44,7 @@ from .correction import BROKEN, MeasuredDrops, factors, joined
 from .journal import Journal, once
 from .measure import LOGITS_AT_A_TIME, Reference, batches
 from .metrics import Tally
+from .standard_error import ratio_and_stderr
 
 DRAWS = 2  # sync points really dropped on each batch
 Term = tuple[Point, ...]  # one sync point, or two consecutive ones: what they change beyond their sum
@@ -189,13 +190,11 @@ def first_samples(sequences: int, target_stderr: float) -> int:
 def interactions(d: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Return the matrix 1/2 E[d_i d_j] per token and its standard error over sequences, both [terms, terms].
 
-    d [samples, sequences, terms], tokens [sequences].
+    d [samples, sequences, terms], tokens [sequences]. The error of one sequence alone, which is unknown, is given as 0.
     """
     q = torch.einsum("sni,snj->nij", d, d) / (2 * len(d))  # summed over each sequence's tokens
-    mean = q.sum(0) / tokens.sum()
-    squares = (q - mean * tokens[:, None, None]).pow(2).sum(0)
-    m = len(tokens)
-    return mean, (squares * m / max(m - 1, 1)).sqrt() / tokens.sum()
+    mean, stderr = ratio_and_stderr(q, tokens)
+    return mean, torch.zeros_like(mean) if stderr is None else stderr
 
 
 def sampling_error(d: Tensor) -> float:
