@@ -95,7 +95,7 @@ def profile(
     from spd_calib.sensitivity import profile as profiling
     from spd_calib.sensitivity.fisher import fisher as predict
     from spd_calib.sensitivity.journal import Journal
-    from spd_calib.sensitivity.texts import average_fisher, average_profile, joint_ref
+    from spd_calib.sensitivity.averaging import average_fisher, average_profile, joint_ref
 
     from .estimate import print_estimate
     from .options import check_dtype, provenance, resolve_device, resolve_model

@@ -14,7 +14,7 @@ from spd_calib.report.table import nats
 from spd_calib.sensitivity.metrics import Tally
 from spd_calib.sensitivity.profile import Trial
 from spd_calib.sensitivity.text import Text, TextOptions, further, load_text
-from spd_calib.sensitivity.texts import joint_ref
+from spd_calib.sensitivity.averaging import joint_ref
 
 
 def load_text_for(
