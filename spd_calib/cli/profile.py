@@ -93,14 +93,14 @@ def profile(
     from spd_calib.ranks import world_size
     from spd_calib.report import tables
     from spd_calib.sensitivity import profile as profiling
+    from spd_calib.sensitivity.averaging import average_fisher, average_profile, joint_ref
     from spd_calib.sensitivity.fisher import fisher as predict
     from spd_calib.sensitivity.journal import Journal
-    from spd_calib.sensitivity.averaging import average_fisher, average_profile, joint_ref
 
     from .estimate import print_estimate
     from .options import check_dtype, provenance, resolve_device, resolve_model
     from .recovered import find_recovered
-    from .shared import load_text_for, note_of, resolve_tasks
+    from .shared import load_texts_for, note_of, resolve_tasks
     from .terminal import print_json, say, table, working
 
     if method not in ("single", "cumulative", "fisher"):
@@ -122,7 +122,7 @@ def profile(
     if recovered:
         recovered.check_profiling(method, confidence, tasks, data)
         skip, seq_len, min_len, pack = recovered.beyond_fitted(data[0], seq_len, min_len, pack)
-    texts = [load_text_for(session, d, seq_len, min_len, max_samples, verify_samples, pack, skip) for d in data]
+    texts = load_texts_for(session, data, seq_len, min_len, max_samples, verify_samples, pack, skip)
     for text in texts:
         if text.note:
             say(text.note)

@@ -1,20 +1,22 @@
 """What several commands do between their options and the core."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from spd_calib.errors import InputError
-from spd_calib.formats.common import Strategy, TextRef
+from spd_calib.formats.common import Strategy
 from spd_calib.formats.plan import Budget
 from spd_calib.formats.profile import Profile
 from spd_calib.parallel.session import Session
 from spd_calib.planning.budget import blocks, fraction
 from spd_calib.planning.plan import HeldOutText
 from spd_calib.report.table import nats
+from spd_calib.sensitivity.averaging import joint_ref
+from spd_calib.sensitivity.documents import TEXT
 from spd_calib.sensitivity.metrics import Tally
 from spd_calib.sensitivity.profile import Trial
-from spd_calib.sensitivity.text import Text, TextOptions, further, load_text
-from spd_calib.sensitivity.averaging import joint_ref
+from spd_calib.sensitivity.text import Text, TextOptions, further, load_texts
 
 
 def load_text_for(
@@ -26,49 +28,66 @@ def load_text_for(
     verify_samples: int,
     pack: bool,
     skip: int = 0,
+    column: str = TEXT,
 ) -> Text:
-    """Calibration and verification sequences for a session's model. Raises InputError for lengths it cannot read."""
+    """Return calibration and verification sequences of one text, as `load_texts_for`."""
+    return load_texts_for(session, [data], seq_len, min_len, max_samples, verify_samples, pack, skip, column)[0]
+
+
+def load_texts_for(
+    session: Session,
+    data: Sequence[str],
+    seq_len: int | None,
+    min_len: int | None,
+    max_samples: int,
+    verify_samples: int,
+    pack: bool,
+    skip: int = 0,
+    column: str = TEXT,
+) -> list[Text]:
+    """Return calibration and verification sequences for a session's model, none in two texts.
+
+    Raises InputError for lengths the model cannot read.
+    """
     if seq_len is not None and seq_len > session.max_length:
         raise InputError(f"--seq-len {seq_len} is beyond the model's {session.max_length} tokens; lower it.")
     seq_len = seq_len or min(2048, session.max_length)
     if min_len is not None and min_len > seq_len:
         raise InputError(f"--min-len {min_len} is more than --seq-len {seq_len}: no document would be left.")
-    return load_text(
-        TextOptions(
-            resolve_data(data), seq_len, min_len or seq_len, max_samples, verify_samples, pack, name=data, skip=skip
-        ),
-        session.tokenizer,
-    )
+    common = TextOptions("", seq_len, min_len or seq_len, max_samples, verify_samples, pack, skip=skip, column=column)
+    return load_texts([replace(common, source=resolve_data(d), name=d) for d in data], session.tokenizer)
 
 
 def reload_texts(session: Session, profile: Profile) -> list[Text]:
-    """The very sequences a profile speaks of, text by text. Raises InputError where one has changed since."""
-    return [_reload(session, *refs) for refs in zip(profile.text.each, profile.verify_text.each, strict=True)]
-
-
-def _reload(session: Session, calibration: TextRef, verification: TextRef) -> Text:
-    options = TextOptions(
-        resolve_data(calibration.source),
-        calibration.seq_len,
-        calibration.min_len,
-        calibration.sequences,
-        verification.sequences,
-        calibration.pack,
-        name=calibration.source,
-        skip=calibration.first,
-    )
-    text = load_text(options, session.tokenizer)
-    if (text.calibration_ref().sha256, text.verification_ref().sha256) != (calibration.sha256, verification.sha256):
-        raise InputError(
-            f"{calibration.source} or the tokenizer has changed since the profile was made; profile again."
+    """Return the very sequences a profile speaks of, text by text. Raises InputError where one has changed since."""
+    refs = list(zip(profile.text.each, profile.verify_text.each, strict=True))
+    options = [
+        TextOptions(
+            resolve_data(measured.source),
+            measured.seq_len,
+            measured.min_len,
+            measured.sequences,
+            kept.sequences,
+            measured.pack,
+            name=measured.source,
+            skip=measured.first,
+            column=measured.column,
         )
-    return text
+        for measured, kept in refs
+    ]
+    texts = load_texts(options, session.tokenizer)
+    for text, (measured, kept) in zip(texts, refs, strict=True):
+        if (text.calibration_ref().sha256, text.verification_ref().sha256) != (measured.sha256, kept.sha256):
+            raise InputError(
+                f"{measured.source} or the tokenizer has changed since the profile was made; profile again."
+            )
+    return texts
 
 
 def further_texts(session: Session, texts: Sequence[Text], times: int) -> HeldOutText | None:
-    """The `times`-th further lot to verify on, of every text; None where one of them is at its end."""
-    lots = [lot for text in texts if (lot := further(text, times, session.tokenizer))]
-    if len(lots) < len(texts):
+    """Return the `times`-th further lot to verify on, of every text; None where one of them is at its end."""
+    lots = further(texts, times, session.tokenizer)
+    if lots is None:
         return None
     return HeldOutText([lot.verification for lot in lots], joint_ref([lot.verification_ref() for lot in lots]))
 

@@ -4,7 +4,7 @@ import math
 
 from spd_calib.errors import InputError
 from spd_calib.formats.plan import Budget
-from spd_calib.formats.profile import Comparison, Metric
+from spd_calib.formats.profile import Comparison, Metric, Profile
 
 OPTIONS = {
     "max_kl": "--max-kl",
@@ -24,6 +24,8 @@ METRICS: dict[str, Metric] = {  # in which a budget ranks single drops; a number
 }
 
 MARGIN = 2.0  # standard errors between what a plan costs on the calibration text and its budget
+MANY_SEQUENCES = 30  # from which on the normal distribution stands for Student's
+FEWEST_TO_CHOOSE, FEWEST_TO_VERIFY = 4, 2  # sequences of a text, for a plan within a bound on its cost
 
 
 def fraction(text: str, option: str) -> float:
@@ -70,26 +72,73 @@ def cost(budget: Budget, measured: Comparison) -> float:
 def kept(budget: Budget, measured: Comparison, certain: bool = False) -> bool:
     """Does a measured plan keep its budget? Numbers of drops and the paper's thresholds are kept by construction.
 
-    With `certain` it must do so with MARGIN standard errors to spare: other text of the kind will agree.
+    With `certain` it must do so with `spare` left over: other text of the kind will agree.
     """
     if budget.each_text:
         return all(kept(_on_one(budget), one, certain) for one in measured.per_text)
-    spare = MARGIN * stderr(budget, measured) if certain else 0.0
-    return budget.kind in ("drop", "tau") or cost(budget, measured) + spare <= budget.value
+    left_over = spare(budget, measured) if certain else 0.0
+    return budget.kind in ("drop", "tau") or cost(budget, measured) + left_over <= budget.value
+
+
+def margin(sequences: int) -> float:
+    """Return how many standard errors over `sequences` leave the same doubt as MARGIN of very many.
+
+    MARGIN from MANY_SEQUENCES on; below, Student's t at the same one-sided probability; infinite for one sequence.
+    """
+    if sequences >= MANY_SEQUENCES:
+        return MARGIN
+    from scipy import stats
+
+    return float(stats.t.isf(stats.norm.sf(MARGIN), sequences - 1)) if sequences > 1 else math.inf
+
+
+def spare(budget: Budget, *measured: Comparison) -> float:
+    """Return what must lie between the cost of one plan and its budget, or between the costs of two plans.
+
+    In the budget's unit: as many standard errors (of the two, added in squares) as `margin` asks for. Infinite where
+    one has none.
+    """
+    errors = [stderr(budget, one) for one in measured]
+    known = [error for error in errors if error is not None]
+    if len(known) < len(errors):
+        return math.inf
+    sequences = min(part.sequences for one in measured for part in one.per_text or [one])
+    return math.hypot(*known) * (MARGIN if budget.tasks else margin(sequences)) if any(known) else 0.0
+
+
+def check_enough_text(budget: Budget, profile: Profile) -> None:
+    """Raise InputError where the profile's text has too few sequences to promise that a cost stays within `budget`.
+
+    Of numbers of drops, largest differences and lm-eval tasks nothing is promised that rests on standard errors over
+    sequences.
+    """
+    if budget.kind in ("drop", "tau", "max_logprob_diff") or budget.tasks:
+        return
+    for refs, fewest, what, option in (
+        (profile.text.each, FEWEST_TO_CHOOSE, "measure on", "--max-samples"),
+        (profile.verify_text.each, FEWEST_TO_VERIFY, "verify on", "--verify-samples"),
+    ):
+        if few := [text for text in refs if text.sequences < fewest]:
+            raise InputError(
+                f"A plan within {describe(budget)} wants {fewest} sequences to {what}, or more, since fewer tell no "
+                f"standard error to rely on, and {few[0].source} has {few[0].sequences}; profile again with more text, "
+                f"or a larger {option}."
+            )
 
 
 def _on_one(budget: Budget) -> Budget:
     return budget.model_copy(update={"each_text": False})
 
 
-def stderr(budget: Budget, measured: Comparison) -> float:
-    """Standard error of `cost` over sequences, or documents; of a largest difference there is none."""
+def stderr(budget: Budget, measured: Comparison) -> float | None:
+    """Standard error of `cost` over sequences, or documents: None of one; 0 of a largest difference, which has none."""
     if budget.each_text:
         return stderr(_on_one(budget), max(measured.per_text, key=lambda one: cost(_on_one(budget), one)))
     if budget.tasks:
         return math.hypot(*measured.task_accuracy_drop_stderr.values()) / len(measured.task_accuracy_drop_stderr)
+    nll_stderr = measured.nll_increase_stderr
     return {
-        "max_ppl_increase": (1 + measured.ppl_increase) * measured.nll_increase_stderr,
+        "max_ppl_increase": None if nll_stderr is None else (1 + measured.ppl_increase) * nll_stderr,
         "max_accuracy_drop": measured.accuracy_drop_stderr,
         "max_logprob_diff": 0.0,
     }.get(budget.kind, measured.kl_stderr)

@@ -9,8 +9,8 @@ from spd_calib.formats.common import Provenance, Strategy, TextRef
 from spd_calib.formats.plan import Budget, CompensationFile, Plan, PlannedBlock, Predicted, Verified
 from spd_calib.formats.profile import Comparison, Point, Profile
 from spd_calib.parallel.model import TensorParallelLM
-from spd_calib.sensitivity.measure import Experiment, Tick, measure
 from spd_calib.sensitivity.averaging import average
+from spd_calib.sensitivity.measure import Experiment, Tick, measure
 
 from .obvious import back_to_front_sets, obvious_sets, paper_order
 from .search import Candidate, Choice, Drops, candidates, choose, tier

@@ -4,7 +4,6 @@ KL drives the search, whatever the budget: it is the least noisy measure, and th
 (interactions.py). How far to go, and which of the best few sets it is, is measured on whole plans.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from spd_calib.formats.common import Strategy
 from spd_calib.formats.plan import Budget
 from spd_calib.formats.profile import Comparison, Point, Profile
 
-from .budget import MARGIN, METRICS, OPTIONS, cost, describe, kept, stderr
+from .budget import METRICS, OPTIONS, check_enough_text, cost, describe, kept, margin, spare
 from .interactions import Interactions, Set
 
 Drops = dict[Point, Strategy]  # how each dropped sync point is dropped
@@ -59,7 +58,8 @@ def candidates(profile: Profile, budget: Budget) -> list[Candidate]:
         )
     if not allowed:
         raise InputError("--strategy keep_sync alone leaves nothing to plan; allow block_drop or plain_drop.")
-    found = [_cheapest(block, measured) for block in sorted(set().union(*measured.values()))]
+    errors = margin(min(text.sequences for text in profile.text.each))
+    found = [_cheapest(block, measured, errors) for block in sorted(set().union(*measured.values()))]
     if Strategy.BLOCK_DROP in allowed and budget.kind != "tau":
         found += [
             Candidate(Point(block=block, sync_point="mlp"), Strategy.BLOCK_DROP, kl, "its sync joins the next one kept")
@@ -75,14 +75,19 @@ def candidates(profile: Profile, budget: Budget) -> list[Candidate]:
     return sorted(found, key=lambda c: (value[c.point.sync_point, c.strategy][c.block], c.kl, c.block))
 
 
-def _cheapest(block: int, measured: Mapping[Strategy, dict[int, tuple[float, float]]]) -> Candidate:
-    """plain_drop needs no change to the block, but only where it measures as harmless: no worse than block_drop."""
+def _cheapest(
+    block: int, measured: Mapping[Strategy, dict[int, tuple[float, float | None]]], errors: float
+) -> Candidate:
+    """plain_drop needs no change to the block, but only where it measures as harmless: no worse than block_drop.
+
+    Worse: by `errors` standard errors, where there are any.
+    """
     point = Point(block=block, sync_point="attention")
     if len(measured) == 1:
         strategy = next(iter(measured))
         return Candidate(point, strategy, measured[strategy][block][0], "the only strategy allowed")
     plain, (drop, stderr) = measured[Strategy.PLAIN_DROP][block][0], measured[Strategy.BLOCK_DROP][block]
-    if plain <= drop + 2 * stderr:
+    if plain <= drop + (0.0 if stderr is None else errors * stderr):
         return Candidate(point, Strategy.PLAIN_DROP, plain, "plain drop measures no worse than block drop")
     return Candidate(point, Strategy.BLOCK_DROP, drop, f"plain drop would cost KL {plain:.3g}")
 
@@ -160,9 +165,11 @@ def choose(
     errors to spare, so that the held-out text need not take part in choosing; of that size the best few are measured,
     and of the next. What is best is verified, and smaller sets are taken while the held-out text says it breaks the
     budget: that text has then taken part in choosing, and `spent` is called, so that `verify` may go on to other.
-    `obvious` gives, for a number of drops, sets that are measured with the best few. Raises SpdError, naming the best
-    plan found, where not even one sync point can go.
+    `obvious` gives, for a number of drops, sets that are measured with the best few. Raises InputError, before anything
+    is measured, where the profile's text is too short, and SpdError, naming the best plan found, where not even one
+    sync point can go.
     """
+    check_enough_text(budget, profile)
     search = Search(profile, budget, calibrate)
     if budget.kind == "tau":
         chosen = search.indices([c.point for c in search.ranked if tier(profile, budget, c) == "insensitive"])
@@ -172,7 +179,7 @@ def choose(
         """Of n sync points, in the budget's own unit; where a number is asked for and tasks ranked, that ranking's.
 
         MLPs must earn their place, since not every runtime can defer their sync point: where a set without any is not
-        worse by MARGIN standard errors, it is taken (`simple`).
+        worse by more than the standard errors say (`spare`), it is taken (`simple`).
         """
         if n == 0 or (budget.kind == "drop" and _ranked_by_tasks(profile)):
             return search.rankings[n]
@@ -185,8 +192,8 @@ def choose(
         cheapest = min(sets, key=costs)
         if simple and (without := [s for s in sets if s <= search.attention]):
             simplest = min(without, key=costs)
-            spare = MARGIN * math.hypot(stderr(budget, found[simplest]), stderr(budget, found[cheapest]))
-            as_good = cost(budget, found[simplest]) <= cost(budget, found[cheapest]) + spare
+            noise = spare(budget, found[simplest], found[cheapest])
+            as_good = cost(budget, found[simplest]) <= cost(budget, found[cheapest]) + noise
             if as_good and kept(budget, found[simplest], certain=True):
                 return simplest
         return cheapest

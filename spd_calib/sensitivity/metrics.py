@@ -102,12 +102,12 @@ class Tally:
             sequences=len(self.tokens),
         )
 
-    def _mean(self, name: str, minus: str | None = None) -> tuple[float, float]:
+    def _mean(self, name: str, minus: str | None = None) -> tuple[float, float | None]:
         """Mean per token, and its standard error over sequences.
 
         With sums s_j over n_j tokens the mean is the ratio R = sum s_j / sum n_j; its error, by the delta method,
         sqrt(m / (m - 1) * sum (s_j - R n_j)^2) / sum n_j. With equal lengths that is the standard error of the
-        sequences' means. One sequence alone gives no error: 0 is reported.
+        sequences' means. One sequence alone gives no error: None.
         """
         rows = torch.stack(self.sums)
         s = rows[:, FIELDS.index(name)] - (rows[:, FIELDS.index(minus)] if minus else 0)
@@ -119,4 +119,4 @@ class Tally:
             )
         m = len(self.tokens)
         squares = (s - mean * n).pow(2).sum().item()
-        return mean, math.sqrt(m / (m - 1) * squares) / n.sum().item() if m > 1 else 0.0
+        return mean, math.sqrt(m / (m - 1) * squares) / n.sum().item() if m > 1 else None
