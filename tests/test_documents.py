@@ -76,7 +76,9 @@ def test_tables_keep_every_cell_a_text(tmp_path, name, separator, encoding):
 def test_parquet_of_any_kind_of_string(tmp_path):
     kinds = {"a": pa.string(), "b": pa.large_string()}
     for name, kind in kinds.items():
-        parquet.write_table(pa.table({"text": pa.array(TEXTS, kind), "n": [1] * len(TEXTS)}), tmp_path / f"{name}.parquet")
+        parquet.write_table(
+            pa.table({"text": pa.array(TEXTS, kind), "n": [1] * len(TEXTS)}), tmp_path / f"{name}.parquet"
+        )
         assert contents(tmp_path / f"{name}.parquet") == TEXTS
     parquet.write_table(pa.table({"text": pa.array(TEXTS).dictionary_encode()}), tmp_path / "c.parquet")
     assert contents(tmp_path / "c.parquet") == TEXTS
@@ -98,7 +100,10 @@ def test_another_column_by_name(tmp_path):
 
 
 def test_chats_are_lists_of_messages(tmp_path):
-    chats = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], [{"role": "user", "content": "c"}]]
+    chats = [
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+        [{"role": "user", "content": "c"}],
+    ]
     path = written(tmp_path, "t.jsonl", "".join(json.dumps({"messages": c}) + "\n" for c in chats).encode())
     assert contents(path) == contents(path, "messages") == chats
     parquet.write_table(pa.table({"messages": chats}), tmp_path / "t.parquet")

@@ -112,7 +112,7 @@ def check_enough_text(budget: Budget, profile: Profile) -> None:
     Of numbers of drops, largest differences and lm-eval tasks nothing is promised that rests on standard errors over
     sequences.
     """
-    if budget.kind in ("drop", "tau", "max_logprob_diff") or budget.tasks:
+    if budget.kind in ("drop", "tau", "min_speedup", "max_logprob_diff") or budget.tasks:
         return
     for refs, fewest, what, option in (
         (profile.text.each, FEWEST_TO_CHOOSE, "measure on", "--max-samples"),
