@@ -184,6 +184,19 @@ def test_what_cannot_be_read_is_named(tmp_path, name, content, words):
     assert words in said and name in said
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("/nowhere/t.JSONL.gz", "no data file"),
+        ("x" * 5000, "cannot be looked for: File name too long"),
+        ("~nobody-of-this-name/t.txt", "cannot be looked for"),
+        ("/dev/null", "no data file"),
+    ],
+)
+def test_names_of_no_file(name, words):
+    assert words in sentence(name)
+
+
 def test_a_parquet_says_which_columns_it_has(tmp_path):
     pandas.DataFrame({"body": ["a"], "n": [1]}).to_parquet(tmp_path / "t.parquet")
     assert "no column `text`; name another with --column: body, n" in sentence(tmp_path / "t.parquet")

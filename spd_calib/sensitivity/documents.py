@@ -41,12 +41,16 @@ def read_documents(source: str, column: str = TEXT) -> Iterator[Document]:
     and there is none, "messages" is read. A document is a string, or a list of chat messages. Raises InputError,
     naming the file and where possible the line, for what cannot be read.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return _folder(path, column)
-    if path.is_file():
-        return _file(path, column)
-    if path.exists() or _suffix(path) in READERS:
+    try:
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return _folder(path, column)
+        if path.is_file():
+            return _file(path, column)
+        is_local = path.exists() or _suffix(path) in READERS
+    except (OSError, RuntimeError) as e:  # a name too long, a folder that may not be entered, ~nobody
+        raise InputError(f"{source[:80]!r} cannot be looked for: {getattr(e, 'strerror', None) or e}.") from None
+    if is_local:
         raise InputError(f"There is no data file {source}; name a {FORMATS} file, a folder of them, or a hub dataset.")
     return _hub(source, column)
 
