@@ -28,7 +28,7 @@ def comparison(kl: float, accuracy_drop: float | None = None, ppl: float | None 
         top1_agreement_stderr=0.01,
         max_abs_logprob_diff=1,
         tokens=100,
-        sequences=4,
+        sequences=64,
     )
 
 
@@ -50,7 +50,7 @@ def make_profile(block_drop, plain_drop=None, method="single", rank_by="kl", mlp
             rows.append(Measurement(**vars(comparison(kl)), block=block, strategy=strategy, dropped=dropped))
     for block, kl in enumerate(mlp):
         rows.append(Measurement(**vars(comparison(kl)), block=block, sync_point="mlp", strategy=DROP, dropped=[block]))
-    text = TextRef(source="t", seq_len=8, min_len=8, pack=False, first=0, sequences=4, tokens=32, sha256="0" * 64)
+    text = TextRef(source="t", seq_len=8, min_len=8, pack=False, first=0, sequences=64, tokens=512, sha256="0" * 64)
     return Profile(
         model=ModelRef(id="m", architecture="A", num_blocks=n, config_hash="0" * 64, weight_fingerprint="1" * 64),
         tensor_parallel=TensorParallel(size=2),

@@ -1,7 +1,9 @@
 """Budgets: as people ask for them, what a measured plan spends of one, and in words."""
 
+import math
+
 import pytest
-from profiles import budget, comparison
+from profiles import budget, comparison, make_profile
 
 from spd_calib.errors import InputError
 from spd_calib.planning import budget as budgets
@@ -105,3 +107,60 @@ def test_shares_and_numbers_of_blocks_say_what_is_wrong():
     for text in ("inf", "-1%", "nan"):
         with pytest.raises(InputError, match="max_kl"):
             budget_options.fraction(text, "max_kl")
+
+
+@pytest.mark.parametrize("sequences", [2, 3, 4, 8, 29])
+def test_with_few_sequences_the_margin_is_students(sequences):
+    """The same doubt as 2 standard errors of a normal value leave: found by bisection, on the t distribution's CDF."""
+    from scipy import integrate, special
+
+    degrees = sequences - 1
+    scale = math.exp(special.gammaln((degrees + 1) / 2) - special.gammaln(degrees / 2)) / math.sqrt(degrees * math.pi)
+
+    def density(x: float) -> float:
+        return scale * (1 + x * x / degrees) ** (-(degrees + 1) / 2)
+
+    above = 0.5 - integrate.quad(density, 0, budgets.margin(sequences), limit=500)[0]
+    assert above == pytest.approx(math.erfc(2 / math.sqrt(2)) / 2, abs=1e-9)
+
+
+def test_the_margin_of_many_and_of_one():
+    assert budgets.margin(30) == budgets.margin(10**6) == 2 and budgets.margin(1) == math.inf
+    assert 2 < budgets.margin(29) < budgets.margin(8) < budgets.margin(2) < math.inf
+
+
+def test_what_is_spared_is_by_the_fewest_sequences_of_a_text_and_infinite_without_an_error():
+    few = comparison(0.1).model_copy(update={"sequences": 5, "kl_stderr": 0.03})
+    many = comparison(0.2).model_copy(update={"sequences": 500, "kl_stderr": 0.04})
+    both = comparison(0.15).model_copy(update={"per_text": [many, few], "sequences": 505, "kl_stderr": 0.025})
+    b = budget("max_kl", 1.0)
+    assert budgets.spare(b, few, many) == pytest.approx(budgets.margin(5) * 0.05)
+    assert budgets.spare(b, both) == pytest.approx(budgets.margin(5) * 0.025)
+    one = few.model_copy(update={"sequences": 1, "kl_stderr": None, "nll_increase_stderr": None})
+    assert budgets.spare(b, one) == budgets.spare(b, many, one) == math.inf
+    assert budgets.kept(b, one) and not budgets.kept(b, one, certain=True)
+    assert budgets.stderr(budget("max_ppl_increase", 1.0), one) is None
+    assert budgets.spare(budget("max_logprob_diff", 1.0), one) == 0
+    with_tasks = MEASURED.model_copy(update={"sequences": 5})
+    assert budgets.spare(budget("max_accuracy_drop", 1.0, tasks=["x", "y"]), with_tasks) == pytest.approx(2 * 0.025)
+
+
+@pytest.mark.parametrize("kind", ["max_kl", "max_ppl_increase", "max_accuracy_drop", "max_logprob_diff", "drop", "tau"])
+def test_a_bound_wants_enough_sequences_of_every_text(kind):
+    whole = make_profile([0.01, 0.02])
+    b = budget(kind, 0.5, tau2=0.7 if kind == "tau" else None)
+    budgets.check_enough_text(b, whole)
+    for field, fewest, parameter in (("text", 4, "max_samples"), ("verify_text", 2, "verify_samples")):
+        ref = getattr(whole, field)
+        parts = [ref, ref.model_copy(update={"sequences": fewest - 1, "source": "short"})]
+        for few in (parts[1], ref.model_copy(update={"parts": parts})):
+            profile = whole.model_copy(update={field: few})
+            enough = few.model_copy(update={"sequences": fewest, "parts": []})
+            budgets.check_enough_text(b, whole.model_copy(update={field: enough}))
+            if kind in ("max_logprob_diff", "drop", "tau"):
+                budgets.check_enough_text(b, profile)
+                continue
+            with pytest.raises(
+                InputError, match=f"wants {fewest} sequences to .*short has {fewest - 1}; .*{parameter}"
+            ):
+                budgets.check_enough_text(b, profile)

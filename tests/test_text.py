@@ -2,12 +2,11 @@
 
 import json
 
-import pandas
 import pytest
 import tiny
 
 from spd_calib.errors import InputError
-from spd_calib.sensitivity.text import TextOptions, further, load_text, read_documents
+from spd_calib.sensitivity.text import TextOptions, further, load_text
 
 WORDS = list(tiny.WORDS)
 
@@ -68,13 +67,13 @@ def test_further_lots_to_verify_on_follow_each_other(tmp_path, tokenizer, pack):
     path = tiny.write_jsonl(tmp_path / "t.jsonl", [doc(7, i) for i in range(10)])  # 8 tokens each, with the BOS
     everything = load_text(options(path, max_samples=8, verify_samples=2, pack=pack), tokenizer)
     text = load_text(options(path, pack=pack), tokenizer)
-    one, two = (further(text, times, tokenizer) for times in (1, 2))
+    one, two = (further([text], times, tokenizer)[0] for times in (1, 2))
     assert (
         one.verification == everything.calibration[5:7]
         and two.verification == everything.calibration[7:8] + everything.verification[:1]
     )
     assert (one.verification_ref().first, two.verification_ref().first) == (5, 7)
-    assert further(text, 3, tokenizer) is None  # one sequence is left
+    assert further([text], 3, tokenizer) is None  # one sequence is left
     assert one.note is None and one.calibration == []
 
 
@@ -84,13 +83,6 @@ def test_packing_glues_documents_and_loses_nothing_between_them(tmp_path, tokeni
     text = load_text(options(path, pack=True), tokenizer)
     stream = [i for t in texts for i in tokenizer(t)["input_ids"]]
     assert [i for s in text.calibration + text.verification for i in s] == stream[: len(stream) // 8 * 8]
-
-
-def test_txt_and_parquet(tmp_path):
-    (tmp_path / "t.txt").write_text("one two\nthree\n\n\nfour\n  \nfive")
-    assert list(read_documents(str(tmp_path / "t.txt"))) == ["one two\nthree", "four", "five"]
-    pandas.DataFrame({"text": ["a b", "c"], "n": [1, 2]}).to_parquet(tmp_path / "t.parquet")
-    assert list(read_documents(str(tmp_path / "t.parquet"))) == ["a b", "c"]
 
 
 @pytest.mark.parametrize(

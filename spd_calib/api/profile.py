@@ -15,12 +15,12 @@ from spd_calib.parallel.session import versions
 from spd_calib.ranks import world_size
 from spd_calib.reporting.table import nats
 from spd_calib.sensitivity import profile as profiling
+from spd_calib.sensitivity.averaging import average_fisher, average_profile
 from spd_calib.sensitivity.fisher import predict
 from spd_calib.sensitivity.journal import JournalOfText, MeasurementJournal
 from spd_calib.sensitivity.measure import Subject
 from spd_calib.sensitivity.metrics import Tally
 from spd_calib.sensitivity.profile import Experiment, TaskAccuracy
-from spd_calib.sensitivity.texts import average_fisher, average_profile
 
 from .method import TARGET_STDERR, checked_method
 from .opening import Model

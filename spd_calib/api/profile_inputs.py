@@ -9,10 +9,10 @@ from spd_calib.errors import InputError
 from spd_calib.formats.common import TextRef
 from spd_calib.parallel.session import Session
 from spd_calib.sensitivity import profile as profiling
+from spd_calib.sensitivity.averaging import joint_ref
 from spd_calib.sensitivity.measure import Subject
 from spd_calib.sensitivity.profile import Experiment
 from spd_calib.sensitivity.text import Text
-from spd_calib.sensitivity.texts import joint_ref
 
 from .method import Method
 from .opening import Model, open_model, resolved_for

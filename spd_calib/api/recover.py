@@ -22,6 +22,7 @@ from spd_calib.recovery.options import METHODS, RecoveryMethod, RecoveryOptions
 from spd_calib.recovery.planned_model import PlannedModel
 from spd_calib.recovery.recover import recover as treat
 from spd_calib.recovery.recovered_plan import Measured, recovered_plan
+from spd_calib.sensitivity.documents import TEXT
 from spd_calib.sensitivity.text import Text
 from spd_calib.sensitivity.tiers import Tier
 
@@ -155,6 +156,7 @@ def _like_the_plans(text: TextSelection, plan: Plan) -> TextSelection:
         seq_len=text.seq_len or used.seq_len,
         min_len=text.min_len or (used.min_len if text.seq_len is None else None),
         pack=text.pack or used.pack,
+        column=used.column if text.column == TEXT else text.column,
     )
 
 

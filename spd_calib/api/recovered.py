@@ -13,6 +13,7 @@ from spd_calib.formats.profile import Comparison, Profile, Recovered
 from spd_calib.models.plan_files import load_drops
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.session import Session, check_same_model
+from spd_calib.sensitivity.documents import TEXT
 from spd_calib.sensitivity.measure import Subject
 
 from .opening import Model, named_by, open_model, open_model_of
@@ -104,17 +105,18 @@ def selection_beyond_fitted(
     text = recovered.plan.verified.text
     if Path(text.source).expanduser().absolute() != Path(data).expanduser().absolute():
         return 0, selection
-    fitted = replace(selection, seq_len=text.seq_len, min_len=text.min_len, pack=text.pack)
+    fitted = replace(selection, seq_len=text.seq_len, min_len=text.min_len, pack=text.pack, column=text.column)
     given = replace(
         selection,
         seq_len=selection.seq_len or text.seq_len,
         min_len=selection.min_len or text.min_len,
         pack=selection.pack or text.pack,
+        column=selection.column if selection.column != TEXT else text.column,
     )
     if given != fitted:
         raise InputError(
-            f"{data} was fitted on in other lengths, and cannot be told from the rest; leave out seq_len, min_len and "
-            "`pack`, or give other text."
+            f"{data} was fitted on in other lengths, and cannot be told from the rest; leave out seq_len, min_len, "
+            "`pack` and `column`, or give other text."
         )
     return text.first, fitted
 

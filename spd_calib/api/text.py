@@ -9,8 +9,9 @@ from spd_calib.errors import InputError
 from spd_calib.formats.profile import Profile
 from spd_calib.parallel.session import Session
 from spd_calib.planning.whole_plans import Round
-from spd_calib.sensitivity.text import Text, TextOptions, further, load_text
-from spd_calib.sensitivity.texts import joint_ref
+from spd_calib.sensitivity.averaging import joint_ref
+from spd_calib.sensitivity.documents import TEXT
+from spd_calib.sensitivity.text import Text, TextOptions, further, load_texts
 
 DEFAULT_SEQ_LEN = 2048
 
@@ -21,7 +22,8 @@ class TextSelection:
 
     seq_len: tokens of a document, at most (default: 2048, or the model's limit); min_len: documents with fewer are
     left out (default: seq_len). The first `max_samples` sequences are measured on, the `verify_samples` after them are
-    kept for verifying. With `pack` documents are glued together and cut every seq_len tokens.
+    kept for verifying. With `pack` documents are glued together and cut every seq_len tokens. `column` names the field
+    that holds a document, where there are several: a text, or chat messages for the tokenizer's chat template.
     """
 
     seq_len: int | None = None
@@ -29,10 +31,13 @@ class TextSelection:
     max_samples: int = 128
     verify_samples: int = 64
     pack: bool = False
+    column: str = TEXT
 
 
 def load_texts_for(session: Session, data: Sequence[str], selection: TextSelection, *, skip: int = 0) -> list[Text]:
-    """Return the sequences of each text of `data` for a session's model, the first `skip` of each left out.
+    """Return the sequences of each text of `data` for a session's model, none in two of them.
+
+    The first `skip` of each text are left out.
 
     Raises InputError for lengths that the model cannot read, for a text that is named twice or cannot be used.
     """
@@ -45,8 +50,10 @@ def load_texts_for(session: Session, data: Sequence[str], selection: TextSelecti
     if min_len is not None and min_len > seq_len:
         raise InputError(f"min_len {min_len} is more than seq_len {seq_len}: no document would be left.")
     samples = selection.max_samples, selection.verify_samples
-    common = TextOptions("", seq_len, min_len or seq_len, *samples, pack=selection.pack, skip=skip)
-    return [load_text(replace(common, source=resolve_data(d), name=d), session.tokenizer) for d in data]
+    common = TextOptions(
+        "", seq_len, min_len or seq_len, *samples, pack=selection.pack, skip=skip, column=selection.column
+    )
+    return load_texts([replace(common, source=resolve_data(d), name=d) for d in data], session.tokenizer)
 
 
 def reload_texts(session: Session, profile: Profile, *, path: Path | None = None) -> list[Text]:
@@ -54,9 +61,9 @@ def reload_texts(session: Session, profile: Profile, *, path: Path | None = None
 
     Raises InputError where a text or the tokenizer has changed since.
     """
-    found = []
-    for measured, kept in zip(profile.text.each, profile.verify_text.each, strict=True):
-        options = TextOptions(
+    refs = list(zip(profile.text.each, profile.verify_text.each, strict=True))
+    options = [
+        TextOptions(
             resolve_data(measured.source, path),
             measured.seq_len,
             measured.min_len,
@@ -65,14 +72,17 @@ def reload_texts(session: Session, profile: Profile, *, path: Path | None = None
             measured.pack,
             name=measured.source,
             skip=measured.first,
+            column=measured.column,
         )
-        text = load_text(options, session.tokenizer)
+        for measured, kept in refs
+    ]
+    texts = load_texts(options, session.tokenizer)
+    for text, (measured, kept) in zip(texts, refs, strict=True):
         if (text.calibration_ref().sha256, text.verification_ref().sha256) != (measured.sha256, kept.sha256):
             raise InputError(
                 f"{measured.source} or the tokenizer has changed since the profile was made; profile again."
             )
-        found.append(text)
-    return found
+    return texts
 
 
 def verification_rounds(session: Session, texts: Sequence[Text]) -> Iterator[Round]:
@@ -80,11 +90,12 @@ def verification_rounds(session: Session, texts: Sequence[Text]) -> Iterator[Rou
 
     Ends where one of the texts is at its end.
     """
-    found, times = list(texts), 0
-    while len(found) == len(texts):
+    found: list[Text] | None = list(texts)
+    times = 0
+    while found is not None:
         yield Round([t.verification for t in found], joint_ref([t.verification_ref() for t in found]))
         times += 1
-        found = [more for text in texts if (more := further(text, times, session.tokenizer))]
+        found = further(texts, times, session.tokenizer)
 
 
 def resolve_data(data: str, path: Path | None = None) -> str:

@@ -41,6 +41,9 @@ def profile(
     pack: Annotated[
         bool, typer.Option("--pack", help="Glue documents together, cut them at --seq-len.", rich_help_panel=TEXT)
     ] = False,
+    column: Annotated[
+        str, typer.Option(metavar="NAME", help="Field with the text, or with chat messages.", rich_help_panel=TEXT)
+    ] = "text",
     strategy: Annotated[
         list[str] | None, typer.Option(help="block_drop or plain_drop; repeatable [both].", rich_help_panel=METHOD)
     ] = None,
@@ -103,7 +106,7 @@ def profile(
     asked: dict[str, Any] = {
         "tp": tp,
         "data": data,
-        "text": TextSelection(seq_len, min_len, max_samples, verify_samples, pack),
+        "text": TextSelection(seq_len, min_len, max_samples, verify_samples, pack, column),
         "method": method,
         "strategies": strategy,
         "sync_points": [kind.strip() for kind in sync_points.split(",")],

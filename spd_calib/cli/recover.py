@@ -57,6 +57,9 @@ def recover(
     pack: Annotated[
         bool, typer.Option("--pack", help="Glue documents together, cut them at --seq-len.", rich_help_panel=TEXT)
     ] = False,
+    column: Annotated[
+        str, typer.Option(metavar="NAME", help="Field with the text, or with chat messages.", rich_help_panel=TEXT)
+    ] = "text",
     steps: Annotated[int, typer.Option(min=1, help="Of training, a block.", rich_help_panel=TREAT)] = 200,
     final_steps: Annotated[
         int, typer.Option(min=1, help="Of training all blocks together, at the end.", rich_help_panel=TREAT)
@@ -92,7 +95,7 @@ def recover(
             output,
             data=data,
             model=model,
-            text=TextSelection(seq_len, min_len, max_samples, verify_samples, pack),
+            text=TextSelection(seq_len, min_len, max_samples, verify_samples, pack, column),
             methods=[m.strip() for m in methods.split(",") if m.strip()],
             max_rank=max_rank,
             exchange=exchange,

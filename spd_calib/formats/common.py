@@ -35,10 +35,18 @@ class TextRef(Part):
     """Which token sequences a measurement was made on."""
 
     source: str = Field(min_length=1, description="As given to --data; of several texts all, with commas")
+    column: str = Field(
+        default="text",
+        min_length=1,
+        exclude_if=lambda value: value == "text",
+        description="Column or JSON key that holds the documents",
+    )
     seq_len: int = Field(ge=2, description="Tokens of a document that are used, at most")
     min_len: int = Field(ge=2, description="Documents with fewer tokens are left out")
     pack: bool = Field(description="Documents glued together and cut into sequences of seq_len tokens")
-    first: Count = Field(description="Index of the first sequence used, among those long enough, in file order")
+    first: Count = Field(
+        description="Index of the first sequence used, in file order, among those long enough that repeat none before"
+    )
     sequences: int = Field(gt=0)
     tokens: int = Field(gt=0, description="Tokens in these sequences, special tokens included")
     sha256: Sha256 = Field(description="Of the token ids, sequence by sequence; of several texts, of their sha256")

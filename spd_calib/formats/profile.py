@@ -1,6 +1,6 @@
 """profile.json: what dropping sync points costs, one experiment a row."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -10,6 +10,7 @@ from .common import Count, Finite, ModelRef, Part, Provenance, Sha256, TensorPar
 from .drops import Point, Strategy, Sublayer
 
 Metric = Literal["kl", "ppl", "accuracy"]
+Stderr = Annotated[Finite | None, Field(ge=0, description="Standard error over sequences; null of one alone")]
 
 
 class Baseline(Part):
@@ -27,15 +28,15 @@ class Comparison(Part):
     """A planned model against the dense one on the same tokens: means over tokens, errors over sequences."""
 
     kl: Finite = Field(description="KL(dense || planned), nats per token")
-    kl_stderr: Finite = Field(ge=0)
+    kl_stderr: Stderr
     nll_increase: Finite = Field(description="nats per token")
-    nll_increase_stderr: Finite = Field(ge=0)
+    nll_increase_stderr: Stderr
     ppl: Finite = Field(ge=1, description="Perplexity of the planned model")
     ppl_increase: Finite = Field(description="Relative: planned perplexity / dense perplexity - 1")
     accuracy_drop: Finite = Field(description="Next-token top-1 accuracy lost, as a fraction of all tokens")
-    accuracy_drop_stderr: Finite = Field(ge=0)
+    accuracy_drop_stderr: Stderr
     top1_agreement: Finite = Field(ge=0, le=1)
-    top1_agreement_stderr: Finite = Field(ge=0)
+    top1_agreement_stderr: Stderr
     max_abs_logprob_diff: Finite = Field(ge=0)
     task_accuracy_drop: dict[str, Finite] = Field(
         default_factory=dict, description="Accuracy lost on lm-eval tasks, where they were run"
@@ -65,7 +66,7 @@ class MeasuredPoint(Part):
 
     point: Point
     kl: Finite = Field(description="On those sequences, nats per token")
-    kl_stderr: Finite = Field(ge=0)
+    kl_stderr: Stderr
     sequences: int = Field(gt=0)
     second_order: Finite = Field(description="KL as predicted on all sequences, before it was put right")
 
@@ -80,9 +81,9 @@ class Fisher(Part):
 
     terms: list[list[Point]] = Field(min_length=1)
     matrix: list[list[Finite]] = Field(description="Symmetric; of row i, columns i to the last")
-    stderr: list[list[Finite]] = Field(
+    stderr: list[list[Finite]] | None = Field(
         description="Standard error of each entry of `matrix`, over sequences; of single sync points with the error of "
-        "what they were put right by"
+        "what they were put right by; null of one sequence alone"
     )
     samples: int = Field(gt=0, description="Random scores drawn for each sequence")
     sampling_error: Finite = Field(ge=0, description="Relative standard error of a KL due to the scores alone")
@@ -94,16 +95,17 @@ class Fisher(Part):
     @model_validator(mode="after")
     def _triangular(self) -> Self:
         n = len(self.terms)
-        if any([len(row) for row in rows] != list(range(n, 0, -1)) for rows in (self.matrix, self.stderr)):
+        triangles = [self.matrix, *([self.stderr] if self.stderr is not None else [])]
+        if any([len(row) for row in rows] != list(range(n, 0, -1)) for rows in triangles):
             raise ValueError(f"the upper triangle of {n} terms was expected")
         if any(not 1 <= len(term) <= 2 for term in self.terms):
             raise ValueError("a term is of one or two sync points")
         return self
 
-    def of(self, point: Point) -> tuple[float, float]:
+    def of(self, point: Point) -> tuple[float, float | None]:
         """KL of one sync point alone and its standard error."""
         i = self.terms.index([point])
-        return self.matrix[i][0], self.stderr[i][0]
+        return self.matrix[i][0], None if self.stderr is None else self.stderr[i][0]
 
 
 class Recovered(Part):
@@ -180,7 +182,7 @@ class Profile(Part):
         """Measurements of one kind of sync point under one strategy, by block."""
         return {m.block: m for m in self.measurements if m.strategy == strategy and m.sync_point == sync_point}
 
-    def kl(self, strategy: Strategy, sync_point: Sublayer = "attention") -> dict[int, tuple[float, float]]:
+    def kl(self, strategy: Strategy, sync_point: Sublayer = "attention") -> dict[int, tuple[float, float | None]]:
         """KL of dropping each block's sync point, and its standard error: what every profile knows."""
         if self.fisher is None:
             value = self.sensitivity(strategy, "kl", sync_point)

@@ -8,6 +8,7 @@ from spd_calib.formats.drops import Drops, Point, Strategy
 from spd_calib.formats.plan import Budget
 from spd_calib.formats.profile import Metric, Profile
 
+from .budget import margin
 from .interactions import Interactions
 
 RANKED_BY: dict[str, Metric] = {  # kind of budget -> what its sync points are ranked by; others: as the profile's are
@@ -43,7 +44,8 @@ def candidates(profile: Profile, budget: Budget) -> list[Candidate]:
         )
     if not allowed:
         raise InputError("The strategy keep_sync alone leaves nothing to plan; allow block_drop or plain_drop.")
-    found = [_of_attention(block, measured) for block in sorted(set().union(*measured.values()))]
+    errors = margin(min(text.sequences for text in profile.text.each))
+    found = [_of_attention(block, measured, errors=errors) for block in sorted(set().union(*measured.values()))]
     if Strategy.BLOCK_DROP in allowed and budget.kind != "tau":
         found += [
             Candidate(Point(block, "mlp"), Strategy.BLOCK_DROP, kl, "its sync joins the next one kept")
@@ -59,14 +61,19 @@ def candidates(profile: Profile, budget: Budget) -> list[Candidate]:
     return sorted(found, key=lambda c: (value[c.point.sync_point, c.strategy][c.point.block], c.kl, c.point.block))
 
 
-def _of_attention(block: int, measured: Mapping[Strategy, dict[int, tuple[float, float]]]) -> Candidate:
-    """Return plain_drop, which needs no change to the block, where it measures no worse than block_drop; else that."""
+def _of_attention(
+    block: int, measured: Mapping[Strategy, dict[int, tuple[float, float | None]]], *, errors: float
+) -> Candidate:
+    """Return plain_drop, which needs no change to the block, where it measures no worse than block_drop; else that.
+
+    Worse is: by `errors` standard errors, where there are any.
+    """
     point = Point(block, "attention")
     if len(measured) == 1:
         strategy = next(iter(measured))
         return Candidate(point, strategy, measured[strategy][block][0], "the only strategy allowed")
     plain, (drop, stderr) = measured[Strategy.PLAIN_DROP][block][0], measured[Strategy.BLOCK_DROP][block]
-    if plain <= drop + 2 * stderr:
+    if plain <= drop + (0.0 if stderr is None else errors * stderr):
         return Candidate(point, Strategy.PLAIN_DROP, plain, "plain drop measures no worse than block drop")
     return Candidate(point, Strategy.BLOCK_DROP, drop, f"plain drop would cost KL {plain:.3g}")
 

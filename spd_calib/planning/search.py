@@ -6,7 +6,6 @@ sets it is, is measured on whole plans, on the calibration text. What was chosen
 smaller as long as that says that the budget is broken.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from spd_calib.formats.plan import Budget
 from spd_calib.formats.profile import Comparison, Profile
 
 from .baselines import Baselines
-from .budget import MARGIN, cost, describe, kept, stderr
+from .budget import check_enough_text, cost, describe, kept, spare
 from .candidates import Candidate, candidates, drops_of, interactions_of, tier
 from .interactions import Interactions
 from .whole_plans import Calibration
@@ -46,8 +45,10 @@ def choose(
     to spare: held-out text then seldom takes part in choosing. Where `verify` finds the budget broken all the same, a
     smaller plan is verified on the next round of that text. The sets of `baselines` are tried with those of the search.
 
-    Raises SpdError, naming the best plan found, where not even one sync point can go.
+    Raises InputError, before anything is measured, where the profile's text is too short, and SpdError, naming the best
+    plan found, where not even one sync point can go.
     """
+    check_enough_text(budget, profile)
     search = Search(profile, budget, calibration=calibration, baselines=baselines)
     drops = first = search.first_choice()
     rounds = 0
@@ -119,16 +120,16 @@ class Search:
         """Return the n sync points to drop: the cheapest set, but without MLPs where that is as good.
 
         MLPs must earn their place, since not every runtime can defer their sync point: a set without any is taken where
-        it is not worse by MARGIN standard errors. A number of drops from a profile ranked by lm-eval tasks is taken by
-        that ranking.
+        it is not worse by more than the standard errors say (`spare`). A number of drops, from a profile ranked by
+        lm-eval tasks, is taken by that ranking.
         """
         if n == 0 or (self.budget.kind == "drop" and _ranked_by_tasks(self.profile)):
             return self.ranking[n]
         sets = self.few(n)
         cheapest = min(sets, key=self._cost)
         simplest = min((d for d in sets if not d.requires_mlp_drop), key=self._cost, default=cheapest)
-        errors = (stderr(self.budget, self.calibration.cost_of(drops)) for drops in (simplest, cheapest))
-        as_good = self._cost(simplest)[0] <= self._cost(cheapest)[0] + MARGIN * math.hypot(*errors)
+        noise = spare(self.budget, *(self.calibration.cost_of(drops) for drops in (simplest, cheapest)))
+        as_good = self._cost(simplest)[0] <= self._cost(cheapest)[0] + noise
         return simplest if as_good and self._keeps_budget(simplest) else cheapest
 
     def cheapest(self, n: int) -> Drops:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from spd_calib.formats.common import TextRef
 from spd_calib.formats.drops import Drops
 from spd_calib.formats.profile import Comparison
+from spd_calib.sensitivity.averaging import average
 from spd_calib.sensitivity.measure import Subject, Tick, measure
-from spd_calib.sensitivity.texts import average
 
 Sequences = Sequence[Sequence[int]]  # token ids of one text
 TaskLoss = Callable[[], tuple[dict[str, float], dict[str, float]]]

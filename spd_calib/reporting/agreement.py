@@ -21,9 +21,9 @@ class Row:
 
     block: int
     a: float
-    a_stderr: float
+    a_stderr: float | None
     b: float
-    b_stderr: float
+    b_stderr: float | None
     apart: float | None  # b - a, in its standard error; None where that is not known
     p: float | None  # of Welch's t, two-sided
     a_rank: int
@@ -77,7 +77,7 @@ def _agreement(a: Profile, b: Profile, strategy: Strategy, kind: Sublayer, teste
         rows.append(Row(block, *left[block], *right[block], apart, p, ranks[0], ranks[1]))
         by_chance += chance
     values = np.array([[row.a for row in rows], [row.b for row in rows]])
-    errors = np.array([[row.a_stderr for row in rows], [row.b_stderr for row in rows]])
+    errors = np.array([[row.a_stderr for row in rows], [row.b_stderr for row in rows]], dtype=float)  # None: NaN
     ranked = len(rows) > 2 and all(len(set(v)) > 1 for v in values)
     return Agreement(
         sync_point=kind,
@@ -97,14 +97,16 @@ def _sequences(profile: Profile, strategy: Strategy, kind: Sublayer, block: int)
 
 
 def _welch(
-    a: tuple[float, float], b: tuple[float, float], sequences: tuple[int, int]
+    a: tuple[float, float | None], b: tuple[float, float | None], sequences: tuple[int, int]
 ) -> tuple[float | None, float | None, float]:
     """b - a in its standard error, its two-sided p, and the chance of a value beyond BEYOND where a equals b."""
-    difference, error = b[0] - a[0], math.hypot(a[1], b[1])
-    if min(sequences) < 2 or error == 0:
+    difference = b[0] - a[0]
+    errors = [stderr for _, stderr in (a, b) if stderr is not None]
+    error = math.hypot(*errors)
+    if min(sequences) < 2 or len(errors) < 2 or error == 0:
         return (0.0, 1.0, 0.0) if difference == 0 else (None, None, 0.0)
     # in shares of the error, which may be tiny
-    shares = [((s / error) ** 4) / (n - 1) for (_, s), n in zip((a, b), sequences, strict=True)]
+    shares = [((s / error) ** 4) / (n - 1) for s, n in zip(errors, sequences, strict=True)]
     degrees = 1 / sum(shares)
     apart = difference / error
     return apart, float(2 * stats.t.sf(abs(apart), degrees)), float(2 * stats.t.sf(BEYOND, degrees))
@@ -149,8 +151,8 @@ def _changed(rows: Sequence[Row]) -> list[str]:
     return found
 
 
-def measured(kl: float, stderr: float) -> str:
-    return f"{kl:.3g} ± {stderr:.1g}"
+def measured(kl: float, stderr: float | None) -> str:
+    return f"{kl:.3g}" + ("" if stderr is None else f" ± {stderr:.1g}")
 
 
 def _and(pair: tuple[float, float]) -> str:

@@ -14,6 +14,7 @@ from spd_calib.formats.profile import Profile
 from spd_calib.planning.budget import describe
 
 from .agreement import Agreement, Row, agreements, measured
+from .table import percentage_points
 
 ALPHA = 0.05  # of the test whether what a drop costs depends on the data
 
@@ -129,7 +130,8 @@ def _dependence(rows: Sequence[tuple[Agreement, Row]], p: float | None) -> list[
         return [f"Yes, what a drop costs depends on the data: most clearly {most}.", test]
     # what a test at this level would see half the time, in shares of the KL
     critical = stats.norm.isf(ALPHA / (2 * len(rows)))
-    seen = [critical * np.hypot(r.a_stderr, r.b_stderr) / (r.a + r.b) * 2 for _, r in rows if r.a + r.b > 0]
+    errors = np.hypot(*np.array([[r.a_stderr, r.b_stderr] for _, r in rows], dtype=float).T)
+    seen = [critical * e / (r.a + r.b) * 2 for (_, r), e in zip(rows, errors, strict=True) if r.a + r.b > 0]
     least = f" Differences below about {100 * np.median(seen):.0f} % of a KL (median) would go unseen." if seen else ""
     return [f"No evidence that what a drop costs depends on the data; the clearest difference is {most}.{least}", test]
 
@@ -184,7 +186,7 @@ def _figures(plan: Plan) -> dict[str, str]:
         "KL verified": measured(v.kl, v.kl_stderr),
         "ppl predicted": "" if p.ppl_increase is None else f"{100 * p.ppl_increase:+.2f} %",
         "ppl verified": f"{100 * v.ppl_increase:+.2f} %",
-        "top-1 lost, points": f"{100 * v.accuracy_drop:+.2f} ± {100 * v.accuracy_drop_stderr:.2f}",
+        "top-1 lost, points": percentage_points(v.accuracy_drop, v.accuracy_drop_stderr),
         **{f"{task} lost, points": f"{100 * lost:+.2f}" for task, lost in v.task_accuracy_drop.items()},
     }
 

@@ -32,7 +32,7 @@ def sensitivity(profile: Profile, plan: Plan | None, *, title: bool = False) -> 
             [b + (i - (len(series) - 1) / 2) * width for b in kl],
             [value for value, _ in kl.values()],
             width * 0.92,
-            yerr=[2 * stderr for _, stderr in kl.values()],
+            yerr=[_two(stderr) for _, stderr in kl.values()],
             color=COLOURS[strategy],
             alpha=0.5 if kind == "mlp" else 1,
             hatch="//" if kind == "mlp" else None,
@@ -79,7 +79,7 @@ def pareto(found: Pareto, plan: Plan | None) -> Figure:
     if plan is not None:
         n, v = len(plan.drops), plan.verified
         ax.plot([n], [plan.predicted.kl], "D", ms=9, mfc="none", color=PLAN, label="the plan, predicted")
-        ax.errorbar([n], [v.kl], 2 * v.kl_stderr, fmt="D", color=PLAN, capsize=3, label="verified (± 2 s.e.)")
+        ax.errorbar([n], [v.kl], _two(v.kl_stderr), fmt="D", color=PLAN, capsize=3, label="verified (± 2 s.e.)")
         heights += [plan.predicted.kl, v.kl]
     positive = [h for h in heights if h > 0]
     if _spread_out(positive):
@@ -98,7 +98,7 @@ def tasks(results: Results) -> Figure:
     """Draw planned less dense, task by task, with two standard errors; a loss is to the left, whatever the metric."""
     rows = list(reversed(results.tasks))
     fig, ax = _axes(6, 1.2 + 0.35 * len(rows))
-    errors = [math.nan if r.difference_stderr is None else 2 * r.difference_stderr for r in rows]
+    errors = [_two(r.difference_stderr) for r in rows]
     differences = [r.difference if r.higher_is_better else -r.difference for r in rows]
     ax.axvline(0, color=QUIET, linewidth=1)
     ax.errorbar(differences, range(len(rows)), xerr=errors, fmt="D", color=PLAN, capsize=3)
@@ -140,6 +140,11 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
 
 def _legend(fig: Figure) -> None:
     fig.legend(loc="outside lower center", ncols=2, frameon=False, fontsize="small")
+
+
+def _two(stderr: float | None) -> float:
+    """Return two standard errors; NaN, which is not drawn, where there is none."""
+    return math.nan if stderr is None else 2 * stderr
 
 
 def _spread_out(heights: Sequence[float]) -> bool:

@@ -14,7 +14,7 @@ from spd_calib.planning.budget import describe
 from . import figures, tables
 from .draw import svg
 from .run import Run
-from .table import Table, nats, numeric
+from .table import Table, nats, numeric, percentage_points
 
 LONG = 40  # rows, from which a table is folded up
 SAME = "The same numbers stand in the tables of this page."
@@ -70,7 +70,7 @@ def _summary(run: Run) -> list[str]:
         f"{tables.saving(run.plan)}.",
         f"Asked for: {describe(run.plan.budget)}. Verified on {v.sequences} sequences {text}: KL "
         f"{nats(v.kl, v.kl_stderr)} nats a token, perplexity {100 * v.ppl_increase:+.2f} %, top-1 accuracy lost "
-        f"{100 * v.accuracy_drop:+.2f} ± {100 * v.accuracy_drop_stderr:.2f} points.",
+        f"{percentage_points(v.accuracy_drop, v.accuracy_drop_stderr)} points.",
     ]
 
 

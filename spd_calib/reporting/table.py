@@ -19,6 +19,11 @@ def numeric(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int) ->
     return [i >= left and any(row[i][:1] in "+-0123456789" for row in rows if row[i]) for i, _ in enumerate(columns)]
 
 
+def percentage_points(lost: float, stderr: float | None = None) -> str:
+    """'+1.20 ± 0.30': an accuracy lost, a fraction, in percentage points."""
+    return f"{100 * lost:+.2f}" + ("" if stderr is None else f" ± {100 * stderr:.2f}")
+
+
 def nats(kl: float, stderr: float | None = None) -> str:
     """'0.0123 ± 0.0005': four decimals, and more where these would not show two digits of the KL."""
     small = 1e-8 < abs(kl) < 1e-3

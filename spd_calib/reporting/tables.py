@@ -10,7 +10,7 @@ from spd_calib.formats.profile import Comparison, Profile
 from spd_calib.formats.results import Results
 from spd_calib.planning.budget import describe
 
-from .table import Table, nats
+from .table import Table, nats, percentage_points
 
 NAMES = {"attention": "attention", "mlp": "MLP"}
 
@@ -41,7 +41,7 @@ def _ranking(profile: Profile, strategy: Strategy, kind: Sublayer) -> Table:
             nats(value[block]) if profile.rank_by == "kl" else f"{value[block]:.4f}",
             nats(by_block[block].kl, by_block[block].kl_stderr),
             f"{100 * by_block[block].ppl_increase:+.2f} %",
-            f"{100 * by_block[block].accuracy_drop:+.2f} ± {100 * by_block[block].accuracy_drop_stderr:.2f}",
+            percentage_points(by_block[block].accuracy_drop, by_block[block].accuracy_drop_stderr),
             f"{100 * by_block[block].top1_agreement:.1f} %",
         ]
         for block in order
@@ -100,7 +100,7 @@ def _costs(measured: Comparison) -> list[str]:
     return [
         nats(measured.kl, measured.kl_stderr),
         f"{100 * measured.ppl_increase:+.2f} %",
-        f"{100 * measured.accuracy_drop:+.2f} ± {100 * measured.accuracy_drop_stderr:.2f}",
+        percentage_points(measured.accuracy_drop, measured.accuracy_drop_stderr),
     ]
 
 
@@ -140,7 +140,7 @@ def task_losses(plan: Plan) -> str:
     if not plan.budget.tasks:
         return ""
     v = plan.verified
-    lost = [f"{t} {100 * d:+.2f} ± {100 * v.task_accuracy_drop_stderr[t]:.2f}" for t, d in v.task_accuracy_drop.items()]
+    lost = [f"{t} {percentage_points(d, v.task_accuracy_drop_stderr[t])}" for t, d in v.task_accuracy_drop.items()]
     return "lm-eval accuracy lost on documents not used to choose, points: " + ", ".join(lost)
 
 

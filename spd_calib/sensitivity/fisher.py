@@ -113,7 +113,7 @@ def predict(
     return dense.baseline(), Fisher(
         terms=[list(term) for term in terms],
         matrix=[[_short(matrix[i, j]) for j in rows[i:]] for i in rows],
-        stderr=[[_short(stderr[i, j]) for j in rows[i:]] for i in rows],
+        stderr=[[_short(stderr[i, j]) for j in rows[i:]] for i in rows] if len(sequences) > 1 else None,
         samples=len(d),
         sampling_error=_short(error),
         measured=_measured(points, measured, q.sum(0) / tokens.sum()),
@@ -174,7 +174,7 @@ def _measured(points: Sequence[Point], measured: MeasuredDrops, predicted: Tenso
             MeasuredPoint(
                 point=points[i],
                 kl=_short(found.kl),
-                kl_stderr=_short(found.kl_stderr),
+                kl_stderr=None if found.kl_stderr is None else _short(found.kl_stderr),
                 sequences=found.sequences,
                 second_order=_short(predicted[i]),
             )

@@ -13,6 +13,8 @@ from torch import Tensor
 from spd_calib.errors import InputError
 from spd_calib.formats.profile import Baseline, Comparison
 
+from .standard_error import ratio_and_stderr
+
 MAX_NLL = 709  # nats: exp of it is still a float
 FIELDS = ("nll_dense", "nll", "kl", "correct_dense", "correct", "agree")
 
@@ -116,21 +118,16 @@ class Tally:
             sequences=len(self.tokens),
         )
 
-    def _mean(self, name: str, minus: str | None = None) -> tuple[float, float]:
-        """Mean per token, and its standard error over sequences.
+    def _mean(self, name: str, *, minus: str | None = None) -> tuple[float, float | None]:
+        """Return the mean per token of a field, less another, and its standard error over sequences; None of one alone.
 
-        With sums s_j over n_j tokens the mean is the ratio R = sum s_j / sum n_j; its error, by the delta method,
-        sqrt(m / (m - 1) * sum (s_j - R n_j)^2) / sum n_j. With equal lengths that is the standard error of the
-        sequences' means. One sequence alone gives no error: 0 is reported.
+        Raises InputError where the mean is not finite.
         """
         rows = torch.stack(self.sums)
-        s = rows[:, FIELDS.index(name)] - (rows[:, FIELDS.index(minus)] if minus else 0)
-        n = torch.tensor(self.tokens, dtype=torch.float64)
-        mean = (s.sum() / n.sum()).item()
-        if not math.isfinite(mean):
+        sums = rows[:, FIELDS.index(name)] - (rows[:, FIELDS.index(minus)] if minus else 0)
+        mean, stderr = ratio_and_stderr(sums, torch.tensor(self.tokens, dtype=torch.float64))
+        if not mean.isfinite():
             raise InputError(
                 f"The {name} of a measurement is not finite: the model's weights or logits hold NaN or Inf."
             )
-        m = len(self.tokens)
-        squares = (s - mean * n).pow(2).sum().item()
-        return mean, math.sqrt(m / (m - 1) * squares) / n.sum().item() if m > 1 else 0.0
+        return mean.item(), None if stderr is None else stderr.item()

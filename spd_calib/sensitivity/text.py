@@ -1,21 +1,24 @@
-"""Calibration text: from --data to token sequences to measure on, and others kept for verifying."""
+"""Calibration text: from --data to token sequences to measure on, and others kept for verifying.
+
+Held-out text is only held out where it says nothing that was there before. So every sequence counts once: one that is
+the same as an earlier one, of any of the texts, or that comes from a document that was there before, is left out
+before anything is measured, and `Text.note` says how many were.
+"""
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
 from spd_calib.errors import InputError
 from spd_calib.formats.common import TextRef
 
-HUB_DEFAULTS = {  # config and split where --data names none
-    "wikitext": ("wikitext-2-raw-v1", "test"),
-    "Salesforce/wikitext": ("wikitext-2-raw-v1", "test"),
-    "allenai/c4": ("en", "validation"),
-}
+from .documents import TEXT, Document, read_documents
+
+REPEATED_SHARE = 0.5  # of a packed sequence's tokens: headings and other short documents may well come again
 Tokens = list[int]
 
 
@@ -29,11 +32,12 @@ class TextOptions:
     pack: bool = False
     name: str | None = None  # what stands in files in place of `source`
     skip: int = 0  # sequences at the beginning that are left out: a recovery was fitted on them
+    column: str = TEXT  # that holds the documents
 
 
 @dataclass(frozen=True)
 class Text:
-    """Sequences of one source. `note` says, in words, where fewer than asked for were found."""
+    """Sequences of one source. `note` says, in words, where fewer than asked for were found, and what was left out."""
 
     calibration: list[Tokens]
     verification: list[Tokens]
@@ -48,158 +52,184 @@ class Text:
 
 
 def load_text(options: TextOptions, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """Tokenize documents in file order until `max_samples + verify_samples` are long enough.
+    """Return the sequences of one text, as `load_texts`."""
+    return load_texts([options], tokenizer)[0]
+
+
+def load_texts(options: Sequence[TextOptions], tokenizer: PreTrainedTokenizerBase) -> list[Text]:
+    """Tokenize each text's documents in file order until `max_samples + verify_samples` are long enough.
 
     A document's first `seq_len` tokens, special tokens as the tokenizer adds them, are one sequence; documents
-    shorter than `min_len` are left out. The first `max_samples` are for measuring, those that follow for verifying;
-    where the text is too short for both, a fifth (at least one) is set aside. Raises InputError for text that
-    cannot be used.
+    shorter than `min_len` are left out. With `pack` documents are glued together and cut every `seq_len` tokens. A
+    document of chat messages is written out by the tokenizer's chat template. What was there before, in the same text
+    or in one before it, is left out. The first `max_samples` are for measuring, those that follow for verifying; where
+    the text is too short for both, a fifth (at least one) is set aside. Raises InputError for text that cannot be used.
     """
-    wanted = options.skip + options.max_samples + options.verify_samples
-    sequences, documents = _read(options, tokenizer, wanted)
-    return split(sequences[options.skip :], documents, options)
+    seen = _Seen()
+    return [_split(_Reading(o, number, tokenizer), o, seen) for number, o in enumerate(options)]
 
 
-def further(text: Text, times: int, tokenizer: PreTrainedTokenizerBase) -> Text | None:
-    """The `times`-th further lot of sequences to verify on, as many as those of `text`, behind everything before.
+def further(texts: Sequence[Text], times: int, tokenizer: PreTrainedTokenizerBase) -> list[Text] | None:
+    """Return the `times`-th (from 1) further verification sequences of each of `texts`, as many as it has of those.
 
-    None where the source holds no whole lot more.
+    They follow everything before them in the source, and repeat nothing of any text. None where one of the sources
+    holds no more. `texts` are all that `load_texts` returned.
     """
-    count = len(text.verification)
-    first = text.options.skip + len(text.calibration) + times * count
-    found = _read(text.options, tokenizer, first + count)[0][first:]
-    return Text([], found, None, replace(text.options, skip=first)) if len(found) == count else None
+    seen = _Seen()
+    readings = [_Reading(text.options, number, tokenizer) for number, text in enumerate(texts)]
+    for text, reading in zip(texts, readings, strict=True):
+        reading.take(text.options.skip + len(text.calibration) + len(text.verification), seen)
+    found: list[Text] = []
+    for time in range(times):
+        found = []
+        for text, reading in zip(texts, readings, strict=True):
+            sequences = reading.take(len(text.verification), seen)
+            if len(sequences) < len(text.verification):
+                return None
+            first = text.options.skip + len(text.calibration) + (time + 1) * len(sequences)
+            found.append(Text([], sequences, None, replace(text.options, skip=first)))
+    return found
 
 
-def _read(options: TextOptions, tokenizer: PreTrainedTokenizerBase, wanted: int) -> tuple[list[Tokens], int]:
-    """The first `wanted` sequences, or as many as there are, and the number of documents looked at."""
-    sequences: list[Tokens] = []
-    held: Tokens = []  # with --pack: tokens that fill no sequence yet
-    documents = 0
-    for document in read_documents(options.source):
-        documents += 1
-        sequences += _sequences(document, options, tokenizer, held)
-        if len(sequences) >= wanted:
-            break
-    return sequences[:wanted], documents
+@dataclass(frozen=True)
+class _Part:
+    """What one document gives to a sequence."""
+
+    document: str  # hash of its content
+    occurrence: tuple[int, int]  # which text, and which document of it: the same content may come again
+    tokens: int
 
 
-def split(sequences: list[Tokens], documents: int, options: TextOptions) -> Text:
-    source, note = options.source, None
-    if not documents:
+@dataclass(frozen=True)
+class _Candidate:
+    """A sequence before it is known whether it was there before."""
+
+    ids: Tokens
+    parts: list[_Part]
+
+    @property
+    def hash(self) -> str:
+        return _hash(json.dumps(self.ids))
+
+
+@dataclass
+class _Seen:
+    """The sequences that are used so far, of all texts, and the documents they come from."""
+
+    sequences: set[str] = field(default_factory=set)
+    documents: dict[str, tuple[int, int]] = field(default_factory=dict)  # by hash: where it was first
+
+    def repeats(self, candidate: _Candidate) -> bool:
+        again = sum(p.tokens for p in candidate.parts if self.documents.get(p.document, p.occurrence) != p.occurrence)
+        return candidate.hash in self.sequences or again >= REPEATED_SHARE * len(candidate.ids)
+
+    def add(self, candidate: _Candidate) -> None:
+        self.sequences.add(candidate.hash)
+        for part in candidate.parts:
+            self.documents.setdefault(part.document, part.occurrence)
+
+
+class _Reading:
+    """One text, read once from its beginning: `take` goes on where it stopped."""
+
+    def __init__(self, options: TextOptions, number: int, tokenizer: PreTrainedTokenizerBase):
+        self.documents = 0  # looked at
+        self.repeated = 0  # sequences left out
+        self._candidates = self._cut(options, number, tokenizer)
+
+    def take(self, wanted: int, seen: _Seen) -> list[Tokens]:
+        """Return the next `wanted` sequences that repeat nothing, or as many as there are, and add them to `seen`."""
+        return list(islice(self._fresh(seen), wanted))
+
+    def _fresh(self, seen: _Seen) -> Iterator[Tokens]:
+        for candidate in self._candidates:
+            if seen.repeats(candidate):
+                self.repeated += 1
+                continue
+            seen.add(candidate)
+            yield candidate.ids
+
+    def _cut(self, options: TextOptions, number: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[_Candidate]:
+        n = options.seq_len
+        held, parts = Tokens(), list[_Part]()  # with --pack: what fills no sequence yet
+        for document in read_documents(options.source, options.column):
+            self.documents += 1
+            key, occurrence = _hash(json.dumps(document.content)), (number, self.documents)
+            if not options.pack:
+                ids = token_ids(document, tokenizer, n)
+                if len(ids) >= options.min_len:
+                    yield _Candidate(ids, [_Part(key, occurrence, len(ids))])
+                continue
+            ids, done = token_ids(document, tokenizer), 0
+            while done < len(ids):
+                piece = ids[done : done + n - len(held)]
+                held += piece
+                parts.append(_Part(key, occurrence, len(piece)))
+                done += len(piece)
+                if len(held) == n:
+                    yield _Candidate(held, parts)
+                    held, parts = [], []
+
+
+def token_ids(document: Document, tokenizer: PreTrainedTokenizerBase, at_most: int | None = None) -> Tokens:
+    """Return a document's token ids, the first `at_most` of them: those of a chat by the tokenizer's chat template.
+
+    Raises InputError for a chat where the tokenizer has no template, or one that refuses the messages.
+    """
+    text, special = document.content, True
+    if not isinstance(text, str):
+        if tokenizer.chat_template is None:
+            raise InputError(
+                f"{document.place}: these are chat messages, and the model's tokenizer has no chat template; name a "
+                "column of text with --column."
+            )
+        # a reader of tables fills in keys that only other messages have
+        messages = [{k: v for k, v in m.items() if v is not None or k == "content"} for m in text]
+        try:
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        except Exception as e:  # the template is a program of its own
+            why = (str(e) or type(e).__name__).splitlines()[0].rstrip(".")
+            raise InputError(
+                f"{document.place}: the tokenizer's chat template does not take these messages: {why}."
+            ) from None
+        special = False  # the template has written them
+    cut = {} if at_most is None else {"truncation": True, "max_length": at_most}
+    return tokenizer(text, add_special_tokens=special, **cut)["input_ids"]
+
+
+def _split(reading: _Reading, options: TextOptions, seen: _Seen) -> Text:
+    """Read a text, and divide it. Raises InputError for too little of it."""
+    sequences = reading.take(options.skip + options.max_samples + options.verify_samples, seen)[options.skip :]
+    source, notes = options.name or options.source, list[str]()
+    if not reading.documents:
         raise InputError(f"{source} holds no text; name a file with documents in it.")
     if len(sequences) < 2:
+        beyond = f" beyond the {options.skip} that were fitted on" if options.skip else ""
+        repeated = f" and repeat none before them ({reading.repeated} do)" if reading.repeated else ""
+        way_out = "lower --seq-len or --min-len, or glue documents with --pack"
         raise InputError(
-            f"Of {documents} documents in {source}, {len(sequences)} have {options.min_len} tokens or more"
-            f"{f' beyond the {options.skip} that were fitted on' if options.skip else ''}, two are "
-            "needed (one to measure on, one to verify on); lower --seq-len or --min-len, or glue documents with --pack."
+            f"Of {reading.documents} documents in {source}, {len(sequences)} have {options.min_len} tokens or more"
+            f"{repeated}{beyond}, two are needed (one to measure on, one to verify on); "
+            f"{'give text that repeats itself less' if repeated else way_out}."
+        )
+    if reading.repeated:
+        notes.append(
+            f"{source}: {reading.repeated} sequences are left out, since they, or the documents they are from, "
+            "repeat earlier ones."
         )
     measured = options.max_samples
     if len(sequences) < options.max_samples + options.verify_samples:
         aside = min(options.verify_samples, max(1, len(sequences) // 5))
         measured = min(options.max_samples, len(sequences) - aside)
-        note = (
+        notes.append(
             f"{source} has {len(sequences)} usable sequences, fewer than {options.max_samples} to measure on and "
             f"{options.verify_samples} to verify on: {measured} are measured on, {len(sequences) - measured} set aside."
         )
-    return Text(sequences[:measured], sequences[measured:], note, options)
+    return Text(sequences[:measured], sequences[measured:], " ".join(notes) or None, options)
 
 
-def _sequences(document: str, options: TextOptions, tokenizer: PreTrainedTokenizerBase, held: Tokens) -> list[Tokens]:
-    """The sequences a document completes. With --pack, `held` carries tokens on to the next document."""
-    n = options.seq_len
-    if not options.pack:
-        ids = tokenizer(document, truncation=True, max_length=n)["input_ids"]
-        return [ids] if len(ids) >= options.min_len else []
-    held += tokenizer(document)["input_ids"]
-    done = len(held) // n
-    sequences = [held[i * n : (i + 1) * n] for i in range(done)]
-    del held[: done * n]
-    return sequences
-
-
-def read_documents(source: str) -> Iterator[str]:
-    """Documents of a .jsonl (key `text`), .txt (blank lines between them), .parquet (column `text`) or hub dataset."""
-    path = Path(source).expanduser()
-    readers = {".jsonl": _jsonl, ".txt": _txt, ".parquet": _parquet}
-    if path.suffix in readers or path.exists():
-        if not path.is_file():
-            raise InputError(f"There is no data file {source}; name a .jsonl, .txt or .parquet, or a hub dataset.")
-        if path.suffix not in readers:
-            raise InputError(f"{source} is no .jsonl, .txt or .parquet file; convert it, or rename it if it is one.")
-        return readers[path.suffix](path)
-    return _hub(source)
-
-
-def _lines(path: Path) -> Iterator[str]:
-    try:
-        with open(path, encoding="utf-8") as f:
-            yield from f
-    except UnicodeDecodeError:
-        raise InputError(f"{path} is not text: it holds bytes that are no UTF-8.") from None
-    except OSError as e:
-        raise InputError(f"{path} cannot be read: {e.strerror}.") from None
-
-
-def _jsonl(path: Path) -> Iterator[str]:
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            text = None
-        if not isinstance(text, str):
-            raise InputError(f'{path}, line {number}, is not of the form {{"text": "..."}}; write one document a line.')
-        yield text
-
-
-def _txt(path: Path) -> Iterator[str]:
-    paragraph: list[str] = []
-    for line in _lines(path):
-        if line.strip():
-            paragraph.append(line)
-        elif paragraph:
-            yield "".join(paragraph).strip()
-            paragraph = []
-    if paragraph:
-        yield "".join(paragraph).strip()
-
-
-def _parquet(path: Path) -> Iterator[str]:
-    import pandas
-
-    try:
-        texts = pandas.read_parquet(path, columns=["text"])["text"]
-    except Exception:  # pyarrow has many ways to say so
-        raise InputError(f"{path} is not a parquet file with a column `text`.") from None
-    for number, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise InputError(f"{path}, row {number}: the column `text` holds no text.")
-        yield text
-
-
-def _hub(source: str) -> Iterator[str]:
-    """NAME, NAME:CONFIG or NAME:CONFIG:SPLIT, streamed: nothing but what is used is fetched."""
-    import datasets
-    from huggingface_hub.utils import logging
-
-    logging.set_verbosity_error()  # its retries are not the user's concern, the outcome is
-    name, _, rest = source.partition(":")
-    config, _, part = rest.partition(":")
-    default_config, default_part = HUB_DEFAULTS.get(name, (None, "train"))
-    try:
-        rows = datasets.load_dataset(name, config or default_config, split=part or default_part, streaming=True)
-        for row in rows:
-            if row["text"].strip():
-                yield row["text"]
-    except (KeyError, AttributeError):
-        raise InputError(f"The dataset {source} has no column `text`; write your text to a .jsonl instead.") from None
-    except Exception as e:
-        raise InputError(
-            f"{source!r} is no local file, and as a hub dataset it cannot be read ({type(e).__name__}); name a .jsonl, "
-            ".txt or .parquet file, or NAME:CONFIG:SPLIT with a network."
-        ) from None
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _ref(options: TextOptions, sequences: list[Tokens], first: int) -> TextRef:
@@ -208,6 +238,7 @@ def _ref(options: TextOptions, sequences: list[Tokens], first: int) -> TextRef:
         digest.update(json.dumps(ids).encode())
     return TextRef(
         source=options.name or options.source,
+        column=options.column,
         seq_len=options.seq_len,
         min_len=options.min_len,
         pack=options.pack,

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from scipy import stats
 
 from spd_calib.errors import InputError
+from spd_calib.formats.profile import Comparison
 
 from .metrics import FIELDS, Tally
 
@@ -63,7 +65,7 @@ class Stopping:
 
     def _wanting_of(self, tallies: Sequence[Tally], group: Sequence[int], batches: int) -> list[int]:
         found = {i: tallies[i].comparison() for i in group}
-        doubt = {i: c.kl_stderr * self._unknown(c.sequences) for i, c in found.items() if c.sequences < self.sequences}
+        doubt = {i: self._doubt(c) for i, c in found.items() if c.sequences < self.sequences}
         mean = sum(c.kl for c in found.values()) / len(group)
         distances = [
             abs(found[i].kl - share * mean) / share for share in SHARES_OF_MEAN for i in group if i not in doubt
@@ -78,7 +80,7 @@ class Stopping:
         return wanted
 
     def _t(self, n: int, candidates: int, batches: int) -> float:
-        return t_quantile(1 - (1 - self.confidence) / (2 * max(batches - MIN_BATCHES, 1) * candidates), n - 1)
+        return float(stats.t.isf((1 - self.confidence) / (2 * max(batches - MIN_BATCHES, 1) * candidates), n - 1))
 
     def _decided_of(self, tallies: Sequence[Tally], active: set[int], group: Sequence[int], batches: int) -> list[int]:
         running, stopped = [i for i in group if i in active], [i for i in group if i not in active]
@@ -89,7 +91,7 @@ class Stopping:
         kl = torch.stack([torch.stack(tallies[i].sums)[:, column] for i in running])  # [running, sequences]
         others = [tallies[i].comparison() for i in stopped]
         known = sum(c.kl for c in others)
-        doubt = sum(c.kl_stderr * self._unknown(c.sequences) for c in others)
+        doubt = sum(map(self._doubt, others))
         t = self._t(n, len(group), batches)
         clear = torch.ones(len(running), dtype=torch.bool)
         for share in SHARES_OF_MEAN:
@@ -101,28 +103,10 @@ class Stopping:
             clear &= (mean - share * known).abs() > t * (stderr + share * doubt)
         return [i for i, sure in zip(running, clear.tolist(), strict=True) if sure]
 
+    def _doubt(self, stopped: Comparison) -> float:
+        """Return the standard error of a KL as a statement on all `sequences`."""
+        assert stopped.kl_stderr is not None  # it takes MIN_SEQUENCES to stop
+        return stopped.kl_stderr * self._unknown(stopped.sequences)
+
     def _unknown(self, n: int) -> float:
         return math.sqrt(1 - n / self.sequences)
-
-
-def t_quantile(p: float, degrees: int) -> float:
-    """The p-quantile, p > 1/2, of Student's t: bisection of its finite series (Abramowitz and Stegun, 26.7.3-4)."""
-    low, high = 0.0, 1.0
-    while _t_within(high, degrees) < 2 * p - 1:
-        low, high = high, 2 * high
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _t_within(middle, degrees) < 2 * p - 1 else (low, middle)
-    return high
-
-
-def _t_within(t: float, degrees: int) -> float:
-    """P(|T| <= t)."""
-    angle = math.atan(t / math.sqrt(degrees))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = degrees % 2
-    term = total = (cosine if degrees > 1 else 0.0) if odd else 1.0
-    for k in range(2 + odd, degrees - 1, 2):
-        term *= cosine**2 * (k - 1) / k
-        total += term
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total

@@ -6,6 +6,7 @@ A text counts as one, however long it is (a macro average), and its own results 
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from spd_calib.formats.common import TextRef
 from spd_calib.formats.profile import Baseline, Comparison, Fisher, Measurement
@@ -17,6 +18,7 @@ def joint_ref(refs: Sequence[TextRef]) -> TextRef:
         return refs[0]
     return TextRef(
         source=", ".join(r.source for r in refs),
+        column=refs[0].column,
         seq_len=max(r.seq_len for r in refs),
         min_len=min(r.min_len for r in refs),
         pack=any(r.pack for r in refs),
@@ -29,7 +31,7 @@ def joint_ref(refs: Sequence[TextRef]) -> TextRef:
 
 
 def average(each: Sequence[Comparison]) -> Comparison:
-    """The mean over texts, its standard error that of independent texts; of one text, its comparison.
+    """The mean over texts, its standard error that of independent texts (None where one has none); of one, its own.
 
     Tokens and sequences are summed, the largest |delta log p| is the largest of all; lm-eval tasks, which belong to
     no text, are the first one's.
@@ -40,7 +42,7 @@ def average(each: Sequence[Comparison]) -> Comparison:
     for name in ("kl", "nll_increase", "ppl", "ppl_increase", "accuracy_drop", "top1_agreement"):
         values[name] = _mean([getattr(c, name) for c in each])
     for name in ("kl_stderr", "nll_increase_stderr", "accuracy_drop_stderr", "top1_agreement_stderr"):
-        values[name] = math.hypot(*(getattr(c, name) for c in each)) / len(each)
+        values[name] = _stderr([getattr(c, name) for c in each])
     return Comparison(
         **values,
         max_abs_logprob_diff=max(c.max_abs_logprob_diff for c in each),
@@ -66,14 +68,15 @@ def average_fisher(each: Sequence[tuple[Baseline, Fisher]]) -> tuple[Baseline, F
     if len(each) == 1:
         return each[0]
     found = [fisher for _, fisher in each]
+    errors = [fisher.stderr for fisher in found if fisher.stderr is not None]
 
-    def entries(combine: Callable[[Sequence[float]], float], matrices: Sequence[list[list[float]]]) -> list:
+    def entries(combine: Callable[[Sequence], Any], matrices: Sequence[list[list[float]]]) -> list:
         return [[combine(x) for x in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)]
 
     fisher = Fisher(
         terms=found[0].terms,
         matrix=entries(_mean, [f.matrix for f in found]),
-        stderr=entries(lambda x: math.hypot(*x) / len(x), [f.stderr for f in found]),
+        stderr=entries(_stderr, errors) if len(errors) == len(found) else None,
         samples=min(f.samples for f in found),
         sampling_error=max(f.sampling_error for f in found),
         per_text=found,
@@ -90,6 +93,12 @@ def _average_baseline(baselines: Sequence[Baseline]) -> Baseline:
         task_accuracy=baselines[0].task_accuracy,
         per_text=list(baselines),
     )
+
+
+def _stderr(errors: Sequence[float | None]) -> float | None:
+    """Return the standard error of the mean of independent values; None where that of one of them is not known."""
+    known = [e for e in errors if e is not None]
+    return math.hypot(*known) / len(known) if len(known) == len(errors) else None
 
 
 def _mean(values: Sequence[float]) -> float:
