@@ -43,7 +43,7 @@ def demo(
     say("\n3/5 check: is the plan valid, and of this model?")
     check(plan_file)
     say("\n4/5 eval: what does it do to tasks?")
-    evaluate(plan_file, tasks="demo", output=results_file, batch_size=32)
+    evaluate(plan_file, tasks="demo", output=results_file, batch_size="32")
     say("\n5/5 report")
     report(output, output=output / "report.html", png=output / "sensitivity.png")
     if json:

@@ -5,65 +5,113 @@ from typing import Annotated
 
 import typer
 
-from .options import BatchSize, Device, Dtype, Json, Recipe
+from .options import COMMON, Device, Dtype, Json, Recipe
+
+PROMPT, RUN = "Prompts, under lm-eval's names and with its defaults", "How it runs"
+Text = str | None
 
 
 def register(app: typer.Typer) -> None:
-    app.command("eval", epilog="Example: spd-calib eval plan.json --tasks arc_easy,hellaswag -o results.json")(evaluate)
+    app.command(
+        "eval",
+        epilog="Example: spd-calib eval plan.json --tasks arc_easy,hellaswag -o results.json",
+        context_settings={"token_normalize_func": dashed},
+    )(evaluate)
+
+
+def dashed(option: str) -> str:
+    """Return an option as this tool spells it: lm-eval's own spelling, --num_fewshot, is understood, too."""
+    return option.replace("_", "-")
 
 
 def evaluate(
     plan: Annotated[Path, typer.Argument(help="Written by spd-calib plan.")],
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma-separated; 'demo' for the three shipped ones.")],
     output: Annotated[Path, typer.Option("--output", "-o")] = Path("results.json"),
-    include_path: Annotated[Path | None, typer.Option(help="Folder with further lm-eval tasks.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents a task.")] = None,
-    batch_size: BatchSize = 8,
+    include_path: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with further lm-eval tasks.")] = None,
+    limit: Annotated[Text, typer.Option(metavar="N", help="Documents a task; below 1, a share of them.")] = None,
+    samples: Annotated[Text, typer.Option(metavar="JSON", help='Or those named: {"task": [0, 7]}.')] = None,
+    log_samples: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Folder or .jsonl for what both say of each document.")
+    ] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples shown [as each task says].", rich_help_panel=PROMPT)
+    ] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="The tokenizer's.", rich_help_panel=PROMPT)
+    ] = False,
+    fewshot_as_multiturn: Annotated[
+        Text, typer.Option(metavar="BOOL", help="Examples as turns [with a chat template].", rich_help_panel=PROMPT)
+    ] = None,
+    system_instruction: Annotated[Text, typer.Option(metavar="TEXT", rich_help_panel=PROMPT)] = None,
+    gen_kwargs: Annotated[
+        Text, typer.Option(metavar="K=V,...", help="Over each task's own.", rich_help_panel=PROMPT)
+    ] = None,
+    model_args: Annotated[
+        Text, typer.Option(metavar="K=V,...", help="Say enable_thinking=false.", rich_help_panel=PROMPT)
+    ] = None,
+    metadata: Annotated[
+        Text, typer.Option(metavar="K=V,...", help="For tasks that ask for it.", rich_help_panel=PROMPT)
+    ] = None,
+    seed: Annotated[
+        str, typer.Option(metavar="N", help="Python,NumPy,torch,few-shot; or one.", rich_help_panel=PROMPT)
+    ] = "0,1234,1234,1234",
+    batch_size: Annotated[str, typer.Option(metavar="N|auto", help="requests a time", rich_help_panel=COMMON)] = "8",
+    max_batch_size: Annotated[int, typer.Option(min=1, help="of auto", rich_help_panel=COMMON)] = 64,
     device: Device = "auto",
     dtype: Dtype = None,
     json: Json = False,
     recipe: Recipe = None,
 ) -> None:
-    """Run lm-eval on the dense and the planned model: both scores, the paired difference and its error."""
-    from spd_calib.evaluation.harness import TaskSuite
-    from spd_calib.formats.common import TensorParallel
-    from spd_calib.formats.files import check_writable, dumps, read, sha256_of, write_text
-    from spd_calib.formats.plan import Plan
-    from spd_calib.formats.results import Results
-    from spd_calib.parallel.compensation import load_compensation
-    from spd_calib.parallel.session import open_session
+    """Run lm-eval on the dense and the planned model: both scores, the paired difference and its error.
+
+    A killed run goes on when given again.
+    """
+    from spd_calib.evaluation import evaluate as core
+    from spd_calib.evaluation import options as parse
+    from spd_calib.formats.files import dumps
     from spd_calib.report import tables
 
-    from .options import check_dtype, provenance, resolve_device, resolve_model
-    from .recovered import load_original
+    from .options import check_dtype, command_line, resolve_device, resolve_model
     from .shared import resolve_tasks
     from .terminal import print_json, say, table, working
 
-    planned = read(Plan, plan)
-    check_writable(output)
-    made = planned.provenance
-    device, dtype = resolve_device(device), check_dtype(dtype or made.dtype)
-    session = open_session(resolve_model(planned.model.id), planned.tensor_parallel.size, planned.model)
-    suite = TaskSuite(*resolve_tasks(tasks, include_path), limit, made.seed)
-    compensation = load_compensation(planned, plan)
-    lm = session.load(device, dtype, made.seed)
-    lm.set_compensation(compensation)
-    original = load_original(planned, device, dtype, made.seed) if planned.recovered_from else None
-    with working("lm-eval", 2 * suite.requests) as work:
-        results = suite.evaluate(lm, session.tokenizer, planned, batch_size, work.step, original)
-    if suite.truncated:
-        say("some requests were longer than the model reads: their beginnings were cut off")
-    document = Results(
-        model=planned.model,
-        tensor_parallel=TensorParallel(size=planned.tensor_parallel.size),
-        plan_sha256=sha256_of(plan),
-        dropped=planned.dropped,
-        limit=limit,
-        tasks=results,
-        provenance=provenance(made.seed, device, dtype),
+    names, folder = resolve_tasks(tasks, include_path)
+    options = parse.EvalOptions(
+        limit=None if limit is None else parse.parse_limit(limit),
+        samples=None if samples is None else parse.parse_samples(samples),
+        num_fewshot=num_fewshot,
+        apply_chat_template=apply_chat_template,
+        fewshot_as_multiturn=None if fewshot_as_multiturn is None else parse.parse_bool(fewshot_as_multiturn, "fewshot_as_multiturn"),
+        system_instruction=system_instruction,
+        gen_kwargs=parse.parse_arguments(gen_kwargs or "", "generation arguments"),
+        model_args=parse.parse_arguments(model_args or "", "model arguments"),
+        metadata=parse.parse_arguments(metadata or "", "metadata"),
+        seeds=parse.parse_seeds(seed),
+        batch_size=parse.parse_batch_size(batch_size),
+        max_batch_size=max_batch_size,
     )
-    write_text(output, dumps(document))
-    table(*tables.tasks(document))
+    with working("lm-eval") as work:
+
+        def progress(done: int, total: int, words: str) -> None:
+            work.expect(total - work.total)
+            work.step(words)
+
+        results = core.evaluate(
+            plan,
+            tasks=names,
+            output=output,
+            include_path=folder,
+            options=options,
+            log_samples=log_samples,
+            device=resolve_device(device),
+            dtype=dtype and check_dtype(dtype),
+            command=command_line(),
+            resolve_model=resolve_model,
+            progress=progress,
+            say=say,
+        )
+    table(*tables.tasks(results))
     say(f"written: {output}")
     if json:
-        print_json(dumps(document))
+        print_json(dumps(results))

@@ -118,5 +118,9 @@ def provenance(seed: int, device: str, dtype: str):
     from spd_calib.formats.common import Provenance
     from spd_calib.parallel.session import versions
 
-    command = shlex.join(["spd-calib", *sys.argv[1:]])
-    return Provenance(command=command, seed=seed, device=device, dtype=dtype, versions=versions())  # type: ignore[arg-type]
+    return Provenance(command=command_line(), seed=seed, device=device, dtype=dtype, versions=versions())  # type: ignore[arg-type]
+
+
+def command_line() -> str:
+    """Return the command as it was typed, which stands in every file written."""
+    return shlex.join(["spd-calib", *sys.argv[1:]])

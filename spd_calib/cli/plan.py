@@ -128,13 +128,15 @@ def plan(
     suites = []
     if tasks:
         from spd_calib.evaluation.harness import TaskSuite
+        from spd_calib.evaluation.options import EvalOptions
 
         if budget.kind != "max_accuracy_drop":
             raise InputError("--tasks belongs to --max-accuracy-drop: leave it out, or give that budget.")
         if each_text:
             raise InputError("--tasks are of no text, so there is nothing to keep on each: leave --each-text out.")
-        suites = [TaskSuite(*resolve_tasks(tasks, include_path), limit, made.seed, half) for half in (0, 1)]
-        budget = asked = asked.model_copy(update={"tasks": list(suites[0].loaded["tasks"])})
+        options = EvalOptions(limit=limit, batch_size=batch_size)
+        suites = [TaskSuite(*resolve_tasks(tasks, include_path), options=options, half=half) for half in (0, 1)]
+        budget = asked = asked.model_copy(update={"tasks": suites[0].names})
     check_writable(output)
     if session is None:
         session, recovered = open_profiled(measured)
@@ -145,7 +147,7 @@ def plan(
         beside = recovered.predictors_beside(output)
     else:
         lm = session.load(device, dtype, made.seed)
-    losses = [suite.losing(lm, dense or lm, session.tokenizer, batch_size) for suite in suites]
+    losses = [suite.losing(lm, dense or lm, tokenizer=session.tokenizer) for suite in suites]
     with working("measure whole plans") as work:
         result, choice, compared = make_plan(
             lm,

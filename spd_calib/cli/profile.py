@@ -131,8 +131,10 @@ def profile(
     suite = None
     if tasks:
         from spd_calib.evaluation.harness import TaskSuite
+        from spd_calib.evaluation.options import EvalOptions
 
-        suite = TaskSuite(*resolve_tasks(tasks, include_path), limit, seed)
+        options = EvalOptions(limit=limit, batch_size=batch_size)
+        suite = TaskSuite(*resolve_tasks(tasks, include_path), options=options)
     lm, dense = (
         recovered.load(session, device, dtype, seed, stream)
         if recovered
@@ -211,7 +213,7 @@ def profile(
                     strategies,
                     batch_size,
                     tick,
-                    (lambda: suite.accuracy(lm, session.tokenizer, batch_size)) if suite and number == 0 else None,
+                    (lambda: suite.accuracy(lm, session.tokenizer)) if suite and number == 0 else None,
                     kinds,
                     journals[number],
                     confidence,
