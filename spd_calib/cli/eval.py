@@ -78,15 +78,15 @@ def evaluate(
 
     names, folder = resolve_tasks(tasks, include_path)
     options = parse.EvalOptions(
-        limit=None if limit is None else parse.parse_limit(limit),
-        samples=None if samples is None else parse.parse_samples(samples),
+        limit=parse.parse_limit(limit),
+        samples=parse.parse_samples(samples),
         num_fewshot=num_fewshot,
         apply_chat_template=apply_chat_template,
-        fewshot_as_multiturn=None if fewshot_as_multiturn is None else parse.parse_bool(fewshot_as_multiturn, "fewshot_as_multiturn"),
+        fewshot_as_multiturn=parse.parse_bool(fewshot_as_multiturn, "fewshot_as_multiturn"),
         system_instruction=system_instruction,
-        gen_kwargs=parse.parse_arguments(gen_kwargs or "", "generation arguments"),
-        model_args=parse.parse_arguments(model_args or "", "model arguments"),
-        metadata=parse.parse_arguments(metadata or "", "metadata"),
+        gen_kwargs=parse.parse_arguments(gen_kwargs, "generation arguments"),
+        model_args=parse.parse_arguments(model_args, "model arguments"),
+        metadata=parse.parse_arguments(metadata, "metadata"),
         seeds=parse.parse_seeds(seed),
         batch_size=parse.parse_batch_size(batch_size),
         max_batch_size=max_batch_size,

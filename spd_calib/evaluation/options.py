@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,16 +82,16 @@ class EvalOptions:
         return self.apply_chat_template if self.fewshot_as_multiturn is None else self.fewshot_as_multiturn
 
 
-def parse_arguments(text: str, name: str) -> dict[str, Any]:
+def parse_arguments(text: str | None, name: str) -> dict[str, Any]:
     """Read "key=value,key=value", or a JSON object, as lm-eval's command line does; `name` says what they are of.
 
-    Raises InputError for text that is neither.
+    None gives none. Raises InputError for text that is neither.
     """
     from lm_eval._cli.utils import key_val_to_dict, try_parse_json
 
     try:
-        found = try_parse_json(text)
-        arguments = found if isinstance(found, dict) else key_val_to_dict(text)
+        found = try_parse_json(text or "{}")
+        arguments = found if isinstance(found, dict) else key_val_to_dict(text or "")
         json.dumps(arguments, allow_nan=False)  # they go into the file of results
     except (TypeError, ValueError, RecursionError):
         raise InputError(f"The {name} {text!r} are neither key=value,key=value nor a JSON object.") from None
@@ -103,9 +103,8 @@ def parse_seeds(text: str) -> Seeds:
 
     Raises InputError for anything else, and for lm-eval's None: without a seed no run can be repeated.
     """
-    words = text.split(",")
     try:
-        numbers = [int(word) for word in words]
+        numbers = [int(word) for word in text.split(",")]
     except ValueError:
         numbers = []
     if len(numbers) not in (1, 3, 4) or not all(0 <= n < 2**32 for n in numbers):
@@ -113,25 +112,24 @@ def parse_seeds(text: str) -> Seeds:
             f"The seed {text!r} cannot be used; give one whole number, or four with commas: for Python, NumPy, torch "
             "and the few-shot examples."
         )
-    return Seeds(*numbers * (len(fields(Seeds)) if len(numbers) == 1 else 1))
+    return Seeds(*numbers * (4 if len(numbers) == 1 else 1))
 
 
-def parse_limit(text: str) -> int | float:
-    """Read a number of documents, or a share of them below 1. Raises InputError for anything else."""
+def parse_limit(text: str | None) -> int | float | None:
+    """Read a number of documents, or a share of them below 1; None is none. Raises InputError for anything else."""
     try:
-        return int(text) if text.isdigit() else float(text)
+        return text if text is None else int(text) if text.isdecimal() else float(text)
     except ValueError:
         raise InputError(f"The limit {text!r} is no number of documents.") from None
 
 
-def parse_bool(text: str, name: str) -> bool:
-    """Read true or false, as lm-eval does, for the parameter `name`. Raises InputError for anything else."""
-    from lm_eval.defaults import _strtobool
-
-    try:
-        return _strtobool(text)
-    except ValueError:
-        raise InputError(f"{name} is {text!r}, which is neither true nor false.") from None
+def parse_bool(text: str | None, name: str) -> bool | None:
+    """Read true or false for the parameter `name`; None is neither. Raises InputError for anything else."""
+    values = {"true": True, "false": False, None: None}
+    key = text if text is None else text.lower()
+    if key not in values:
+        raise InputError(f"{name} is {text!r}, which is neither true nor false.")
+    return values[key]
 
 
 def parse_batch_size(text: str) -> int | Literal["auto"]:
@@ -142,19 +140,21 @@ def parse_batch_size(text: str) -> int | Literal["auto"]:
         raise InputError(f"The batch size {text!r} is neither a whole number nor auto.") from None
 
 
-def parse_samples(text: str) -> dict[str, list[int]]:
-    """Read lm-eval's samples: a JSON object of document indices by task, or the path of a file of one.
+def parse_samples(text: str | None) -> dict[str, list[int]] | None:
+    """Read lm-eval's samples: a JSON object of document indices by task, or the path of a file of one; None is none.
 
     Raises InputError for anything else.
     """
+    if text is None:
+        return None
     try:
         found = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         found = None
-    lists = list(found.values()) if isinstance(found, dict) else [None]
-    if not lists or not all(
-        isinstance(indices, list) and indices and all(type(i) is int and i >= 0 for i in indices) for indices in lists
-    ):
+    if not isinstance(found, dict) or not found or not all(map(_is_indices, found.values())):
         raise InputError(f'The samples {text!r} are no JSON object such as {{"task": [0, 1]}}, nor a file of one.')
-    assert isinstance(found, dict)
     return {task: sorted(set(indices)) for task, indices in found.items()}
+
+
+def _is_indices(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(i) is int and i >= 0 for i in value)
