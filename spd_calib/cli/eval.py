@@ -7,7 +7,7 @@ import typer
 
 from .options import COMMON, Device, Dtype, Json, Recipe
 
-PROMPT, RUN = "Prompts, under lm-eval's names and with its defaults", "How it runs"
+PROMPT = "Under lm-eval's names, with its defaults"
 Text = str | None
 
 
@@ -34,6 +34,7 @@ def evaluate(
     log_samples: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Folder or .jsonl for what both say of each document.")
     ] = None,
+    max_batch_size: Annotated[int, typer.Option(min=1, help="With --batch-size auto.")] = 64,
     num_fewshot: Annotated[
         int | None, typer.Option(help="Examples shown [as each task says].", rich_help_panel=PROMPT)
     ] = None,
@@ -43,7 +44,9 @@ def evaluate(
     fewshot_as_multiturn: Annotated[
         Text, typer.Option(metavar="BOOL", help="Examples as turns [with a chat template].", rich_help_panel=PROMPT)
     ] = None,
-    system_instruction: Annotated[Text, typer.Option(metavar="TEXT", rich_help_panel=PROMPT)] = None,
+    system_instruction: Annotated[
+        Text, typer.Option(metavar="TEXT", help="Before the task's own.", rich_help_panel=PROMPT)
+    ] = None,
     gen_kwargs: Annotated[
         Text, typer.Option(metavar="K=V,...", help="Over each task's own.", rich_help_panel=PROMPT)
     ] = None,
@@ -54,10 +57,9 @@ def evaluate(
         Text, typer.Option(metavar="K=V,...", help="For tasks that ask for it.", rich_help_panel=PROMPT)
     ] = None,
     seed: Annotated[
-        str, typer.Option(metavar="N", help="Python,NumPy,torch,few-shot; or one.", rich_help_panel=PROMPT)
+        str, typer.Option(metavar="N", help="Four, or one for all.", rich_help_panel=PROMPT)
     ] = "0,1234,1234,1234",
     batch_size: Annotated[str, typer.Option(metavar="N|auto", help="requests a time", rich_help_panel=COMMON)] = "8",
-    max_batch_size: Annotated[int, typer.Option(min=1, help="of auto", rich_help_panel=COMMON)] = 64,
     device: Device = "auto",
     dtype: Dtype = None,
     json: Json = False,

@@ -20,7 +20,7 @@ Dtype = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="also on stdout", rich_help_panel=COMMON)]
 MAX_RECIPE_BYTES = 2**20
-WRITTEN = ("output", "pareto", "png")  # options that name what is written
+WRITTEN = ("output", "pareto", "png", "log_samples")  # options that name what is written
 
 
 def _load_recipe(ctx: typer.Context, value: Path | None) -> Path | None:

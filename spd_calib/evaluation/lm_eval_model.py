@@ -94,7 +94,7 @@ class PlannedLM(HFLM):
         the name of the folder that results go to.
         """
         if "plan" not in arg_dict:
-            raise InputError("The lm-eval model spd_calib needs a plan: --model_args plan=plan.json.")
+            raise InputError("The lm-eval model spd_calib needs a plan among its arguments: plan=plan.json.")
         given = {key: value for key, value in (additional_config or {}).items() if value is not None}
         arg_dict.setdefault("pretrained", read(Plan, Path(arg_dict["plan"])).model.id)
         return cls(**{**given, **arg_dict})
@@ -119,7 +119,7 @@ class PlannedLM(HFLM):
 def run_command_line(argv: Sequence[str], resolve_model: Callable[[str], str] = str) -> int:
     """Run lm-eval's command line on `argv`, as typed after `lm-eval`, and return its exit code.
 
-    `resolve_model` is told the model of a plan, or of --model_args pretrained=, and says where it lies. Raises
+    `resolve_model` is told the model of a plan, or the model argument `pretrained`, and says where it lies. Raises
     InputError with the reason where lm-eval fails.
     """
     from lm_eval._cli import HarnessCLI
@@ -136,7 +136,7 @@ def run_command_line(argv: Sequence[str], resolve_model: Callable[[str], str] = 
     except SpdError:
         raise
     except Exception as e:
-        raise InputError(f"lm-eval stops: {first_line(e)} (--debug shows where).") from e
+        raise InputError(f"lm-eval stops: {first_line(e)}.") from e
     finally:
         sys.argv = before
     return 0

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from spd_calib.errors import InputError
+from spd_calib.ranks import world_size
 from spd_calib.sensitivity.journal import Journal
 
 from .quiet import Step
@@ -113,8 +115,11 @@ def _sampled(request: Any) -> bool:
 def _batch_size(model: Any, kind: str, kept: Kept | None, requests: Sequence[Any]) -> int:
     """Return the largest batch that the memory holds, as lm-eval finds it.
 
-    Of log-likelihoods the longest request is tried, of everything else as many tokens as the model reads.
+    Of log-likelihoods the longest request is tried, of everything else as many tokens as the model reads. Raises
+    InputError on real ranks, where the memory of one may end in the middle of an all-reduce that others wait in.
     """
+    if world_size() > 1:
+        raise InputError("A batch size of auto is found on simulated ranks alone; under torchrun give a number.")
 
     def find() -> dict[str, int]:
         if kind != "loglikelihood":

@@ -1,10 +1,12 @@
 """results.json: the planned model against the dense one on lm-eval tasks."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, WithJsonSchema
 
 from .common import Count, Finite, ModelRef, Part, Provenance, Sha256, TensorParallel
+
+Arguments = Annotated[dict[str, JsonValue], WithJsonSchema({"type": "object"})]  # values are whatever JSON holds
 
 
 class TaskResult(Part):
@@ -39,9 +41,9 @@ class LmEval(Part):
     fewshot_as_multiturn: bool = Field(description="Few-shot examples as turns of the conversation")
     chat_template_sha256: Sha256 | None = Field(description="Of the tokenizer's template, where it was applied")
     system_instruction: str | None
-    gen_kwargs: dict[str, JsonValue] = Field(description="Put over each task's own")
-    model_args: dict[str, JsonValue] = Field(description="Of lm-eval's model hf, such as softmax_dtype")
-    metadata: dict[str, JsonValue] = Field(description="For tasks that make their documents by it")
+    gen_kwargs: Arguments = Field(description="Put over each task's own")
+    model_args: Arguments = Field(description="Of lm-eval's model hf, such as softmax_dtype")
+    metadata: Arguments = Field(description="For tasks that make their documents by it")
     samples: dict[str, list[Count]] | None = Field(description="Documents evaluated, where they were named one by one")
     seeds: Seeds
     batch_size: int | Literal["auto"]
