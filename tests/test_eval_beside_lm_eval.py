@@ -32,7 +32,7 @@ TASKS = ("e_choice", "e_generate", "e_rolling")
 ATTENTION = ["keep_sync", "keep_sync", *["block_drop"] * 6]
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ' is: ' + m['content'] + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant is:' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ 'assistant is: The' }}{% endif %}"
 )
 
 
