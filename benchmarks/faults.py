@@ -54,7 +54,12 @@ COMMANDS = [
         folder=True,
         state=".partial",
     ),
-    Command("eval", ["eval", "{in}/plan.json", "--tasks", "demo", "--limit", "4"], {"-o": "results.json"}),
+    Command(
+        "eval",
+        ["eval", "{in}/plan.json", "--tasks", "demo", "--limit", "4"],
+        {"-o": "results.json"},
+        state=".journal",
+    ),
     Command("report", ["report", "{in}"], {"-o": "page.html", "--png": "figure.png"}),
     Command(
         "bench",
@@ -173,7 +178,8 @@ What was done:
 
 - SIGKILL and SIGINT before the k-th operation on files in the output's folder, for k spread over all of them, and at
   random times over the whole run.
-- SIGKILL of a profile at random times from the first line of its journal on: the file that went on from it is the same.
+- SIGKILL of a profile or an eval at random times from the first line of its journal on: the file that went on from it
+  is the same.
 - A full disk: a tmpfs with too little room for the output, and a limit to the size of files (RLIMIT_FSIZE).
 - Two of the same command on one output, the second begun at a random moment of the first: one may be refused.
 - On two ranks: SIGKILL of one of them, or of torchrun, at random times. All others must end within 30 s, the exit code

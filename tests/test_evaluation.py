@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from spd_calib.errors import InputError
+from spd_calib.evaluation.options import EvalOptions
 from spd_calib.formats.common import ModelRef, Provenance, TensorParallel, TextRef
 from spd_calib.formats.drops import Drops, Strategy
 from spd_calib.formats.files import dumps
@@ -116,7 +117,8 @@ def tasks(documents, tmp_path_factory) -> Path:
 
 
 def make_plan(ref: ModelRef, attention: tuple[Strategy, ...], mlp: tuple[Strategy, ...]) -> Plan:
-    zeros = {name: 0.0 for name, f in Verified.model_fields.items() if f.annotation is float}
+    required = {name for name, field in Verified.model_fields.items() if field.is_required()}
+    zeros = dict.fromkeys(required - {"text", "tokens", "sequences"}, 0.0)
     text = TextRef(source="x", seq_len=8, min_len=8, pack=False, first=0, sequences=1, tokens=8, sha256="0" * 64)
     return Plan(
         model=ref,
@@ -143,7 +145,8 @@ def results(lm, tokenizer, plan, tasks) -> dict[tuple[str, str], TaskResult]:
     """Every kind of task and the group, with attention and MLP sync points dropped and one written off."""
     from spd_calib.evaluation.harness import TaskSuite
 
-    found = TaskSuite([*KINDS, "t_group"], tasks, None, 0).evaluate(lm, tokenizer, plan.drops, 4)
+    suite = TaskSuite([*KINDS, "t_group"], tasks, options=EvalOptions(batch_size=4))
+    found = suite.compare(*suite.run_dense_and_planned(lm, tokenizer, drops=plan.drops))
     return {(r.task, r.metric): r for r in found}
 
 
@@ -169,7 +172,6 @@ def test_the_dense_scores_are_those_of_lm_evals_own_model(results, folder, tasks
         tasks=[*KINDS, "t_shown"],
         task_manager=lm_eval.tasks.TaskManager(include_path=tasks),
         bootstrap_iters=0,
-        fewshot_random_seed=0,
     )["results"]
     theirs = {
         (task, key.removesuffix(",none")): value
@@ -241,7 +243,8 @@ def test_a_plan_that_keeps_everything_changes_nothing(family, tokenizer, tasks):
     ref = ModelRef(id="x", architecture="x", num_blocks=BLOCKS, config_hash="0" * 64, weight_fingerprint="0" * 64)
     ids = tiny.tokens(2, 8)
     before = lm(ids)
-    for r in TaskSuite(KINDS, tasks, 4, 0).evaluate(lm, tokenizer, make_plan(ref, *KEPT).drops, 4):
+    suite = TaskSuite(KINDS, tasks, options=EvalOptions(limit=4, batch_size=4))
+    for r in suite.compare(*suite.run_dense_and_planned(lm, tokenizer, drops=make_plan(ref, *KEPT).drops)):
         assert abs(r.difference) <= 1e-6 and not r.difference_stderr and r.documents == 4
     assert torch.equal(lm(ids), before)
 
@@ -249,17 +252,17 @@ def test_a_plan_that_keeps_everything_changes_nothing(family, tokenizer, tasks):
 def test_a_suite_is_run_again_and_again_on_the_same_requests(lm, tokenizer, tasks, results, capsys):
     from spd_calib.evaluation.harness import TaskSuite
 
-    suite, told = TaskSuite(["t_choice", "t_shown", "t_generate"], tasks, None, 0), []
-    dense = suite.accuracy(lm, tokenizer, 4)
+    suite, told = TaskSuite(["t_choice", "t_shown", "t_generate"], tasks, options=EvalOptions(batch_size=4)), []
+    dense = suite.accuracy(lm, tokenizer)
     assert dense == {
         task: results[task, metric].dense
         for task, metric in (("t_choice", "acc"), ("t_shown", "acc"), ("t_generate", "exact_match,whole"))
     }
     with lm.running(Drops.of_blocks(*DROPPED)):
-        planned = suite.run(lm, tokenizer, 4, told.append)
-    assert {key: s.value for key, s in planned.items()} == {key: results[key].planned for key in planned}
-    assert suite.accuracy(lm, tokenizer, 4) == dense
-    assert not suite.truncated
+        planned = suite.run(lm, tokenizer, note=told.append)
+    assert {key: s.value for key, s in planned.scores.items()} == {key: results[key].planned for key in planned.scores}
+    assert suite.accuracy(lm, tokenizer) == dense
+    assert not planned.truncated
     assert told[-1] == f"{suite.requests} of {suite.requests} requests"
     assert capsys.readouterr() == ("", "")
 
@@ -267,7 +270,7 @@ def test_a_suite_is_run_again_and_again_on_the_same_requests(lm, tokenizer, task
 @pytest.mark.parametrize(
     ("names", "folder_name", "limit", "words"),
     [
-        (["t_chioce"], "", None, ["'t_chioce'", "perhaps t_choice", "lm-eval ls tasks", "--include-path"]),
+        (["t_chioce"], "", None, ["'t_chioce'", "perhaps t_choice", "lm-eval ls tasks", "folder to include"]),
         (["t_choice"], "nowhere", None, ["nowhere"]),
         (["t_choice"], "", 0, ["limit of 0"]),
         ([" "], "", None, ["No task"]),
@@ -277,7 +280,7 @@ def test_bad_input_is_one_sentence(tasks, names, folder_name, limit, words):
     from spd_calib.evaluation.harness import TaskSuite
 
     with pytest.raises(InputError) as e:
-        TaskSuite(names, tasks / folder_name, limit, 0)
+        TaskSuite(names, tasks / folder_name, options=EvalOptions(limit=limit))
     assert all(word in str(e.value) for word in words) and "\n" not in str(e.value)
 
 
@@ -291,7 +294,7 @@ def test_data_out_of_reach_is_one_sentence(tasks, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", closed)
     with pytest.raises(InputError, match=r"t_choice cannot be reached .*network") as e:
-        TaskSuite(["t_choice"], tasks, None, 0)
+        TaskSuite(["t_choice"], tasks)
     assert "\n" not in str(e.value)
 
 
@@ -301,21 +304,20 @@ def test_requests_too_long_for_the_model_are_noticed(lm, tokenizer, tasks, docum
     long = yaml.safe_load((tasks / "t_continue.yaml").read_text())
     long |= {"task": "t_context", "doc_to_text": "{{text}} " * 50}
     (tmp_path / "t_context.yaml").write_text(yaml.safe_dump(long))
-    suite = TaskSuite(["t_context"], tmp_path, 2, 0)
-    suite.run(lm, tokenizer, 2)
-    assert suite.truncated
+    suite = TaskSuite(["t_context"], tmp_path, options=EvalOptions(limit=2, batch_size=2))
+    assert suite.run(lm, tokenizer).truncated
 
 
 def test_a_task_without_accuracy_and_one_that_asks_too_much(lm, tokenizer, tasks, tmp_path):
     from spd_calib.evaluation.harness import TaskSuite
 
     with pytest.raises(InputError, match="t_rolling has no accuracy"):
-        TaskSuite(["t_rolling"], tasks, 2, 0).accuracy(lm, tokenizer, 2)
+        TaskSuite(["t_rolling"], tasks, options=EvalOptions(limit=2)).accuracy(lm, tokenizer)
     greedy = yaml.safe_load((tasks / "t_generate.yaml").read_text())
     greedy |= {"task": "t_long", "generation_kwargs": {"until": ["."], "max_gen_toks": 128}}
     (tmp_path / "t_long.yaml").write_text(yaml.safe_dump(greedy))
     with pytest.raises(InputError, match=r"t_long.*128"):
-        TaskSuite(["t_long"], tmp_path, 2, 0).accuracy(lm, tokenizer, 2)
+        TaskSuite(["t_long"], tmp_path, options=EvalOptions(limit=2)).accuracy(lm, tokenizer)
 
 
 def test_lm_evals_command_line_runs_a_plan(plan, folder, tasks, results, tmp_path, capsys):
@@ -324,11 +326,11 @@ def test_lm_evals_command_line_runs_a_plan(plan, folder, tasks, results, tmp_pat
     named = plan.model_copy(update={"model": plan.model.model_copy(update={"id": "demo"})})
     (tmp_path / "plan.json").write_text(dumps(named))
     arguments = ["run", "--model", "spd_calib", "--tasks", ",".join(KINDS), "--include_path", str(tasks)]
-    arguments += ["--output_path", str(tmp_path / "out"), "--log_samples", "--batch_size", "4", "--seed", "0"]
+    arguments += ["--output_path", str(tmp_path / "out"), "--log_samples", "--batch_size", "4"]
     arguments += ["--model_args", f"plan={tmp_path / 'plan.json'},device=cpu"]
     assert run_command_line(arguments, lambda model, plan: {"demo": str(folder)}[model]) == 0
     assert "|t_choice" in capsys.readouterr().out
-    written = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())
+    written = json.loads(next((tmp_path / "out/demo").glob("results_*.json")).read_text())
     for task, metric in (("t_choice", "acc,none"), ("t_rolling", "bits_per_byte,none"), ("t_continue", "acc,none")):
         expected = results[task, metric.removesuffix(",none")].planned
         assert written["results"][task][metric] == pytest.approx(expected, rel=1e-5)

@@ -91,7 +91,7 @@ def test_it_measures_what_the_folder_measures(model, text, tmp_path):
         named = {} if isinstance(given, str) else {"tokenizer": tokenizer}
         profiled = profile(given, tp=4, data=str(text), text=SHORT, run=CPU, **named)
         planned = plan(profiled, drop=2, model=given, run=CPU, **named)
-        results = evaluate(planned, tasks=TaskOptions(["demo"], limit=2), model=given, run=CPU, **named)
+        results = evaluate(planned, tasks=TaskOptions.of("demo", limit=2), model=given, run=CPU, **named)
         assert check(planned, model=given, **named).ok
         made.append([profiled, planned, results])
     for of_folder, in_memory in zip(*made, strict=True):

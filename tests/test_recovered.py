@@ -155,14 +155,12 @@ def test_eval_compares_with_the_model_it_was_made_from(spd, folder, llama, tmp_p
 
     class Noting(TaskSuite):
         def __init__(self):
-            self.loaded = {"tasks": {}, "groups": {}}
+            pass
 
-        def run(self, lm, tokenizer, batch_size, note=None):
+        def run(self, lm, tokenizer, **_):
             seen.append((lm, lm.blocks[0].present.drops))
-            return {}
 
-    with pytest.raises(Exception, match="No metric"):
-        Noting().evaluate(recovered, None, drops, 1, dense_lm=original)
+    Noting().run_dense_and_planned(recovered, None, drops=drops, dense_lm=original)
     assert [lm for lm, _ in seen] == [original, recovered]
     assert [d for _, d in seen] == [NOTHING_DROPPED, plan.drops | drops]
 

@@ -230,9 +230,9 @@ def _open(
     before = recovered.plan if recovered else None
     models = latency_models(session, latency, recovered=before, progress=progress) if latency else {}
     resolved = replace(resolved_for(session, run, dtype=measured.provenance.dtype), seed=measured.provenance.seed)
-    suites = [tasks.load(seed=resolved.seed, half=half) for half in (0, 1)] if tasks else []
+    suites = [tasks.with_batch_size(resolved.batch_size).load(half=half) for half in (0, 1)] if tasks else []
     if suites:
-        budget = budget.model_copy(update={"tasks": list(suites[0].loaded["tasks"])})
+        budget = budget.model_copy(update={"tasks": suites[0].names})
     return _Inputs(
         profile=measured,
         budget=budget,
@@ -266,8 +266,7 @@ def _as_drops(profile: Profile, budget: Budget, model: LatencyModel) -> Budget:
 def _texts(inputs: _Inputs, subject: Subject, *, progress: Progress) -> tuple[Calibration, HeldOut]:
     """Return what measures whole plans on the calibration text, and what verifies them on held-out text."""
     losses = [
-        suite.losing(subject.lm, subject.dense, inputs.session.tokenizer, inputs.run.batch_size)
-        for suite in inputs.suites
+        suite.losing(subject.lm, subject.dense, tokenizer=inputs.session.tokenizer) for suite in inputs.suites
     ] or [None, None]
     measure = partial(
         measure_plans,

@@ -83,7 +83,7 @@ def profile(
         tasks=tasks is not None,
     )
     inputs = open_inputs(model, tp=tp, data=data, tokenizer=tokenizer, text=text, asked=asked, run=run, tasks=tasks)
-    suite = tasks.load(seed=run.seed) if tasks else None
+    suite = tasks.with_batch_size(run.batch_size).load() if tasks else None
     subject = inputs.subject(progress)
     if journal is None:
         found = _run(inputs, subject, progress=progress, suite=suite, journals=[None] * len(inputs.texts))
@@ -113,7 +113,7 @@ def profile(
 def _identity(inputs: ProfileInputs, tasks: TaskOptions | None) -> dict[str, Any]:
     """Return what must be the same for a journal to go on from."""
     asked, run = inputs.asked, inputs.run
-    names = None if tasks is None else [",".join(tasks.names), str(tasks.include_path), tasks.limit, run.seed]
+    names = None if tasks is None else [",".join(tasks.names), str(tasks.include_path), repr(tasks.options)]
     return {
         "model": inputs.session.ref.model_dump(mode="json", exclude={"id"}),
         "text": inputs.refs[0].sha256,
@@ -149,7 +149,7 @@ def _run(
         return _predict(inputs, subject, progress=progress, journals=journals)
     accuracy: TaskAccuracy | None = None
     if suite is not None:
-        accuracy = partial(suite.accuracy, subject.lm, inputs.session.tokenizer, inputs.run.batch_size)
+        accuracy = partial(suite.accuracy, subject.lm, inputs.session.tokenizer)
     return _measure(inputs, subject, progress=progress, journals=journals, accuracy=accuracy)
 
 

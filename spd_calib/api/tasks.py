@@ -1,11 +1,14 @@
 """lm-eval tasks that several calls run models on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from transformers import PreTrainedTokenizerBase
+
 from spd_calib.demo.assets import TASKS, tasks_dir
+from spd_calib.evaluation.options import EvalOptions
 
 if TYPE_CHECKING:
     from spd_calib.evaluation.harness import TaskSuite
@@ -15,27 +18,41 @@ if TYPE_CHECKING:
 class TaskOptions:
     """`names` of lm-eval tasks, ('demo',) for the three that this package ships.
 
-    `include_path` is a folder with further tasks, `limit` the number of documents of each, from the first.
+    `include_path` is a folder with further tasks; `options` says how lm-eval runs them.
     """
 
     names: Sequence[str]
     include_path: Path | None = None
-    limit: int | None = None
+    options: EvalOptions = field(default_factory=EvalOptions)
 
     @classmethod
     def of(
-        cls, names: str | Sequence[str], include_path: Path | None = None, limit: int | None = None
+        cls,
+        names: str | Sequence[str],
+        include_path: Path | None = None,
+        *,
+        limit: int | None = None,
+        options: EvalOptions | None = None,
     ) -> "TaskOptions":
-        """Return the options with the names in one string, separated by commas, or in a list."""
-        return cls([n for n in names.split(",") if n] if isinstance(names, str) else names, include_path, limit)
+        """Return the options with the names in one string, separated by commas, or in a list.
 
-    def load(self, *, seed: int, half: int | None = None) -> "TaskSuite":
+        `limit` is the number of documents of each task, from the first, where `options` are lm-eval's defaults.
+        """
+        listed = [n for n in names.split(",") if n] if isinstance(names, str) else list(names)
+        return cls(listed, include_path, options or EvalOptions(limit=limit))
+
+    def with_batch_size(self, batch_size: int) -> "TaskOptions":
+        """Return the same tasks, `batch_size` requests run at a time."""
+        return replace(self, options=replace(self.options, batch_size=batch_size))
+
+    def load(self, *, tokenizer: PreTrainedTokenizerBase | None = None, half: int | None = None) -> "TaskSuite":
         """Load the tasks; of their documents every second one, from the first or the second, where `half` is 0 or 1.
 
-        Raises InputError for tasks that cannot be found, reached or run.
+        `tokenizer` is needed for a chat template. Raises InputError for tasks that cannot be found, reached or run.
         """
         from spd_calib.evaluation.harness import TaskSuite  # imports lm-eval, which takes seconds
 
-        if list(self.names) == ["demo"]:
-            return TaskSuite(list(TASKS), tasks_dir(), self.limit, seed, half)
-        return TaskSuite(list(self.names), self.include_path, self.limit, seed, half)
+        names, folder = list(self.names), self.include_path
+        if names == ["demo"]:
+            names, folder = list(TASKS), tasks_dir()
+        return TaskSuite(names, folder, options=self.options, tokenizer=tokenizer, half=half)

@@ -46,7 +46,7 @@ def demo(
         say(f"{row.what}: {row.found}, {'ok' if row.ok else 'NO'}")
     say("\n4/5 eval: what does it do to tasks?")
     with working("lm-eval") as work:
-        tasks, run = TaskOptions(["demo"]), RunOptions(batch_size=32)
+        tasks, run = TaskOptions(["demo"]).with_batch_size(32), RunOptions()
         results = evaluate(output / "plan.json", tasks=tasks, run=run, progress=work.progress)
     _show(output / "results.json", results, [tables.tasks(results)])
     say("\n5/5 report")

@@ -21,7 +21,7 @@ ModelPlace = Annotated[
     str | None, typer.Option("--model", metavar="MODEL", help="[as the file says]", rich_help_panel=COMMON)
 ]
 MAX_RECIPE_BYTES = 2**20
-WRITTEN = ("output", "pareto", "png")  # options that name what is written
+WRITTEN = ("output", "pareto", "png", "log_samples")  # options that name what is written
 
 
 def _load_recipe(ctx: typer.Context, value: Path | None) -> Path | None:

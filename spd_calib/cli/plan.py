@@ -128,7 +128,7 @@ def plan(
             result = plan_with_details(
                 profile,
                 asked,
-                tasks=TaskOptions.of(tasks, include_path, limit) if tasks else None,
+                tasks=TaskOptions.of(tasks, include_path, limit=limit) if tasks else None,
                 latency=latency,
                 compare=compare,
                 model=model,

@@ -113,7 +113,7 @@ def profile(
         "target_stderr": target_stderr,
         "confidence": confidence,
         "rank_by": rank_by,
-        "tasks": TaskOptions.of(tasks, include_path, limit) if tasks else None,
+        "tasks": TaskOptions.of(tasks, include_path, limit=limit) if tasks else None,
         "run": RunOptions(device, dtype, batch_size, seed, stream),
     }
     journal = output.with_name(output.name + ".journal")

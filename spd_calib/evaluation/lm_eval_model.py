@@ -3,6 +3,8 @@
 Importing this module registers the model: --model spd_calib --model_args plan=plan.json[,pretrained=MODEL].
 """
 
+import hashlib
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,25 +15,14 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from spd_calib.errors import InputError, SpdError
+from spd_calib.formats.files import read, sha256_of
+from spd_calib.formats.plan import Plan
 from spd_calib.models.load import DTYPES
 from spd_calib.models.plan_files import load_plan
-from spd_calib.parallel.session import open_session
+from spd_calib.parallel.session import open_session, versions
 
-from .tasks import first_line, quiet
-
-FROM_HFLM = (
-    "add_bos_token",
-    "chat_template_args",
-    "enable_thinking",
-    "logits_cache",
-    "max_length",
-    "mixed_precision_dtype",
-    "prefix_token_id",
-    "softmax_dtype",
-    "think_end_token",
-    "truncation",
-)
-"""Model arguments of lm-eval's `hf` that mean something for a model already loaded; it ignores others silently."""
+from .options import MODEL_ARGUMENTS
+from .quiet import first_line, quiet
 
 
 def as_named(model: str, plan: Path) -> str:
@@ -45,6 +36,7 @@ class PlannedLM(HFLM):
 
     # from a model as the plan names it, and the plan's file, to a folder or hub id
     resolve_model: Callable[[str, Path], str] = staticmethod(as_named)
+    responses: str  # names, in a cache of responses, everything they depend on
 
     def __init__(
         self,
@@ -57,12 +49,14 @@ class PlannedLM(HFLM):
         trust_remote_code: bool = False,  # lm-eval's flag for data sets; a model's own code is never run
         **kwargs: Any,
     ):
-        """`pretrained` and `dtype` are the plan's unless given; a CUDA device not there becomes the CPU, as in `hf`.
+        """Load the plan's model; `pretrained` and `dtype` are the plan's unless given.
+
+        A CUDA device that is not there becomes the CPU, as in `hf`.
 
         Raises InputError where the plan cannot be read or is not for this model, and for an argument not known.
         """
-        if unknown := sorted(set(kwargs) - set(FROM_HFLM)):
-            known = ", ".join(("plan", "pretrained", "dtype", "device", *FROM_HFLM))
+        if unknown := sorted(set(kwargs) - set(MODEL_ARGUMENTS)):
+            known = ", ".join(("plan", "pretrained", "dtype", "device", *MODEL_ARGUMENTS))
             raise InputError(f"The lm-eval model spd_calib takes no argument {unknown[0]!r}; it takes {known}.")
         self.plan, drops = load_plan(Path(plan))
         dtype = self.plan.provenance.dtype if dtype in (None, "auto") else dtype
@@ -73,6 +67,8 @@ class PlannedLM(HFLM):
         lm = session.load(_device(device), dtype, seed=self.plan.provenance.seed)
         self.running = lm.running(drops)
         self.running.__enter__()  # to the end of the process: lm-eval calls the model whenever it wants
+        answered_by = [sha256_of(Path(plan)), self.plan.model.weight_fingerprint, dtype, kwargs, versions()]
+        self.responses = hashlib.sha256(json.dumps(answered_by, sort_keys=True, default=str).encode()).hexdigest()
         with quiet():  # it warns of arguments ignored; those are refused above
             super().__init__(
                 pretrained=lm.model,
@@ -82,12 +78,30 @@ class PlannedLM(HFLM):
                 **kwargs,
             )
 
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Give this plan's responses a table of their own in lm-eval's cache (`use_cache`), which knows requests alone.
+
+        Without it the second plan would get the scores of the first. The same database object serves look-ups.
+        """
+        from sqlitedict import SqliteDict
+
+        database = cache_hook.dbdict
+        if database is not None and database.tablename != self.responses:
+            SqliteDict(database.filename, tablename=self.responses, autocommit=True).close()  # makes the table
+            database.tablename = self.responses
+        super().set_cache_hook(cache_hook)
+
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> "PlannedLM":
-        """As lm-eval's, but for an argument given in both: --model_args has the last word, --device has a default."""
+        """Do as lm-eval does, but for an argument given twice: the one among the model's has the last word.
+
+        The plan's model is added to `arg_dict` as `pretrained`, where none is given: that is where lm-eval looks for
+        the name of the folder that results go to.
+        """
         if "plan" not in arg_dict:
-            raise InputError("The lm-eval model spd_calib needs a plan: --model_args plan=plan.json.")
+            raise InputError("The lm-eval model spd_calib needs a plan among its arguments: plan=plan.json.")
         given = {key: value for key, value in (additional_config or {}).items() if value is not None}
+        arg_dict.setdefault("pretrained", read(Plan, Path(arg_dict["plan"])).model.id)
         return cls(**{**given, **arg_dict})
 
     @classmethod
@@ -97,7 +111,7 @@ class PlannedLM(HFLM):
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     def get_model_info(self) -> dict:
-        """What stands in lm-eval's results of the model; nothing is asked of the hub."""
+        """Return what stands in lm-eval's results of the model; nothing is asked of the hub."""
         return {
             "model_num_parameters": self.model.num_parameters(),
             "model_dtype": str(self.model.dtype),
@@ -108,10 +122,10 @@ class PlannedLM(HFLM):
 
 
 def run_command_line(argv: Sequence[str], resolve_model: Callable[[str, Path], str] = as_named) -> int:
-    """Run lm-eval's command line on `argv`, as typed after `lm-eval`; its exit code.
+    """Run lm-eval's command line on `argv`, as typed after `lm-eval`, and return its exit code.
 
-    `resolve_model` is told the model of a plan, or of --model_args pretrained=, and the plan's file, and says where
-    the model lies. Raises InputError with the reason where lm-eval fails.
+    `resolve_model` is told the model of a plan, or the model argument `pretrained`, and the plan's file, and says
+    where the model lies. Raises InputError with the reason where lm-eval fails.
     """
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
@@ -127,7 +141,7 @@ def run_command_line(argv: Sequence[str], resolve_model: Callable[[str, Path], s
     except SpdError:
         raise
     except Exception as e:
-        raise InputError(f"lm-eval stops: {first_line(e)} (--debug shows where).") from e
+        raise InputError(f"lm-eval stops: {first_line(e)}.") from e
     finally:
         sys.argv = before
     return 0

@@ -1,64 +1,100 @@
 """lm-eval tasks by name: found, loaded, and their requests built once, quietly and without a network where possible."""
 
-import contextlib
 import difflib
-import logging
-import random
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-from spd_calib.errors import InputError, SpdError
+from transformers import PreTrainedTokenizerBase
 
-Step = Callable[[], None]  # called whenever lm-eval is done with a request
-LIST_THEM = "`spd-calib lm-eval ls tasks` lists all, and --include-path DIR adds your own"
+from spd_calib.errors import InputError
+
+from .options import EvalOptions
+from .quiet import first_line, quiet
+
+LIST_THEM = "`spd-calib lm-eval ls tasks` lists all, and a folder to include adds your own"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """lm-eval's tasks and groups by name, every task's requests built.
+
+    `documents`, by task, are the indices of those evaluated where they are not simply the first. `shown` is the number
+    of few-shot examples in each task's requests.
+    """
+
+    tasks: Mapping[str, Any]
+    groups: Mapping[str, Any]
+    documents: Mapping[str, list[int]]
+    shown: Mapping[str, int]
 
 
 def load_tasks(
-    names: Sequence[str], include_path: Path | None, limit: int | None, seed: int, half: int | None = None
-) -> Any:
-    """lm-eval's dictionary of "tasks" and "groups", every task's requests built from its first `limit` documents.
+    names: Sequence[str],
+    include_path: Path | None,
+    *,
+    options: EvalOptions,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    half: int | None = None,
+) -> Loaded:
+    """Load lm-eval tasks and build the requests of the documents that `options` names.
 
-    With `half` 0 or 1 from every second of these; which ones then stands under "documents", by task.
-    `names` are lm-eval's: tasks, groups, tags, patterns such as arc_*, or paths of YAML files. The requests are the
-    same in every run: the few-shot examples are drawn once, from `seed`. Raises InputError for tasks that cannot be
-    found, reached or run.
+    `names` are lm-eval's: tasks, groups, tags, patterns such as arc_*, or paths of YAML files. With `half` 0 or 1 from
+    every second of the documents. The requests are the same in every run: the few-shot examples are drawn once. Only
+    a chat template needs the `tokenizer`.
+
+    Raises InputError for tasks that cannot be found, reached or run, and for a tokenizer without a chat template.
     """
     names = [name.strip() for name in names if name.strip()]
     if not names:
         raise InputError(f"No task is named; {LIST_THEM}.")
-    if limit is not None and limit < 1:
-        raise InputError(f"A limit of {limit} documents leaves nothing to evaluate; give 1 or more, or none.")
     if include_path is not None and not include_path.is_dir():
         raise InputError(f"There is no folder {include_path} of tasks; name one that holds lm-eval's YAML files.")
-    loaded: dict[str, dict] = {"tasks": {}, "groups": {}, "documents": {}}
-    with quiet(), seeded(seed):
-        manager = _manager(names, include_path)
+    chat = _chat_template(tokenizer, options.model_args) if options.apply_chat_template else None
+    found: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}}
+    with quiet():
+        manager = _manager(names, include_path, options.metadata)
         for name in _known(names, manager):
-            for kind, found in _load(manager, name).items():
-                if kind in ("tasks", "groups"):
-                    loaded[kind].update(found)
-        for name, task in loaded["tasks"].items():
-            if half is not None:
-                loaded["documents"][name] = list(range(len(task.eval_docs))[:limit][half::2])
-            _build_requests(name, task, limit, seed, loaded["documents"].get(name))
-    return loaded
+            for kind, of_kind in _load(manager, name).items():
+                if kind in found:
+                    found[kind].update(of_kind)
+        tasks, groups = found["tasks"], found["groups"]
+        documents = _documents(tasks, options, half)
+        shown = {name: _configure(task, options) for name, task in tasks.items()}
+        for name, task in tasks.items():
+            _build_requests(name, task, options, documents.get(name), chat)
+    return Loaded(tasks, groups, documents, shown)
 
 
-def _manager(names: Sequence[str], include_path: Path | None) -> Any:
-    """lm-eval's task manager; reading its own 14,000 tasks takes seconds and is left out where no name needs them."""
+def _chat_template(tokenizer: PreTrainedTokenizerBase | None, model_args: Mapping[str, Any]) -> Callable[..., str]:
+    """Return what lm-eval's model `hf` writes a conversation with, which takes its tokenizer and no weights."""
+    from lm_eval.models.huggingface import HFLM
+
+    if tokenizer is None or not tokenizer.chat_template:
+        raise InputError("The model's tokenizer has no chat template; leave it out, or add one to the tokenizer.")
+    arguments = dict(model_args.get("chat_template_args") or {})
+    if model_args.get("enable_thinking") is not None:
+        arguments["enable_thinking"] = model_args["enable_thinking"]
+    return partial(HFLM.apply_chat_template, SimpleNamespace(tokenizer=tokenizer, chat_template_args=arguments))
+
+
+def _manager(names: Sequence[str], include_path: Path | None, metadata: Mapping[str, Any]) -> Any:
+    """Return lm-eval's task manager; its own 14,000 tasks take seconds to read: left out where none is named."""
     from lm_eval.tasks import TaskManager
 
+    more = {"metadata": dict(metadata)} if metadata else {}
     if include_path is not None:
-        own = TaskManager(include_path=include_path, include_defaults=False)
+        own = TaskManager(include_path=include_path, include_defaults=False, **more)
         if set(names) <= set(own.all_subtasks):
             return own
-    return TaskManager(include_path=include_path)
+    return TaskManager(include_path=include_path, **more)
 
 
 def _known(names: Sequence[str], manager: Any) -> list[str]:
-    """The names with patterns replaced by what they match. Raises InputError for one that matches nothing."""
+    """Return the names with patterns replaced by what they match. Raises InputError for one that matches nothing."""
     known: list[str] = []
     for name in names:
         matching = [name] if name in manager.task_index or Path(name).is_file() else manager.match_tasks([name])
@@ -79,12 +115,51 @@ def _load(manager: Any, name: str) -> Any:
         if isinstance(e, ConnectionError | DatasetNotFoundError) or "offline" in type(e).__name__.lower():
             raise InputError(
                 f"The data of task {name} cannot be reached ({first_line(e)}); get it where there is a network, or "
-                "name a task with local data and its folder with --include-path."
+                "name a task with local data and the folder it lies in."
             ) from e
         raise InputError(f"The task {name} cannot be loaded: {first_line(e)}; mend it or leave it out.") from e
 
 
-def _build_requests(name: str, task: Any, limit: int | None, seed: int, documents: list[int] | None) -> None:
+def _documents(tasks: Mapping[str, Any], options: EvalOptions, half: int | None) -> dict[str, list[int]]:
+    """Return the indices of the documents evaluated, of each task where they are not simply the first."""
+    if options.samples is not None:
+        if missing := [name for name in options.samples if name not in tasks]:
+            raise InputError(f"Documents are named of {missing[0]}, which is none of the tasks {', '.join(tasks)}.")
+        if without := [name for name in tasks if name not in options.samples]:
+            raise InputError(f"No documents are named of the task {without[0]}; name some, or leave the task out.")
+        found = {name: sorted(options.samples[name]) for name in tasks}
+        for name, task in tasks.items():
+            if found[name][-1] >= (length := len(task.eval_docs)):
+                raise InputError(f"The task {name} has {length} documents, and none of index {found[name][-1]}.")
+    elif half is not None:
+        found = {name: list(range(_limit(task, options) or len(task.eval_docs))) for name, task in tasks.items()}
+    else:
+        return {}
+    return found if half is None else {name: documents[half::2] for name, documents in found.items()}
+
+
+def _limit(task: Any, options: EvalOptions) -> int | None:
+    """Return how many of a task's documents are evaluated, a share counted as lm-eval counts it; None for all."""
+    from lm_eval.evaluator_utils import get_sample_size
+
+    limit = get_sample_size(task, options.limit)
+    return None if limit is None else min(limit, len(task.eval_docs))
+
+
+def _configure(task: Any, options: EvalOptions) -> int:
+    """Set in a task what lm-eval's `simple_evaluate` does; return its number of few-shot examples."""
+    if options.gen_kwargs and task.get_config("output_type") == "generate_until":
+        task.set_config(key="generation_kwargs", value=dict(options.gen_kwargs), update=True)
+    own = task.get_config("num_fewshot")
+    if own is None or (own != 0 and options.num_fewshot is not None):  # a 0 of the task's own is never overwritten
+        task.set_config(key="num_fewshot", value=options.num_fewshot or 0)
+    task.set_fewshot_seed(seed=options.seeds.fewshot)
+    return int(task.get_config("num_fewshot"))
+
+
+def _build_requests(
+    name: str, task: Any, options: EvalOptions, documents: list[int] | None, chat: Callable[..., str] | None
+) -> None:
     """Build a task's requests, for good: lm-eval would draw other few-shot examples each time it is asked."""
     if getattr(task, "UNSAFE_CODE", False):
         raise InputError(
@@ -93,119 +168,17 @@ def _build_requests(name: str, task: Any, limit: int | None, seed: int, document
         )
     if getattr(task, "MULTIMODAL", False):
         raise InputError(f"The task {name} needs images or sound, and the model reads text alone; leave it out.")
-    if documents is not None and len(documents) < 2:
+    if documents is not None and options.samples is None and len(documents) < 2:
         raise InputError(f"The task {name} has too few documents to choose by the one half and verify on the other.")
-    task.set_fewshot_seed(seed)
     try:
-        task.build_all_requests(limit=None if documents else limit, samples=documents)
+        task.build_all_requests(
+            limit=None if documents else _limit(task, options),
+            samples=documents,
+            system_instruction=options.system_instruction,
+            apply_chat_template=chat is not None,
+            fewshot_as_multiturn=options.multiturn,
+            chat_template=chat,
+        )
     except Exception as e:
         raise InputError(f"The requests of task {name} cannot be built: {first_line(e)}; leave it out.") from e
     task.build_all_requests = lambda **_: None
-
-
-@contextlib.contextmanager
-def quiet(step: Step = lambda: None) -> Iterator[None]:
-    """While it lasts lm-eval prints nothing on stdout, logs errors alone, and calls `step` in place of its bars."""
-    import datasets
-    import lm_eval.api.model
-    import lm_eval.api.task
-    import lm_eval.models.huggingface
-
-    class Steps:
-        """What lm-eval uses of tqdm."""
-
-        def __init__(self, items: Any = (), **_: Any):
-            self.items = items
-
-        def __iter__(self) -> Iterator:
-            return iter(self.items)
-
-        def update(self, n: int = 1) -> None:
-            step()
-
-        def close(self) -> None:
-            pass
-
-    modules: list[Any] = [lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface]
-    loggers = [logging.getLogger(name) for name in ("lm_eval", "huggingface_hub", "datasets")]
-    bars, levels = [m.tqdm for m in modules], [logger.level for logger in loggers]
-    datasets_bars = datasets.is_progress_bar_enabled()
-    try:
-        for m in modules:
-            m.tqdm = Steps
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        datasets.disable_progress_bars()
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        for m, bar in zip(modules, bars, strict=True):
-            m.tqdm = bar
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if datasets_bars:
-            datasets.enable_progress_bars()
-
-
-@contextlib.contextmanager
-def watching_truncation() -> Iterator[list[str]]:
-    """While it lasts, what lm-eval says of requests too long for the model goes into the list that is yielded."""
-    said: list[str] = []
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if "truncat" in (message := record.getMessage()).lower():
-                said.append(message)
-
-    logger, listener = logging.getLogger("lm_eval.models.huggingface"), Listener()
-    level, propagate = logger.level, logger.propagate
-    logger.setLevel(logging.WARNING)
-    logger.propagate = False
-    logger.addHandler(listener)
-    try:
-        yield said
-    finally:
-        logger.removeHandler(listener)
-        logger.propagate = propagate
-        logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Everything random in lm-eval and its tasks starts from `seed`; the CPU's generators are then put back."""
-    import numpy as np
-    import torch
-
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-
-
-@contextlib.contextmanager
-def running(names: Sequence[str]) -> Iterator[None]:
-    """Turn what goes wrong while lm-eval runs tasks into one sentence (InputError)."""
-    import torch
-
-    try:
-        yield
-    except SpdError:
-        raise
-    except torch.OutOfMemoryError as e:
-        raise InputError("The memory does not hold a batch of the tasks; lower --batch-size.") from e
-    except Exception as e:
-        raise InputError(
-            f"lm-eval fails on {', '.join(names)}: {first_line(e)}; leave out the task at fault (--debug shows where)."
-        ) from e
-
-
-def first_line(e: Exception) -> str:
-    """What an exception says, in one line and no more than a sentence's length."""
-    line = (str(e).strip().splitlines() or [""])[0].rstrip(".")[:200]
-    return f"{type(e).__name__}: {line}" if line else type(e).__name__
