@@ -111,7 +111,7 @@ def reference(folder: Path) -> tuple[torch.nn.Module, list[str]]:
     with warnings_of_transformers() as said:
         model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     wrong = [f"{what}: {names}" for what, names in info.items() if names]
-    return model.eval(), wrong + [s for s in said if "generation" not in s]
+    return model.eval(), wrong + [s for s in said if not re.search("generation|[bep]os_token_id|pad_token_id", s)]
 
 
 def one_line(e: InputError) -> str:
@@ -143,6 +143,7 @@ def check_folder(folder: Path) -> bool:
             made[name] = load()
         except InputError as e:
             refused.add(one_line(e))
+    made.pop("fingerprint", None)  # of what is stored: it computes nothing, and so refuses less
     assert not (made and refused) and len(refused) <= 1, (refused, list(made))
     try:
         check_small_copy(config)  # as a session does, once the tensors have shown that its sizes are real

@@ -176,3 +176,12 @@ def check_weight(name: str, weight: Tensor, *, model: str) -> None:
     block = re.search(r"\.(\d+)\.", name)
     where = f"block {block[1]}, {name}" if block else name
     raise InputError(f"The weights of {model} hold NaN or Inf, first in {where}; fetch the model again.")
+
+
+def refuse_not_finite(name: str, buffer: Tensor, *, model: str) -> None:
+    """Raise InputError where a buffer, which is computed from the configuration, holds NaN or Inf."""
+    if not buffer.isfinite().all():
+        raise InputError(
+            f"The configuration of {model} gives no finite numbers for {name}; correct its config.json (rope_theta or "
+            "another of its rotary parameters), or fetch the model again."
+        )

@@ -20,7 +20,8 @@ from spd_calib.errors import InputError
 from spd_calib.formats.common import ModelRef
 
 from .architecture import HeadCounts, check_divides
-from .checkpoint import account, check_weight
+from .checkpoint import account, check_weight, refuse_not_finite
+from .config_checks import first_line, one_line, refuse_other_kinds, refuse_what_it_calls_in, warnings_of_rope
 from .fingerprint import config_hash, weight_fingerprint
 from .generation import set_generation_config
 from .probe import find_layers
@@ -30,8 +31,6 @@ from .tokens import guard_embedding
 MAX_JSON_BYTES = 256 * 2**20  # the largest tokenizer.json known has 40 MB
 MAX_BLOCKS = 1024  # eight times the deepest model known; a block more is a module more before any weight is read
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PARTS = ("text_config", "vision_config", "audio_config", "text_encoder", "decoder", "generator")
-"""What the configuration of a model of several parts has beside, or instead of, that of a language model."""
 
 
 def locate(model: str, revision: str | None = None) -> Source:
@@ -93,61 +92,22 @@ def read_config(source: Source) -> Any:
     transformers_logging.disable_progress_bar()
     try:
         # left out, transformers asks on the terminal, and a "y" there would run what the folder holds
-        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+        with warnings_of_rope() as doubts:
+            config = AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
     except Exception as e:
         if "trust_remote_code" in str(e):
             raise InputError(
                 f"{source.id} comes with code of its own, which spd-calib never runs; "
                 "name a model whose architecture is part of transformers."
             ) from None
-        raise InputError(f"The configuration of {source.id} cannot be used: {_first_line(e)}.") from None
-    _refuse_what_it_calls_in(source, config)
-    _refuse_other_kinds(source, config)
+        raise InputError(f"The configuration of {source.id} cannot be used: {first_line(e)}.") from None
+    if wrong := [said for said in doubts if "field must" in said]:  # others are advice
+        raise InputError(
+            f"The configuration of {source.id} cannot be used: {one_line(wrong[0])}; correct its config.json."
+        )
+    refuse_what_it_calls_in(source, config)
+    refuse_other_kinds(source, config)
     return config
-
-
-def _refuse_what_it_calls_in(source: Source, config: Any) -> None:
-    """Raise InputError for a folder with which transformers would load, or run, more than its weights."""
-    if (source.folder / "adapter_config.json").exists():  # transformers would load it, or the base model it names
-        raise InputError(f"{source.id} holds an adapter (adapter_config.json); merge it into the weights first.")
-    kernels = [v for k, v in vars(config).items() if "attn_implementation" in k and isinstance(v, str) and "/" in v]
-    if kernels:  # transformers would fetch it from the hub and run it
-        raise InputError(
-            f"The configuration of {source.id} asks for the kernel {kernels[0]}, which is code and never run; "
-            "remove attn_implementation from its config.json."
-        )
-    if getattr(config, "transformers_weights", None):
-        raise InputError(
-            f"The configuration of {source.id} names other weights (transformers_weights) than model.safetensors; "
-            "remove that line, or save the model anew."
-        )
-
-
-def _refuse_other_kinds(source: Source, config: Any) -> None:
-    """Raise InputError unless the configuration is that of one decoder, its sizes whole numbers."""
-    if parts := [part for part in PARTS if getattr(config, part, None) is not None]:
-        raise InputError(
-            f"{source.id} is a model of several parts ({config.model_type} has {parts[0]}), of text and images or "
-            "sound, which is not supported; name a checkpoint of a language model alone."
-        )
-    if getattr(config, "is_encoder_decoder", False):
-        raise InputError(
-            f"{source.id} is an encoder and a decoder (is_encoder_decoder), which is not supported; name a decoder."
-        )
-    for name in ("num_hidden_layers", "vocab_size", "max_position_embeddings", "hidden_size", "num_attention_heads"):
-        value = getattr(config, name, None)
-        if value is None:
-            raise InputError(f"The configuration of {source.id} ({config.model_type}) has no {name}: not supported.")
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(
-                f"The configuration of {source.id} says {name} {value!r}, and a model that can be used has a number of "
-                "1 or more there; fetch the model again."
-            )
-    named = config.architectures
-    if named is not None and not (isinstance(named, list) and named and all(isinstance(n, str) for n in named)):
-        raise InputError(
-            f"The configuration of {source.id} says architectures {named!r}, which are no names; fetch the model again."
-        )
 
 
 def model_ref(source: Source, config: Any) -> ModelRef:
@@ -198,7 +158,7 @@ def _on_meta(config: Any, dtype: torch.dtype) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
     except Exception as e:
         raise InputError(
-            f"transformers has no causal language model for this configuration: {_first_line(e)}."
+            f"transformers has no causal language model for this configuration: {first_line(e)}."
         ) from None
 
 
@@ -247,6 +207,8 @@ def load_dense(source: Source, config: Any, *, device: str, dtype: str) -> PreTr
         )
     for name, weight in model.named_parameters():
         check_weight(name, weight, model=source.id)
+    for name, buffer in model.named_buffers():
+        refuse_not_finite(name, buffer, model=source.id)
     return _prepared(source, model)
 
 
@@ -260,7 +222,7 @@ def refusing_unreadable(source: Source, too_large: str) -> Iterator[None]:
     except (torch.OutOfMemoryError, MemoryError):
         raise InputError(too_large) from None
     except Exception as e:
-        raise InputError(f"The weights of {source.id} cannot be loaded: {_first_line(e)}.") from None
+        raise InputError(f"The weights of {source.id} cannot be loaded: {first_line(e)}.") from None
 
 
 def check_device(device: str) -> None:
@@ -284,7 +246,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
                 f"The tokenizer of {source.id} comes with code of its own, which spd-calib never runs; "
                 "save it in the form of tokenizer.json."
             ) from None
-        raise InputError(f"The tokenizer of {source.id} cannot be loaded: {_first_line(e)}.") from None
+        raise InputError(f"The tokenizer of {source.id} cannot be loaded: {first_line(e)}.") from None
     return tokenizer
 
 
@@ -295,9 +257,3 @@ def _try_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
         raise ValueError(f"it gives no {min(names)}" if names else "it gives no token ids")
     tokenizer("A word, 2.\n", truncation=True, max_length=2)
     tokenizer.decode(encoded["input_ids"][0], skip_special_tokens=True)
-
-
-def _first_line(e: BaseException) -> str:
-    """Return the first line of an exception's message, with the next where it ends in a colon."""
-    first, *rest = str(e).strip().splitlines() or [type(e).__name__]
-    return (f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first).rstrip(".")

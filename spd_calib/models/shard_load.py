@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from spd_calib.errors import InputError
 
 from .architecture import HeadCounts
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, refuse_not_finite
 from .load import DTYPES, check_device, refusing_unreadable, skeleton
 from .probe import find_layers
 from .shard import ALL, RankSlices, linear_slices, vocabulary_slice
@@ -74,8 +74,9 @@ def fill_buffers(model: PreTrainedModel, stored: Checkpoint, *, device: str) -> 
         set_tensor(model, name, value=value.to(device, buffer.dtype))
     for name in computed:
         model._init_weights(model.get_submodule(name.rpartition(".")[0]))
-        if not model.get_buffer(name).is_floating_point() or model.get_buffer(name).isnan().any():
+        if not model.get_buffer(name).is_floating_point():
             raise InputError(f"{type(model).__name__} has a buffer {name} that this tool cannot compute on its ranks.")
+        refuse_not_finite(name, model.get_buffer(name), model=stored.id)
 
 
 def set_tensor(model: nn.Module, name: str, *, value: Tensor) -> None:
