@@ -11,6 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+# how far a long command is: never twice the same
+NOW_AND_THEN = re.compile(r"[\w -]+: \d+( of \d+)? in \d+ (s|min|h)\b")
 BLOCK = re.compile(r"```console\n(.*?)```\n(?:\n```text\n.*?```\n)?", re.S)
 
 
@@ -34,7 +36,7 @@ def rerun(page: Path) -> None:
                 )  # fmt: skip
                 if done.returncode:
                     raise SystemExit(f"{command}: exit code {done.returncode}\n{done.stdout}")
-                printed += [text.rstrip() for text in done.stdout.splitlines()]
+                printed += [text.rstrip() for text in done.stdout.splitlines() if not NOW_AND_THEN.match(text)]
             said = "\n".join(printed).strip("\n")
             return f"```console\n{block[1]}```\n" + (f"\n```text\n{said}\n```\n" if said else "")
 

@@ -39,10 +39,25 @@ TEMPLATE = (
 )
 
 
+class Counting:
+    """Counts the steps of a run, as a bar does, and tells `told` of each: done, in all, words."""
+
+    def __init__(self, told):
+        self.told, self.done, self.total = told, 0, 0
+
+    def expect(self, steps: int) -> None:
+        self.total += steps
+
+    def step(self, words: str) -> None:
+        self.done += 1
+        self.told(self.done, max(self.done, self.total), words)
+
+
 def evaluate(
-    plan, *, tasks, output, include_path=None, options=None, log_samples=None, dtype=None, say=None
-) -> Results:
+    plan, *, tasks, output, include_path=None, options=None, log_samples=None, dtype=None, say=None, progress=None
+):
     """What the command `eval` does, without a terminal: a journal beside the output until that is written."""
+    counting = Counting(progress or (lambda *_: None))
     check_writable(output)
     journal = output.with_name(output.name + ".journal")
     results = run_tasks(

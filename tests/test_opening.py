@@ -119,6 +119,18 @@ def test_it_runs_where_and_as_it_is(model, tokenizer):
         resolved_for(session, RunOptions(stream=True))
 
 
+def test_it_generates_plainly_and_refuses_ids_it_has_no_row_for(model, tokenizer):
+    model.generation_config.penalty_alpha, model.generation_config.num_beams = 0.6, 4
+    before = model.generation_config.to_dict()
+    lm = open_model(model, tp=2, tokenizer=tokenizer).load()
+    assert (lm.model.generation_config.penalty_alpha, lm.model.generation_config.num_beams) == (None, None)
+    assert model.generation_config.to_dict() == before
+    with pytest.raises(InputError, match="the token id 131, and the model's embedding has rows 0 to 130"):
+        lm(torch.tensor([[3, 131, 4]]))
+    with pytest.raises(IndexError):  # its own error, no longer ours
+        model(torch.tensor([[3, 131, 4]]))
+
+
 def broken(how: str) -> nn.Module:
     made = tiny.build("llama")
     if how == "bare":

@@ -1,7 +1,7 @@
 """What a checkpoint says of generating text, as far as it belongs to the model and not to how somebody once ran it."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +92,20 @@ def set_generation_config(source: Source, model: PreTrainedModel) -> None:
     """
     path = source.folder / "generation_config.json"
     said = _read(source, path) if path.is_file() else vars(model.generation_config)
+    _set(model, said, whence=f"The {path.name if path.is_file() else 'configuration'} of {source.id}")
+
+
+def keep_own_generation_config(model: PreTrainedModel) -> None:
+    """Set what a model in memory generates by: KEPT of its own generation_config. Raises InputError as above."""
+    _set(model, vars(model.generation_config), whence="The generation_config of the model in memory")
+
+
+def _set(model: PreTrainedModel, said: Mapping[str, Any], *, whence: str) -> None:
     kept = {name: said[name] for name in KEPT if said.get(name) is not None}
     for name, value in kept.items():
         if not KEPT[name](value, model.config.vocab_size):
             raise InputError(
-                f"The {path.name if path.is_file() else 'configuration'} of {source.id} says {name} {value!r}, by "
-                "which no text can be generated; correct it, or remove that line."
+                f"{whence} says {name} {value!r}, by which no text can be generated; correct it, or remove that line."
             )
     penalty = kept.get("repetition_penalty")
     model.generation_config = GenerationConfig(**kept | ({"repetition_penalty": float(penalty)} if penalty else {}))

@@ -14,6 +14,8 @@ from spd_calib.errors import InputError
 from spd_calib.formats.common import ModelRef
 
 from .fingerprint import config_hash, digest_of_all, tensor_digest
+from .generation import keep_own_generation_config
+from .tokens import guard_embedding
 
 KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 """The kinds of number of a weight, as safetensors spells them."""
@@ -58,10 +60,14 @@ def check_tensors(model: PreTrainedModel) -> None:
 def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy of `model` in eval mode: modules of its own, on the very same parameters and buffers.
 
-    What is done to the copy's modules does not show in `model`, and no weight is in memory twice.
+    What is done to the copy's modules does not show in `model`, and no weight is in memory twice. As what a loader
+    returns, the copy generates plainly, and refuses token ids that it has no row for.
     """
     shared: list[Tensor] = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared}).eval()
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared}).eval()
+    keep_own_generation_config(twin)
+    guard_embedding(twin)
+    return twin
 
 
 def ref_in_memory(model: PreTrainedModel) -> ModelRef:
