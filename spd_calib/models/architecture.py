@@ -53,6 +53,15 @@ LAYERS = {
         activation="mlp.act",
         down="mlp.c_proj",
     ),
+    "Apertus": LayerNames(
+        norm1="attention_layernorm",
+        **_SELF_ATTENTION,
+        o="self_attn.o_proj",
+        norm2="feedforward_layernorm",
+        mlp_in=("mlp.up_proj",),
+        activation="mlp.act_fn",
+        down="mlp.down_proj",
+    ),
     "Arcee": LayerNames(
         norm1="input_layernorm",
         **_SELF_ATTENTION,

@@ -45,6 +45,8 @@ def find_layers(model: PreTrainedModel) -> list[LayerParts]:
                 f"{name} is a post-norm model (its blocks hold {', '.join(norms)}): what a rank's partial sum becomes "
                 "is only known after the sync, so it cannot be dropped."
             )
+        for p in filter(None, parts):
+            _refuse_weights_of_single_heads(name, p)
         return [p for p in parts if p]
     linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     fused = [
@@ -59,6 +61,22 @@ def find_layers(model: PreTrainedModel) -> list[LayerParts]:
             "so a sync point cannot be dropped."
         )
     raise InputError(f"{name} is not supported; supported are {SUPPORTED} and models built alike.")
+
+
+def _refuse_weights_of_single_heads(name: str, parts: LayerParts) -> None:
+    """Raise InputError where the attention has weights, beside its linear layers, that are not the same for all heads.
+
+    Cut over ranks are the linear layers alone. What all heads share are norms of one head's size.
+    """
+    own = {id(p) for linear in parts.linears for p in linear.parameters()}
+    shape = (parts.attention.head_dim,)
+    for path, parameter in parts.attention.named_parameters():
+        if id(parameter) not in own and (parameter.shape != shape or path.count(".") != 1):
+            kind = "norms" if "norm" in path else "weights"
+            raise InputError(
+                f"{name} has {kind} of its own for each head ({path}), which this tool does not cut over ranks; "
+                "such attention is not supported yet."
+            )
 
 
 def _is_parallel(model: PreTrainedModel) -> bool:
