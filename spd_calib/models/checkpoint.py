@@ -158,7 +158,8 @@ class Checkpoint:
                 whole = f.get_slice(stored.name)
                 if rows != ALL and rows.start == rows.stop:
                     return torch.empty(0, *stored.shape[1:], dtype=dtype)
-                piece = whole[rows] if len(stored.shape) == 1 else whole[rows, columns]
+                index = (rows, columns)[: len(stored.shape)]  # a single number has neither
+                piece = whole[index] if index else f.get_tensor(stored.name)
                 piece = piece.to(dtype or piece.dtype)
                 if name not in self.checked:
                     check_weight(name, piece, model=self.id)
