@@ -68,6 +68,9 @@ NAMES: dict[str, dict] = {
     "nemotron": ARCEE_NAMES,
     "stablelm": LLAMA_NAMES,
     "cwm": LLAMA_NAMES,
+    "granite": LLAMA_NAMES,
+    "phi3": LLAMA_NAMES,
+    "glm": LLAMA_NAMES,
 }
 """Model type -> what the parts are called in its state dict; `gate` is None where the MLP has no gate."""
 
@@ -100,6 +103,8 @@ def logits(
         for rank in range(tp):
             words = slice(rank * part, (rank + 1) * part)
             out[row, real, words] = streams[rank] @ head[words].T
+    if config.model_type == "granite":
+        out = out / config.logits_scaling
     return out
 
 
@@ -148,12 +153,14 @@ def _streams(
     for block in range(config.num_hidden_layers):
         prefix = names["block"].format(block)
         part = {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
+        part = _taken_apart(part, config)
+        times = config.residual_multiplier if config.model_type == "granite" else 1.0
 
         attn = []
         for rank in range(tp):
             read = _norm(part, config, names["n1"], x + w[rank] + p[rank])
-            attn.append(_attention(part, config, block, rank, tp, read))
-        b_o = part.get(names["o"] + ".bias", torch.zeros_like(x[0]))
+            attn.append(times * _attention(part, config, block, rank, tp, read))
+        b_o = times * part.get(names["o"] + ".bias", torch.zeros_like(x[0]))
         if strategies[block] == "keep_sync":
             x, p = _settle(x, p, attn, b_o)
         elif strategies[block] == "block_drop":
@@ -166,14 +173,37 @@ def _streams(
         mlp = []
         for rank in range(tp):
             read = _norm(part, config, names["n2"], x + w[rank] + p[rank])
-            mlp.append(_mlp(part, config, rank, tp, read))
-        b_d = part.get(names["down"] + ".bias", torch.zeros_like(x[0]))
+            mlp.append(times * _mlp(part, config, rank, tp, read))
+        b_d = times * part.get(names["down"] + ".bias", torch.zeros_like(x[0]))
         if mlp_strategies[block] == "keep_sync":
             x, p = _settle(x, p, mlp, b_d)
         else:
             p = [p[rank] + mlp[rank] for rank in range(tp)]
             x = x + b_d
     return [_norm(weights, config, names["last_norm"], x + w[rank] + p[rank]) for rank in range(tp)]
+
+
+def _taken_apart(part: dict[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
+    """A block's weights under Llama's names where some are fused: q's rows, k's, then v's; the gate's, then up's."""
+    part = dict(part)
+    for name in list(part):
+        if "qkv_proj" in name:
+            sizes = [
+                heads * _head_size(config) for heads in (config.num_attention_heads, *2 * [config.num_key_value_heads])
+            ]
+            for letter, rows in zip("qkv", part[name].split(sizes), strict=True):
+                part[name.replace("qkv_proj", f"{letter}_proj")] = rows
+        if "gate_up_proj" in name:
+            half = len(part[name]) // 2
+            part[name.replace("gate_up", "gate")], part[name.replace("gate_up", "up")] = (
+                part[name][:half],
+                part[name][half:],
+            )
+    return part
+
+
+def _head_size(config: PreTrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _settle(x: Tensor, p: list[Tensor], partial: list[Tensor], bias: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -190,6 +220,8 @@ def _embed(weights: dict[str, Tensor], config: PreTrainedConfig, ids: Tensor) ->
     x = torch.stack([table[int(i)] for i in ids])
     if config.model_type == "gemma":
         x = x * float(torch.tensor(config.hidden_size**0.5))  # rounded to float32, as transformers has it
+    if config.model_type == "granite":
+        x = x * config.embedding_multiplier
     if config.model_type == "opt":
         places = weights["model.decoder.embed_positions.weight"]
         x = x + torch.stack([places[t + 2] for t in range(len(ids))])  # OPT's first two rows are for nobody
@@ -236,7 +268,8 @@ def _attention(part: dict[str, Tensor], config: PreTrainedConfig, block: int, ra
         seen = []
         for t in range(x.shape[0]):
             first = 0 if window is None else max(0, t + 1 - window)
-            scores = k[first : t + 1] @ q[t] / math.sqrt(size)
+            times = config.attention_multiplier if config.model_type == "granite" else 1 / math.sqrt(size)
+            scores = k[first : t + 1] @ q[t] * times
             shares = (scores - scores.max()).exp()
             seen.append((shares / shares.sum()) @ v[first : t + 1])
         total = total + torch.stack(seen) @ part[names["o"] + ".weight"][:, head * size : (head + 1) * size].T

@@ -82,6 +82,19 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "apertus": ("apertus", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
     "nemotron": ("nemotron", {"attention_bias": True, "mlp_bias": True}),
     "stablelm": ("stablelm", {"use_qkv_bias": True}),
+    "granite": (
+        "granite",
+        {
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.3,
+            "embedding_multiplier": 2.0,
+            "logits_scaling": 0.5,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    "phi3": ("phi3", {"sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+    "glm": ("glm", {"head_dim": 8, "attention_bias": True}),
     "cwm": (
         "cwm",  # block 0 sees everything, the others a window
         {"head_dim": 8, "sliding_window": 5, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
@@ -92,11 +105,15 @@ FAMILIES: dict[str, tuple[str, dict]] = {
 SUPPORTED: tuple[str, ...] = tuple(FAMILIES)
 
 _REFUSED: dict[str, tuple[str, dict, tuple[str, ...]]] = {
-    "phi3": ("phi3", {}, ("fused",)),
-    "gemma2": ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 32}, ("post-norm",)),
-    "gemma3": ("gemma3_text", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 32}, ("post-norm",)),
+    "gemma2": ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 32}, ("sandwich",)),
+    "gemma3": ("gemma3_text", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 32}, ("sandwich",)),
+    "glm4": ("glm4", {"head_dim": 8}, ("sandwich",)),
     "olmo2": ("olmo2", {}, ("post-norm",)),
-    "granite": ("granite", {"residual_multiplier": 0.22, "attention_multiplier": 0.35}, ("scaled",)),
+    "olmo3": ("olmo3", {}, ("post-norm",)),
+    "exaone4": ("exaone4", {"sliding_window": 5}, ("post-norm",)),
+    "qwen3_5": ("qwen3_5_text", {"head_dim": 8}, ("hybrid", "linear_attention")),
+    "minicpm3": ("minicpm3", {"kv_heads": 8}, ("latent attention",)),
+    "gpt_neox_sequential": ("gpt_neox", {"use_parallel_residual": False}, ("fused",)),
     "opt_350m": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}, ("post-norm",)),
     "stablelm_norms": ("stablelm", {"qk_layernorm": True}, ("norm", "each head")),
     "granite_swa": ("granite_swa", {"sliding_window": 5}, ("sinks", "each head")),
