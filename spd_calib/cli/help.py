@@ -19,7 +19,9 @@ class Command(TyperCommand):
     """
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
-        with naming_flags(self):
+        group = getattr(ctx.parent, "command", None)
+        others = getattr(group, "commands", {}).values()
+        with naming_flags(self, [c for c in others if isinstance(c, TyperCommand)]):
             return super().invoke(ctx)
 
     def format_options(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]

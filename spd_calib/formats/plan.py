@@ -105,6 +105,12 @@ class Latency(Part):
     batch: int = Field(gt=0)
     context: int = Field(gt=0, description="Tokens before the one decoded, or of the prompt")
     all_reduce_seconds: Finite = Field(ge=0, description="Of one")
+    left_seconds: Finite = Field(
+        default=0.0,
+        ge=0,
+        exclude_if=lambda value: not value,
+        description="What a dropped sync leaves behind, where the engine fuses the all-reduce with the norm after it",
+    )
     dense_seconds: Finite = Field(gt=0)
     planned_seconds: Finite = Field(gt=0)
     saved: Finite = Field(

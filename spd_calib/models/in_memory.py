@@ -24,9 +24,9 @@ UNNAMED = "in memory"
 
 def check_in_memory(model: Any) -> None:
     """Raise InputError for an object that is no whole transformers model on one device, in one supported dtype."""
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise InputError(
-            f"A {type(model).__name__} is no transformers model; give a causal language model as from_pretrained "
+            f"A {type(model).__name__} is no causal language model of transformers; give one as AutoModelForCausalLM "
             "returns it, adapters merged and not compiled, or the folder or hub id of one."
         )
     places = {str(p.device) for p in model.parameters()}

@@ -1,6 +1,6 @@
 """Does a decoder layer compute what dropping a sync point presumes? Asked of the layer, not of its name.
 
-Supported is `h = x + attn(n1(x))`, `y = h + mlp(n2(h))` with plain linear layers (DESIGN section 2).
+Supported is `h = x + attn(n1(x))`, `y = h + mlp(n2(h))` with plain linear layers (docs/design.md, section 2).
 Everything else is refused with one sentence that names the cause.
 """
 

@@ -12,7 +12,7 @@ from .mlp import activations
 
 @dataclass(frozen=True)
 class RankSlices:
-    """Rows or columns of the dense weights that one rank owns (DESIGN section 2, "Heads")."""
+    """Rows or columns of the dense weights that one rank owns (docs/design.md, section 2, "Heads")."""
 
     q: slice
     kv: slice

@@ -218,11 +218,20 @@ def latencies(found: Sequence[Latency]) -> Table:
     """Of one plan, by phase."""
     return Table(
         f"modelled latency on {found[0].hardware}, batch {found[0].batch}, context {found[0].context}: no promise",
-        ["phase", "all-reduce, us", "dense, ms", "planned, ms", "saved", "ceiling: every sync point dropped"],
+        [
+            "phase",
+            "all-reduce, us",
+            "of it saved",
+            "dense, ms",
+            "planned, ms",
+            "saved",
+            "ceiling: every sync point dropped",
+        ],
         [
             [
                 m.phase,
                 f"{1e6 * m.all_reduce_seconds:.1f}",
+                f"{1e6 * (m.all_reduce_seconds - m.left_seconds):.1f}",
                 f"{1e3 * m.dense_seconds:.3f}",
                 f"{1e3 * m.planned_seconds:.3f}",
                 f"{100 * m.saved:.1f} %",
