@@ -35,7 +35,7 @@ ALL = slice(None)
 
 
 def linear_slices(parts: LayerParts, slices: RankSlices) -> list[tuple[nn.Linear, slice, slice]]:
-    """Each linear layer of a block with the output rows and the input columns of it that a rank owns."""
+    """Return each linear layer of a block with the output rows and the input columns of it that a rank owns."""
     return [
         (parts.q, slices.q, ALL),
         (parts.k, slices.kv, ALL),
@@ -47,13 +47,15 @@ def linear_slices(parts: LayerParts, slices: RankSlices) -> list[tuple[nn.Linear
 
 
 def vocabulary_slice(vocab_size: int, rank: int, tp: int) -> slice:
-    """The rows of the output head that a rank owns: equal, contiguous parts, the last ones shorter or empty."""
+    """Return the rows of the output head that a rank owns: equal, contiguous parts, the last ones shorter or empty."""
     part = -(-vocab_size // tp)
     return slice(min(rank * part, vocab_size), min((rank + 1) * part, vocab_size))
 
 
 def is_cut(linear: nn.Linear) -> bool:
-    """Does the layer hold one rank's slice only, as `shard_load.py` reads it? Its features stay the dense ones."""
+    """Tell whether the layer holds one rank's slice only, as shard_load.py reads it; in_features and out_features then
+    still are the dense layer's.
+    """
     return linear.weight.shape != (linear.out_features, linear.in_features)
 
 
@@ -74,9 +76,10 @@ class RankLinear(nn.Module):
 
 
 def rank_attention(parts: LayerParts, slices: RankSlices, layer_idx: int) -> nn.Module:
-    """The layer's own attention module on one rank's heads: n1(x) to a partial sum [B, T, d], o_proj's bias left out.
+    """Return the layer's own attention module on one rank's heads; it shares the dense layer's weights.
 
-    `layer_idx` is the rank's own place in the KV cache.
+    The module turns n1(x) into a partial sum [B, T, d], o_proj's bias left out. `layer_idx` is the rank's own place in
+    the KV cache.
     """
     shard = copy.copy(parts.attention)
     shard._modules = dict(parts.attention._modules)

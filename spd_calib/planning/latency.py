@@ -1,4 +1,4 @@
-"""How long a step takes, with all sync points and without some: what a dropped all-reduce is worth on a machine.
+"""A model of how long a step takes with some sync points dropped: what an all-reduce is worth on a machine.
 
     step = max(bytes moved / memory rate, FLOPs / arithmetic rate) + all-reduces * time of one + drops * time left
 

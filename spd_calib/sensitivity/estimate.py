@@ -19,7 +19,7 @@ LOGITS_COMPARED = 4  # float32 tensors of LOGITS_AT_A_TIME alive at once while a
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a profile takes: forwards, time and memory."""
+    """The forwards, the time and the memory that a profile takes."""
 
     batches: int
     tokens: int

@@ -120,7 +120,7 @@ def predict(
 
 @dataclass(frozen=True)
 class _BatchOfPass:
-    """What to compute on a batch: drop the points `drawn`, and score all `terms` with `samples` draws of signs."""
+    """The work on one batch: drop the points `drawn`, and score all `terms` with `samples` draws of signs."""
 
     lm: TensorParallelLM
     terms: Sequence[Term]

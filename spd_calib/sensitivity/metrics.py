@@ -1,4 +1,4 @@
-"""What a drop costs, token by token, against the dense model (docs/design.md, section 3).
+"""The metrics of a plan against the dense model, token by token (docs/design.md, section 3).
 
 Sums are kept per sequence: a mean is over all predicted tokens, its standard error over sequences, since the
 tokens of one are not independent.

@@ -1,4 +1,4 @@
-"""What dropping each sync point changes, weighed by random scores: d of every term (fisher.py says what for).
+"""Scoring sync points: what dropping each changes, weighed by random scores, d of every term (used by fisher.py).
 
 The change is exact up to the sync point that settles the debt; from there on the gradient carries it.
 """

@@ -24,7 +24,7 @@ Tokens = list[int]
 
 @dataclass(frozen=True)
 class TextOptions:
-    """Which sequences of one text are used; see `load_texts`."""
+    """Names the sequences of one text that are used; see `load_texts`."""
 
     source: str
     seq_len: int
@@ -95,7 +95,7 @@ def further(texts: Sequence[Text], times: int, tokenizer: PreTrainedTokenizerBas
 
 @dataclass(frozen=True)
 class _Part:
-    """What one document gives to a sequence."""
+    """The share of one document in a sequence."""
 
     document: str  # hash of its content
     occurrence: tuple[int, int]  # which text, and which document of it: the same content may come again
