@@ -129,7 +129,7 @@ def profile(session: Session, subject: Subject, text: Text, strategies: list, ki
 
 
 def against_all_sets(length: int) -> list[dict]:
-    """stories260k, planned on its calibration text; on other text the plans' ratio and that of the best of all sets."""
+    """Plan stories260k on its calibration text; return, on other text, the ratios of the plans and of the best sets."""
     folder, source, _ = MODELS["stories260k"]
     session = open_session(str(folder), TP)
     subject = Subject(session.load())

@@ -65,7 +65,7 @@ class Found:
 
 
 def content(path: Path) -> dict[str, bytes] | None:
-    """Every file of an output, by name; None where there is nothing."""
+    """Return the content of every file of an output, by name; None where there is nothing."""
     if path.is_file():
         return {"": path.read_bytes()}
     return (
@@ -76,7 +76,7 @@ def content(path: Path) -> dict[str, bytes] | None:
 
 
 def whole(name: str, data: bytes) -> bool:
-    """Can the file be read, to its end?"""
+    """Tell whether the file can be read to its end."""
     from safetensors.torch import load
 
     from spd_calib.formats.files import FORMATS
@@ -110,7 +110,7 @@ def judge(usual: Usual, old: bytes | None, found: Found, end: End, codes: tuple[
 
 
 def look(usual: Usual, old: bytes | None, found: Found, end: End) -> None:
-    """The part of `judge` about files."""
+    """Judge what a try left of the files."""
     command, out, expected = usual.command, usual.out, usual.expected
     wrong, hit = found.wrong, end.code != 0
     new = 0
@@ -142,7 +142,7 @@ def look(usual: Usual, old: bytes | None, found: Found, end: End) -> None:
 
 
 def again(usual: Usual, found: Found, once_more: Callable[[], End] | None = None) -> None:
-    """The same command once more, undisturbed: it must end well, and its outputs be what they always are."""
+    """Run the same command once more, undisturbed: it must end well, with its usual outputs."""
     command, out, expected = usual.command, usual.out, usual.expected
     found.resumed += any(p.name.endswith(STATE) for p in out.iterdir())
     if command.name.endswith("recover") and (out / command.writes["-o"]).exists():
@@ -174,12 +174,12 @@ def prepare(out: Path, command: Command, old: bytes | None) -> None:
 
 
 def spread(n: int, count: int) -> list[int]:
-    """At most `count` numbers from 1 to n, evenly spread, both ends among them."""
+    """Return at most `count` numbers from 1 to n, evenly spread, both ends among them."""
     return sorted({round(1 + i * (n - 1) / max(1, count - 1)) for i in range(min(n, count))})
 
 
 def signals(usual: Usual, number: signal.Signals, count: int, timed: int, dice: random.Random) -> Found:
-    """A signal at `count` operations on files and at `timed` random times."""
+    """Send a signal at `count` operations on files and at `timed` random times."""
     command, out, undisturbed = usual.command, usual.out, usual.end
     found = Found(command.name, number.name)
     moments: list[tuple[int | None, float | None]] = [(k, None) for k in spread(undisturbed.operations, count)]
@@ -198,7 +198,7 @@ def signals(usual: Usual, number: signal.Signals, count: int, timed: int, dice: 
 
 
 def while_measuring(usual: Usual, times: int, dice: random.Random) -> Found:
-    """SIGKILL at random times from the journal's first line on, until `times` of them have hit."""
+    """Send SIGKILL at random times from the journal's first line on, until `times` of them have hit."""
     command, out = usual.command, usual.out
     found = Found(command.name, "SIGKILL while it measures")
     journal, span = out / f"{command.writes['-o']}{command.state}", usual.end.seconds
@@ -218,7 +218,7 @@ def while_measuring(usual: Usual, times: int, dice: random.Random) -> Found:
 
 
 def wait_for_ranks(work: Path, found: Found, seconds: float = 15) -> None:
-    """The ranks that a bench started must end with it; their command lines name a file below `work`."""
+    """Wait until the ranks that a bench started have ended with it; their command lines name a file below `work`."""
     end = time.monotonic() + seconds
     while ranks := processes_naming(str(work)):
         if time.monotonic() > end:
@@ -230,7 +230,7 @@ def wait_for_ranks(work: Path, found: Found, seconds: float = 15) -> None:
 
 
 def full(usual: Usual, count: int, mount: bool) -> Found:
-    """A disk with too little room, at `count` levels from none to almost enough."""
+    """Run on a disk with too little room, at `count` levels from none to almost enough."""
     command, out = usual.command, usual.out
     sizes = [len(data) for files in usual.expected.values() for data in files.values()]
     found = Found(command.name, "full disk (tmpfs)" if mount else "full disk (RLIMIT_FSIZE)")
@@ -257,7 +257,7 @@ def full(usual: Usual, count: int, mount: bool) -> Found:
 
 
 def two_at_once(usual: Usual, times: int, dice: random.Random) -> Found:
-    """Two of the same command on one output, the second begun at a random moment of the first."""
+    """Run the same command twice on one output, the second begun at a random moment of the first."""
     command, out, work, first = usual.command, usual.out, usual.work, usual.end
     found = Found(command.name, "two at once")
     for i in range(times):

@@ -42,7 +42,7 @@ class Running:
             )
 
     def processes(self) -> dict[int, str | None]:
-        """Those that run: their rank, by process id; None for what is none."""
+        """Return the processes that run: their rank, by process id; None for one that is no rank."""
         found: dict[int, str | None] = {}
         for path in Path("/proc").glob("[0-9]*/environ"):
             try:
@@ -54,7 +54,7 @@ class Running:
         return found
 
     def process_of(self, victim: str) -> int | None:
-        """The process of 'rank 0' or 'torchrun', once a rank has been started; None where the command ended before."""
+        """Return the process of 'rank 0' or 'torchrun', once a rank was started; None where the command ended first."""
         while self.process.poll() is None:
             by_rank = {rank: pid for pid, rank in self.processes().items()}
             if "0" in by_rank and "1" in by_rank:
@@ -88,7 +88,7 @@ def _parent(pid: int) -> int | None:
 
 
 def undisturbed(ranks: Ranks, work: Path) -> tuple[Usual, float]:
-    """How it ends and what it writes, and the seconds from the first rank's start to the end."""
+    """Return how the command ends, what it writes, and the seconds from the first rank's start to the end."""
     out = work / "out"
     prepare(out, ranks.command, None)
     running = Running(ranks, out, work / "first.log")
@@ -135,7 +135,7 @@ def _one(ranks: Ranks, usual: Usual, victim: str, after: float, found: Found) ->
 
 
 def _said(ranks: Ranks, victim: str, end: End) -> list[str]:
-    """What is wrong with the exit code and the sentences."""
+    """Return what is wrong with the exit code and the sentences."""
     sentences = [line for line in end.err.splitlines() if line.startswith(SENTENCE)]
     if end.code == 0:
         return [f"exit code 0 after SIGKILL of {victim}"]

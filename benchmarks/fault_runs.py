@@ -64,7 +64,7 @@ def _send(number: int, pid: int, after: float, since: Path | None) -> None:
 def _child(
     arguments: list[str], out: Path, said: int, counted: Path, at: int | None, number: int, file_size: int | None
 ) -> None:
-    """What the forked process does: the command, its stderr into `said`. Does not return."""
+    """Run the command in the forked process, its stderr into `said`. Does not return."""
     code = 99
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -116,7 +116,7 @@ def _watch(out: str, counted: Path, at: int | None, number: int) -> None:
 
 @contextmanager
 def small_disk(out: Path, room: int) -> Iterator[None]:
-    """`out` is a tmpfs while this lasts. Raises OSError where none can be mounted."""
+    """Make `out` a tmpfs while this lasts. Raises OSError where none can be mounted."""
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", out], capture_output=True)
     if done.returncode:
         raise OSError(done.stderr.decode())
@@ -136,7 +136,7 @@ def can_mount() -> bool:
 
 
 def processes_naming(word: str) -> list[int]:
-    """Processes with `word` in their command line, other than this one: the forked ones have this one's."""
+    """Return the processes with `word` in their command line, but for this one (forked ones have this one's line)."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -148,7 +148,7 @@ def processes_naming(word: str) -> list[int]:
 
 
 def imports() -> None:
-    """Everything heavy, once, before the forks."""
+    """Import everything heavy once, before the forks."""
     import lm_eval.evaluator
     import lm_eval.models.huggingface
     import lm_eval.tasks

@@ -89,7 +89,7 @@ VICTIMS = ["rank 0", "rank 1"] * 2 + ["torchrun"]
 
 
 def inputs(work: Path) -> Path:
-    """A profile and a plan of the shipped model, for the commands that read them."""
+    """Make a profile and a plan of the shipped model, for the commands that read them."""
     folder = work / "in"
     folder.mkdir()
     for arguments in (
@@ -106,7 +106,7 @@ def placed(command: Command, folder: Path) -> Command:
 
 
 def usual_of(command: Command, work: Path) -> Usual:
-    """The command once, undisturbed."""
+    """Run the command once, undisturbed."""
     out = work / "out"
     prepare(out, command, None)
     end = run(command.line(out), out, work / "first.log")
@@ -115,7 +115,7 @@ def usual_of(command: Command, work: Path) -> Usual:
 
 
 def tries(command: Command, work: Path, short: bool, mount: bool, dice: random.Random) -> Iterator[Found]:
-    """Every kind of fault, done to one command."""
+    """Do every kind of fault to one command."""
     count, timed, levels, pairs, measuring = (3, 0, 2, 1, 2) if short else (8, 8, 5, 3, 12)
     if command.slow:
         count, timed, levels, pairs = 2, 3, 2, 0
@@ -131,7 +131,7 @@ def tries(command: Command, work: Path, short: bool, mount: bool, dice: random.R
 
 
 def all_tries(only: list[str] | None, short: bool, work: Path) -> Iterator[Found]:
-    """`only`: commands by name, else all; `short`: a few moments of each, the slow ones and the ranks left out."""
+    """Try all commands, or those of `only`; `short`: a few moments of each, without the slow ones and the ranks."""
     dice, mount, folder = random.Random(0), can_mount(), inputs(work)
     (work / "out").mkdir()
     for command in COMMANDS:
@@ -143,7 +143,7 @@ def all_tries(only: list[str] | None, short: bool, work: Path) -> Iterator[Found
 
 
 def report(document: dict) -> str:
-    """README.md, of what stands in faults.json."""
+    """Return README.md, made of what stands in faults.json."""
     rows = document["rows"]
     lines = [
         f"| {r['command']} | {r['fault']} | {r['tries']} | {r['hit']} | {r['old']} | {r['new']} | {r['resumed']} | "
@@ -219,7 +219,7 @@ def main() -> None:
 
 
 def keep(path: Path, rows: list[Found]) -> None:
-    """Into the file, in place of what it says of these commands."""
+    """Write results into the file, in place of what it says of these commands."""
     tried = {row.command for row in rows}
     before = json.loads(path.read_text())["rows"] if path.exists() else []
     names = [c.name for c in COMMANDS] + [r.command.name for r in ON_RANKS]

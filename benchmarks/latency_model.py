@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def measured(rounds: int) -> dict:
-    """`bench` of the demo model at TP 2, and how far the model's steps are from its own."""
+    """Return `bench` of the demo model at TP 2, and how far the latency model's steps are from those timed."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
 

@@ -78,7 +78,7 @@ def rank_main(
         dist.barrier()
 
     def decode(way: str, share: int) -> tuple[list[float], list[int]]:
-        """Seconds of each token, and its all-reduces."""
+        """Return the seconds of each token, and its all-reduces."""
         comm.gathered_at_most = ways[way]
         dropped = {int(i * 100 / share) for i in range(lm.num_blocks * share // 100)} if share else set()
         seconds, counts = [], []
@@ -124,7 +124,7 @@ def rank_main(
 
 
 def one_way(rank: int, packets: int = 10) -> list[float]:
-    """Half of the time that a small datagram takes to the other rank and back, on rank 0; nothing on the other."""
+    """Return half of the time that a small datagram takes to the other rank and back; on rank 1, nothing."""
     import torch.distributed as dist
 
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as end:
@@ -144,13 +144,13 @@ def one_way(rank: int, packets: int = 10) -> list[float]:
 
 
 def rotated(items: list, turn: int) -> list:
-    """The items in an order that puts each of them first in its turn."""
+    """Return the items in an order that puts each of them first in its turn."""
     start = turn % len(items)
     return items[start:] + items[:start]
 
 
 def run_ranks(link: Link | None, rounds: int, tokens: int, delays: list[float]) -> list[dict]:
-    """Both ranks to their end; one row a cell."""
+    """Run both ranks to their end; return one row a cell."""
     with tempfile.TemporaryDirectory() as folder:
         ranks = []
         for rank in range(2):
@@ -177,7 +177,7 @@ def run_ranks(link: Link | None, rounds: int, tokens: int, delays: list[float]) 
 
 
 def row(key: list, mine: list[float], reduces: list[int], other: list[float]) -> dict:
-    """One cell, in ms: of the two ranks the slower in each measurement."""
+    """Return one cell, in ms: of the two ranks the slower in each measurement."""
     slower = [1000 * max(pair) for pair in zip(mine, other, strict=True)] if other else [1000 * s for s in mine]
     tenths = statistics.quantiles(slower * 2 if len(slower) == 1 else slower, n=10, method="inclusive")
     numbers = {"median": statistics.median(slower), "p10": tenths[0], "p90": tenths[-1], "repeats": len(slower)}
@@ -187,7 +187,7 @@ def row(key: list, mine: list[float], reduces: list[int], other: list[float]) ->
 
 
 def table(rows: list[dict]) -> str:
-    """Both tables, in Markdown: decoding, and the sums alone."""
+    """Return both tables in Markdown: decoding, and the sums alone."""
     at = {(r["what"], r["delay"], r.get("sum"), r.get("dropped", r.get("floats"))): r for r in rows}
     delays = sorted({r["delay"] for r in rows})
 

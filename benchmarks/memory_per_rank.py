@@ -30,7 +30,7 @@ LARGEST = 16000 * 1024 * 4  # bytes of the largest tensor, the embedding: held t
 
 
 def make(folder: Path) -> None:
-    """A random Llama of about 640 MiB in float32, in files of 200 MB."""
+    """Write a random Llama of about 640 MiB in float32, in files of 200 MB."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -38,13 +38,13 @@ def make(folder: Path) -> None:
 
 
 def memory(field: str) -> int:
-    """Bytes, from /proc/self/status: VmRSS is held now, VmHWM the most ever."""
+    """Return a field of /proc/self/status in bytes: VmRSS is held now, VmHWM the most ever."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def rank_main(folder: str, ranks: int) -> None:
-    """One rank: load, and write down what it took. Runs under torchrun."""
+    """Load the model on one rank, and write down what that took. Runs under torchrun."""
     from spd_calib.models.load import locate, read_config
     from spd_calib.models.shard_load import load_sharded, own_slices
     from spd_calib.parallel import distributed

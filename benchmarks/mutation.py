@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def copy_tree() -> None:
-    """The files git knows or would, as they are now."""
+    """Copy the files that git knows or would add, as they are now."""
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
@@ -69,20 +69,20 @@ def mutmut(*names: str) -> None:
 
 
 def sample(every: int, only: str) -> list[str]:
-    """Names of the mutants to try: one in `every` of each module."""
+    """Return the names of the mutants to try: one in `every` of each module."""
     modules = [list(exits) for module, exits in metas() if re.search(only, module)]
     return [name for names in modules for name in names[::every]]
 
 
 def lived(only: str) -> list[str]:
-    """Names of the mutants that lived, of modules that have as many as then."""
+    """Return the names of the mutants that lived, of modules that have as many as then."""
     record, now = json.loads((KEPT / "record.json").read_text())["modules"], {m: len(exits) for m, exits in metas()}
     same = [found for m, found in record.items() if re.search(only, m) and found["mutants"] == now.get(m)]
     return [mutant["mutant"] for found in same for mutant in found["lived"]]
 
 
 def metas() -> list[tuple[str, dict[str, int | None]]]:
-    """By module, mutmut's exit code of every mutant."""
+    """Return mutmut's exit code of every mutant, by module."""
     files = sorted((TREE / "mutants" / "spd_calib").rglob("*.py.meta"))
     found = [
         (f.relative_to(TREE / "mutants").as_posix().removesuffix(".meta"), json.loads(f.read_text())) for f in files
@@ -118,7 +118,7 @@ def keep(tried: set[str], every: int, again: bool) -> None:
 
 
 def diff(module: str, name: str) -> list[str]:
-    """The lines that the mutant takes out and puts in."""
+    """Return the lines that the mutant takes out and puts in."""
     code = f"from mutmut.mutation.diff_apply import get_diff_for_mutant as d; print(d({name!r}, path={module!r}))"
     out = subprocess.run([sys.executable, "-c", code], cwd=TREE, capture_output=True, text=True, check=True).stdout
     lines = [line for line in out.splitlines() if line[:1] in "+-" and not line.startswith(("+++", "---"))]
@@ -162,7 +162,7 @@ def _line(mutant: dict, reason: str | None) -> str:
 
 
 def explanation(module: str, mutant: dict, reasons: list[dict]) -> str | None:
-    """The first reason whose module, function and change match."""
+    """Return the first reason whose module, function and change match."""
     text = "\n".join(mutant["diff"])
     for rule in reasons:
         if re.search(rule.get("in", ""), f"{module} {mutant['mutant']}") and re.search(rule["change"], text):

@@ -81,7 +81,7 @@ def random_opt(blocks: int, width: int) -> PreTrainedModel:
 
 
 def enliven(model: PreTrainedModel) -> PreTrainedModel:
-    """Weights that matter, and blocks that add to the stream by factors from 0.15 to 1.2."""
+    """Set weights that matter, and blocks that add to the stream by factors from 0.15 to 1.2."""
     torch.manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -102,12 +102,12 @@ def random_tokens(sequences: int, length: int, vocabulary: int = VOCABULARY) -> 
 
 
 def block_drops(lm: TensorParallelLM, kinds: list[Sublayer] = ATTENTION) -> list[Experiment]:
-    """Every sync point of these kinds dropped alone, by block_drop."""
+    """Return the drops of every sync point of these kinds alone, by block_drop."""
     return list(experiments("single", [Strategy.BLOCK_DROP], num_blocks=lm.num_blocks, sync_points=kinds))
 
 
 def by_hand(lm: TensorParallelLM, sequences: list[list[int]], kinds: list[Sublayer], batch: int) -> list[float]:
-    """KL of each candidate. Sequences of one length, or else metrics a row."""
+    """Return the KL of each candidate. Sequences are of one length, or else metrics are taken a row at a time."""
     rows = block_drops(lm, kinds)
     tallies = [Tally() for _ in rows]
     for input_ids, lengths in batches(sequences, batch, lm.device):
@@ -170,7 +170,7 @@ def compare(lm: TensorParallelLM, sequences: list[list[int]], kinds: list[Sublay
 
 
 def share_of_floor(blocks: int, width: int, tp: int, sequences: int, length: int) -> dict:
-    """The multiplications of the dense pass and the suffixes at the rate of a large matrix product, over the time."""
+    """Return the time of all multiplications at the rate of a large matrix product, as a share of the time taken."""
     lm = TensorParallelLM.simulated(random_llama(blocks, width), tp)
     text = random_tokens(sequences, length)
     a, b = torch.randn(sequences * length, width), torch.randn(3 * width, width)
@@ -245,7 +245,7 @@ def memory(blocks: int, width: int, vocabulary: int) -> dict:
 
 
 def killed(times: int) -> dict:
-    """A profile of the demo model, killed with SIGKILL while it measures and gone on with; that many times.
+    """Profile the demo model, killed with SIGKILL while it measures and then continued; that many times.
 
     The moment: a random number of measurements stands in the journal, and a random part of a second has gone by.
     """

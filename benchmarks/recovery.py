@@ -50,7 +50,7 @@ METHODS: dict[str, tuple[tuple[RecoveryMethod, ...], int | None]] = {  # what is
 
 
 def source_of(name: str) -> tuple[Path, Path, Path]:
-    """Model folder, text to fit on, text to measure on. Exits, saying so, where they are not there."""
+    """Return model folder, text to fit on and text to measure on. Exits, saying so, where they are not there."""
     demo = ROOT / "spd_calib" / "demo"
     folder, fit, measured = {
         "stories260k": (
@@ -69,7 +69,7 @@ def source_of(name: str) -> tuple[Path, Path, Path]:
 
 
 def train_opt(folder: Path, tokenizer_folder: Path, steps: int = 300, batch: int = 16, length: int = 64) -> None:
-    """A small OPT, a little trained on fresh stories of the demo's world (no story that is shipped)."""
+    """Train a small OPT a little on fresh stories of the demo's world (no story that is shipped)."""
     from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 
     sys.path.insert(0, str(ROOT / "recipes" / "demo_model"))
@@ -108,7 +108,7 @@ def train_opt(folder: Path, tokenizer_folder: Path, steps: int = 300, batch: int
 
 
 def one(args: argparse.Namespace, method: str) -> dict:
-    """One method, in this process."""
+    """Run one method in this process."""
     torch.set_num_threads(1)
     folder, fit, measured = source_of(args.model)
     source = locate(str(folder))
@@ -149,7 +149,7 @@ def one(args: argparse.Namespace, method: str) -> dict:
 
 
 def added_by_predictors(model: PlannedModel) -> tuple[int, int]:
-    """Parameters (biases included) and FLOPs per token that predictors add to each rank, over all blocks.
+    """Return the parameters (biases included) and FLOPs per token that predictors add to each rank, over all blocks.
 
     Grouping and distillation add nothing. A full predictor is a second o_proj slice; the bias is one addition a value.
     """
@@ -166,7 +166,7 @@ def spawn(argv: list[str], method: str, drop: list[int] | None = None) -> dict:
 
 
 def figure(document: dict, path: Path) -> None:
-    """KL by number of dropped blocks, one line a method."""
+    """Draw the KL by number of dropped blocks, one line a method."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -25,7 +25,7 @@ class LlamaSizes:
 
     @property
     def block_parameters(self) -> int:
-        """Weights of a block: q, o; k, v; gate, up, down."""
+        """Return the number of weights of a block: q, o; k, v; gate, up, down."""
         return 2 * self.d**2 + 2 * self.d * self.kv_width + 3 * self.d * self.neurons
 
 

@@ -34,7 +34,7 @@ class Link:
 
     @property
     def control(self) -> int:
-        """The file descriptor that takes the delay."""
+        """Return the file descriptor that takes the delay."""
         assert self.process.stdin is not None
         return self.process.stdin.fileno()
 
@@ -48,7 +48,7 @@ class Link:
 
 
 def open_link() -> Link | str:
-    """Two joined namespaces, the delay zero at first; or one sentence on why there cannot be any."""
+    """Open two joined namespaces, the delay zero at first; return one sentence on why where there cannot be any."""
     process = subprocess.Popen(
         [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
     )
@@ -63,7 +63,7 @@ def open_link() -> Link | str:
 
 
 def set_delay(control: int, seconds: float) -> None:
-    """The delay of packets sent from now on."""
+    """Set the delay of packets sent from now on."""
     os.write(control, DELAY.pack(seconds))
 
 
@@ -84,7 +84,7 @@ def _main() -> None:
 
 
 def _tun(own: str, other: str) -> int:
-    """A TUN device in this namespace with the address `own`, at whose far end is `other`."""
+    """Make a TUN device in this namespace with the address `own`, at whose far end is `other`."""
     tun = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
     fcntl.ioctl(tun, TUNSETIFF, struct.pack("16sH22x", DEVICE.encode(), IFF_TUN | IFF_NO_PI))
     for arguments in (

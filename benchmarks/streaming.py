@@ -22,7 +22,7 @@ VOCABULARY = 2048
 
 
 def make(folder: Path, blocks: int) -> None:
-    """Random weights, written block by block: this process, too, stays small."""
+    """Write random weights block by block: this process, too, stays small."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -47,7 +47,7 @@ def make(folder: Path, blocks: int) -> None:
 
 
 def anonymous_mib(pid: int) -> float:
-    """Anonymous memory of a process and its children, resident and swapped."""
+    """Return the anonymous memory of a process and its children, resident and swapped."""
     total = 0
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():

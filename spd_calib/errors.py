@@ -1,4 +1,4 @@
-"""What a person at the terminal can be told: one sentence, the thing, the way out."""
+"""The errors that people are told of, in one sentence each: the thing, the cause, the way out."""
 
 
 class SpdError(Exception):

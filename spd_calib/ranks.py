@@ -1,4 +1,4 @@
-"""Which of torchrun's ranks is this process? What every command asks, before anything heavy is imported."""
+"""The place of this process among torchrun's ranks, which commands ask before anything heavy is imported."""
 
 import os
 

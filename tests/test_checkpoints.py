@@ -328,7 +328,7 @@ def test_the_commands_say_it_in_one_sentence_and_write_nothing(spd, text, tmp_pa
     added = make(cases / "added")
     tokenizer = tiny.tokenizer([*tiny.WORDS, *(f"w{i}" for i in range(60))])
     tokenizer.save_pretrained(added)
-    words = tiny.write_jsonl(tmp_path / "beyond.jsonl", ["w50 w51 w52 w53 " * 5] * 40)
+    words = tiny.write_jsonl(tmp_path / "beyond.jsonl", [f"{w} " + "w50 w51 w52 w53 " * 5 for w in tiny.WORDS[:40]])
     for name, data, said in (
         ("no_head", text, "lack lm_head.weight"),
         ("loud", text, "nats a token"),

@@ -4,6 +4,7 @@ They are run on the shipped model with a handful of sequences and on two ranks. 
 fails.
 """
 
+import ast
 import json
 import os
 import py_compile
@@ -259,6 +260,26 @@ def test_the_site_builds_without_a_warning(tmp_path):
 def test_the_generated_pages_are_those_of_the_code():
     done = subprocess.run([sys.executable, ROOT / "docs/generate.py", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def walks() -> dict[str, list[tuple[str, str]]]:
+    """The numbered walks of the design page, by the sentence before them: files, and a function in each."""
+    text = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    found = re.findall(r"^([^\n]+)\n\n((?:\d+\. `[^\n]+\n)+)", text, re.M)
+    return {title: re.findall(r"^\d+\. `([^`]+)`, `([^`]+)`", steps, re.M) for title, steps in found}
+
+
+def test_the_walks_of_the_design_page_are_those_of_the_code():
+    """Each is at most ten steps, none of them taken twice, and each a function that is there."""
+    assert len(walks()) == 3
+    for title, steps in walks().items():
+        assert 8 <= len(steps) <= 10 and len(set(steps)) == len(steps), title
+        for file, name in steps:
+            *outer, function = name.split(".")
+            body = ast.parse((ROOT / file).read_text(encoding="utf-8")).body
+            for cls in outer:
+                body = next(n.body for n in body if isinstance(n, ast.ClassDef) and n.name == cls)
+            assert any(isinstance(n, ast.FunctionDef) and n.name == function for n in body), f"{file}: {name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -14,8 +14,9 @@ from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.session import open_session
 from spd_calib.parallel.streams import Streams
 from spd_calib.planning.interactions import Interactions
-from spd_calib.sensitivity.fisher import fisher_terms, interactions, predict, sampling_error, score
+from spd_calib.sensitivity.fisher import fisher_terms, interactions, predict, sampling_error
 from spd_calib.sensitivity.measure import Subject, batches, measure
+from spd_calib.sensitivity.scores import score
 from spd_calib.sensitivity.text import TextOptions, load_text
 
 BOTH = ["attention", "mlp"]

@@ -124,11 +124,11 @@ def test_read_again_by_what_a_profile_says_the_sequences_are_the_same(tmp_path, 
     )
     for was, now in zip(texts, again, strict=True):
         assert (was.calibration_ref(), was.verification_ref()) == (now.calibration_ref(), now.verification_ref())
-    lots = [further(which, 1, tokenizer) for which in (texts, again)]
-    assert (lots[0] is None) == (lots[1] is None)
-    if lots[0]:
-        assert [t.verification for t in lots[0]] == [t.verification for t in lots[1]]
-        assert not {tuple(s) for t in lots[0] for s in t.verification} & set(every)
+    rounds = [further(which, 1, tokenizer) for which in (texts, again)]
+    assert (rounds[0] is None) == (rounds[1] is None)
+    if rounds[0]:
+        assert [t.verification for t in rounds[0]] == [t.verification for t in rounds[1]]
+        assert not {tuple(s) for t in rounds[0] for s in t.verification} & set(every)
 
 
 TEMPLATE = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}"

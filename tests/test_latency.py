@@ -131,6 +131,29 @@ def test_a_step_is_its_compute_and_the_all_reduces_that_are_left(memory, rate):
         on_machine(machine(2), sizes, tp=4, step=step)
 
 
+def test_where_the_engine_fuses_the_norm_a_dropped_sync_leaves_it():
+    """Of the fused kernel's time only what the sync itself takes is saved, and only for messages that go by it."""
+    sizes, fused = ModelSizes.of(tiny.build("llama")), {"max_bytes": 256, "left_seconds": 7e-7, "source": "test"}
+    plain, with_fusion = machine(2), Machine.model_validate({**machine(2).model_dump(), "fused_norm": fused})
+    for batch, left in ((1, 7e-7), (2, 7e-7), (3, 0.0)):  # messages of 128, 256 and 384 bytes
+        step = Step("decode", batch, 8, 2)
+        without, found = (on_machine(m, sizes, tp=2, step=step) for m in (plain, with_fusion))
+        assert found.left == left and found.seconds(0) == without.seconds(0)
+        for dropped in (1, 4, 7):
+            assert found.seconds(dropped) == pytest.approx(without.seconds(dropped) + dropped * left)
+            assert found.saved(dropped) == pytest.approx(1 - found.seconds(dropped) / found.seconds(0))
+        assert found.ceiling == found.saved(2 * sizes.blocks - 1)
+    slow = Machine.model_validate({**machine(2).model_dump(), "fused_norm": {**fused, "left_seconds": 1.0}})
+    assert on_machine(slow, sizes, tp=2, step=Step("decode", 1, 8, 2)).saved(3) == 0  # never more than it takes
+
+
+def test_the_table_of_hopper_knows_the_fused_kernel():
+    found = load("h100-nvlink")
+    assert isinstance(found, Machine) and found.fused_norm is not None and found.fused_norm.max_bytes == 2**19
+    saved = found.all_reduces[0].seconds - found.fused_norm.left_seconds
+    assert 1.5e-6 <= saved <= 2.5e-6  # of 5.3 us
+
+
 def test_the_fewest_drops_that_reach_a_saving():
     model = LatencyModel("m", Step("decode", 1, 1, 2), blocks=5, compute=7.0, all_reduce=0.3)
     dense = 7.0 + 10 * 0.3

@@ -28,7 +28,7 @@ from spd_calib.errors import InputError
 from spd_calib.models.load import check_config, checked_fingerprint, load_dense, load_tokenizer, locate, read_config
 from spd_calib.models.shard_load import load_sharded, own_slices
 from spd_calib.models.stream_load import load_streamed
-from spd_calib.parallel.comm import Simulated
+from spd_calib.parallel.comm import SimulatedComm
 from spd_calib.parallel.generate import continue_text
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.session import open_session
@@ -157,7 +157,7 @@ def check_folder(folder: Path) -> bool:
     assert same(made["dense"](input_ids=IDS).logits, expected)
     check_ranks(made, model)
     skeleton, blocks = made["streamed"]
-    lm = TensorParallelLM(skeleton, Simulated(2), sharded=True)
+    lm = TensorParallelLM(skeleton, SimulatedComm(2), sharded=True)
     lm.read_blocks_by(blocks.hold)
     assert same(lm(IDS), expected, 1e-4)
     return True

@@ -157,13 +157,13 @@ def broken(how: str) -> nn.Module:
 @pytest.mark.parametrize(
     ("how", "words"),
     [
-        ("bare", "output head|causal language model"),
+        ("bare", "A LlamaModel is no causal language model"),
         ("mixed", "are float16 and float32; load it in"),
         ("double", "are float64"),
         ("meta", "lie on meta"),
         ("nan", "NaN or Inf, first in block 2"),
         ("quantised", "quantised .gptq."),
-        ("wrapped", "A Sequential is no transformers model"),
+        ("wrapped", "A Sequential is no causal language model"),
         ("lora", "holds model.layers.0.self_attn.o_proj.0.weight, otherwise"),
         ("pruned", "lacks model.layers.3.self_attn.q_proj.weight, otherwise"),
     ],

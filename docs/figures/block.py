@@ -33,7 +33,7 @@ def line(points: str, kind: str = "line") -> str:
 
 
 def place(x: int, y: int, kept: bool | None) -> str:
-    """A sync point: kept (True), deferred (False), never reduced (None)."""
+    """Draw a sync point: kept (True), deferred (False), never reduced (None)."""
     return box(
         x, y, {True: "all-reduce", False: "p ← p + partial", None: "not reduced"}[kept], "sync" if kept else "none"
     )

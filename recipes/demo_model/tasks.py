@@ -17,7 +17,7 @@ ANSWERS = {"where": PLACES, "who": NAMES, "count": NUMBERS}
 
 
 def documents(kind: str) -> list[dict]:
-    """The task's documents, each the last question of its kind in a story of its own."""
+    """Return the documents of a task, each the last question of its kind in a story of its own."""
     rng = random.Random(f"{SEED}/choices/{kind}")
     most = -(-DOCUMENTS // len(ANSWERS[kind]))  # no answer is right more often than its share
     used = dict.fromkeys(ANSWERS[kind], 0)
@@ -34,7 +34,7 @@ def documents(kind: str) -> list[dict]:
 
 
 def document(question: Question, label: int, tempting: bool, rng: random.Random) -> dict:
-    """One document; the choices differ in their last word alone. A question's first rival is the tempting one."""
+    """Return one document. Choices differ in their last word alone; a question's first rival is the tempting one."""
     first = 0 if tempting else 1
     words = list(question.rivals[first : first + CHOICES - 1])
     rng.shuffle(words)

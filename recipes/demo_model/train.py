@@ -69,7 +69,7 @@ class Config:
 
 
 def make_tokenizer(config: Config) -> PreTrainedTokenizerFast:
-    """Byte-level BPE fitted to stories of its own split; like Llama's it puts <s> in front of every text."""
+    """Return a byte-level BPE fitted to stories of its own split; like Llama's it puts <s> in front of every text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = token_decoders.ByteLevel()
@@ -121,7 +121,7 @@ def size_of(step: int, config: Config) -> world.Size:
 
 
 def batch_of(step: int, config: Config, tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
-    """The step's stories as token ids, and the weight of each token in the loss: both [batch, longest].
+    """Return the step's stories as token ids, and the weight of each token in the loss: both [batch, longest].
 
     Short stories told twice come first: from repetition looking back is learnt soonest. What weighs in the loss is
     what the story decides and the dice do not: all that is told again, and later the answers to the questions.
@@ -144,21 +144,21 @@ def batch_of(step: int, config: Config, tokenizer: PreTrainedTokenizerFast) -> t
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, stories: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """One story a row, <s> in front and </s> behind, padded on the right; labels leave the padding out."""
+    """Return ids and labels, one story a row, <s> in front and </s> behind, padded on the right, unlabelled there."""
     rows = [torch.tensor([*ids, tokenizer.eos_token_id]) for ids in tokenizer(stories)["input_ids"]]
     pad = torch.nn.utils.rnn.pad_sequence
     return pad(rows, True, tokenizer.pad_token_id), pad(rows, True, -100)
 
 
 def weighted_loss(model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Next-token loss, each token with its weight."""
+    """Return the mean next-token loss, each token with its weight."""
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
     return (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
 
 
 def rate_share(step: int, config: Config) -> float:
-    """Linear warm-up, constant, then a cosine down to the final share."""
+    """Return the share of the learning rate at a step: linear warm-up, constant, then a cosine to the final share."""
     constant = config.constant_share * config.steps
     if step < constant:
         return min(1.0, (step + 1) / config.warmup)
@@ -168,7 +168,7 @@ def rate_share(step: int, config: Config) -> float:
 
 @torch.no_grad()
 def watch(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
-    """Loss on stories held out, and how often the likeliest next word answers their questions rightly."""
+    """Return the loss on held-out stories, and how often the likeliest next word answers their questions correctly."""
     stories = [world.story("watched", number) for number in range(96)]
     ids, labels = encode(tokenizer, [story.text for story in stories[:48]])
     seen = {"heldout_loss": round(model(input_ids=ids, labels=labels, use_cache=False).loss.item(), 5)}
@@ -183,7 +183,7 @@ def watch(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[s
 
 
 def make_optimizers(model: LlamaForCausalLM, config: Config) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices (it needs far fewer steps than AdamW here), AdamW for embedding and norms."""
+    """Return Muon for the blocks' matrices (far fewer steps than AdamW here), and AdamW for embedding and norms."""
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     known = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in known]
@@ -228,7 +228,7 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 
 
 def write_text(config: Config) -> None:
-    """Calibration text, held-out text and tasks, once it is sure that none of it is trained on."""
+    """Write calibration text, held-out text and tasks, once it is sure that none of it is trained on."""
     calibration, heldout = texts("calibration", config.calibration_stories), texts("heldout", config.heldout_stories)
     documents = {kind: tasks.documents(kind) for kind in tasks.ANSWERS}
     shipped = [*calibration, *heldout]
@@ -247,7 +247,7 @@ def write_text(config: Config) -> None:
 
 
 def score(model_dir: Path, tasks_dir: Path) -> dict[str, dict[str, float]]:
-    """The tasks' accuracies as lm-eval itself gives them, for the model as it was written."""
+    """Return the tasks' accuracies as lm-eval itself gives them, for the model as it was written."""
     manager = TaskManager(include_path=str(tasks_dir), include_defaults=False)
     names = [f"spd_demo_{kind}" for kind in tasks.ANSWERS]
     results = lm_eval.simple_evaluate(
@@ -288,7 +288,7 @@ def ship(config: Config) -> dict:
 
 
 def main() -> None:
-    """All of it; with --ship only what comes after the training, for a change of the tasks."""
+    """Train and ship the model; with --ship only what comes after the training, for a change of the tasks."""
     config = Config()
     random.seed(config.seed)
     torch.set_num_threads(config.threads)

@@ -48,7 +48,7 @@ def amount(number: int, kind: str) -> str:
 
 
 def words_in(text: str) -> int:
-    """Words and punctuation marks: what the tokenizer makes one token each."""
+    """Return the number of words and punctuation marks, each of which the tokenizer makes one token."""
     return len(re.findall(r"\w+|[^\w\s]", text))
 
 
@@ -130,7 +130,7 @@ class Story:
         self.say(f"In the evening {first}, {second} and {third} go home.")
 
     def handle(self, thing: Thing) -> None:
-        """A thing is handed on, put away, found or moved; then the story says where it is now."""
+        """Tell that a thing is handed on, put away, found or moved, and then where it is now."""
         other = self.rng.choice([p for p in self.people if p != thing.holder])
         place = self.rng.choice([p for p in self.places if p != thing.place])
         if thing.holder and self.rng.random() < 0.5:
@@ -149,7 +149,7 @@ class Story:
         self.say(f"now {thing.state}")
 
     def count(self, store: Store) -> None:
-        """A store grows or shrinks, stays between one and nine, and the story says how many there are now."""
+        """Tell that a store grows or shrinks, between one and nine, and then how many there are now."""
         step = self.rng.randint(1, 3)
         store.past.append(store.number)
         if store.number > step and (self.rng.random() < 0.5 or store.number + step > 9):
@@ -186,7 +186,7 @@ class Story:
         self.sentences[-1] += amount(store.number, store.kind).removeprefix(NUMBERS[store.number - 1]) + "."
 
     def _ask(self, kind: str, question: str, stem: str, answer: str, told: list[str], every: list[str]) -> None:
-        """`told` are wrong answers from the story, the most tempting first; the others come from outside of it."""
+        """Ask a question; `told` are wrong answers from the story, the most tempting first; others are from outside."""
         rival = next(word for word in told if word != answer)
         inside = {answer, rival, *told, *self.people, *self.places}
         outside = [word for word in every if word not in inside] or [w for w in every if w not in (answer, rival)]
@@ -219,5 +219,5 @@ class Story:
 
 
 def story(split: str, number: int, size: Size = FULL) -> Story:
-    """The split's story of that number: a pure function of its arguments."""
+    """Return the story of that number in a split, a pure function of the arguments."""
     return Story(random.Random(f"{SEED}/{split}/{number}"), size).tell_all()

@@ -1,4 +1,4 @@
-"""What a sync costs on this machine, and what a plan saves: timed on real ranks."""
+"""Timing, on real ranks, what a sync costs on this machine and what a plan saves."""
 
 import tempfile
 from pathlib import Path

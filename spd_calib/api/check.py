@@ -1,4 +1,4 @@
-"""Is a plan valid and of this model, and does a runtime really run it?"""
+"""Checking a plan: whether it is valid and of its model, and whether a runtime really runs it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What a check found, row by row: of the plan itself and, where a runtime was asked, of what that did."""
+    """The rows of a check: of the plan itself and, where a runtime was asked for, of what that did."""
 
     rows: list[CheckRow]
 

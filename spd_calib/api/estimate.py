@@ -1,4 +1,4 @@
-"""What a profile would take, before it is measured."""
+"""Estimating what a profile would take, before it is measured."""
 
 from collections.abc import Sequence
 

@@ -19,7 +19,7 @@ CONTEXT = 2048  # tokens, or all that the model can read
 
 @dataclass(frozen=True)
 class LatencyOptions:
-    """Which machine, and which steps on it, a plan's latency is modelled for.
+    """Names the machine, and the steps on it, that a plan's latency is modelled for.
 
     `hardware` is the path of a hardware.json or of a CSV, or the name of a table that ships, such as 'h100-nvlink'.
     `phase` is the one that min_speedup is about. `batch` sequences (default: 1) of `context` tokens (default: 2048, or

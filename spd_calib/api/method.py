@@ -1,4 +1,4 @@
-"""What a profile measures, and how: checked before anything is loaded."""
+"""The options of a profile's method, checked before anything is loaded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ METRICS: tuple[Metric, ...] = ("accuracy", "kl", "ppl")
 
 @dataclass(frozen=True)
 class Method:
-    """What `profile` was asked for, every default filled in but `target_stderr`; see api.profile.profile."""
+    """The method that `profile` was asked for, all defaults filled in but `target_stderr`; see api.profile.profile."""
 
     name: str
     strategies: list[Strategy]

@@ -9,9 +9,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Where and how a model runs. `dtype` None: as the file that is read says, or float32; `device` auto: a GPU if any.
+    """The device, dtype and batch size that a model runs with, and the seed.
 
-    `stream` reads each block's weights from disk when the block is to run.
+    `dtype` None is that of the file that is read, or float32; `device` auto is a GPU if there is one. `stream` reads
+    each block's weights from disk when the block is to run.
     """
 
     device: str = "auto"

@@ -186,7 +186,7 @@ def plan_with_details(
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What a plan is made from, before any weight is loaded.
+    """All that a plan is made from, before any weight is loaded.
 
     `budget` is what was asked for, `reached` what is searched for: of a share of time to save, the number of drops that
     save it. `suites` are the tasks to choose by and those to verify on, if a budget is of tasks.
@@ -255,7 +255,7 @@ def _check_tasks(budget: Budget, tasks: TaskOptions | None) -> None:
 
 
 def _as_drops(profile: Profile, budget: Budget, model: LatencyModel) -> Budget:
-    """Return the number of drops that saves the share of time asked for; any other budget as it is."""
+    """Return, for a share of time to save, the budget of the number of drops that saves it; any other unchanged."""
     if budget.kind != "min_speedup":
         return budget
     settled = len(profile.settled)

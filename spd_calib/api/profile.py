@@ -1,4 +1,4 @@
-"""What dropping each sync point of a model costs: from a model and text to a profile."""
+"""Profiling a model: from the model and text to what dropping each sync point costs."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What a profile, or an estimate of one, is made from: a model, its text and what is to be measured."""
+"""The inputs of a profile, or of an estimate of one: a model, its text and the experiments to run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from .text import TextSelection, load_texts_for
 
 @dataclass(frozen=True)
 class ProfileInputs:
-    """What is to be measured, before any weight is loaded; `skip` sequences of the text were fitted on before."""
+    """A model, its text and a method, before any weight is loaded; the first `skip` sequences were fitted on before."""
 
     session: Session
     recovered: RecoveredCheckpoint | None

@@ -1,4 +1,4 @@
-"""What a long call tells its caller on the way. The commands show it at the terminal; a notebook may ignore it."""
+"""Callbacks by which a long call tells how far it is: commands show it at the terminal, a notebook may ignore it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

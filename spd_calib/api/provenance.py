@@ -1,4 +1,4 @@
-"""How a document came to be: the command or the call, and the versions of what ran."""
+"""The provenance of a document: the command or the call, and the versions of what ran."""
 
 import shlex
 import sys

@@ -23,7 +23,7 @@ from .text import TextSelection
 
 @dataclass(frozen=True)
 class RecoveredCheckpoint:
-    """What `recover` left in a checkpoint's folder; `plan` was read from `path`."""
+    """The part of a checkpoint that `recover` alone writes; `plan` was read from `path`."""
 
     plan: Plan
     path: Path

@@ -1,4 +1,4 @@
-"""What a run measured, planned and verified, as one page and as a figure."""
+"""The report of a run, what it measured, planned and verified: one page, and a figure."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

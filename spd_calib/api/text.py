@@ -18,7 +18,7 @@ DEFAULT_SEQ_LEN = 2048
 
 @dataclass(frozen=True)
 class TextSelection:
-    """Which sequences of a text are used.
+    """Names the sequences of a text that are used.
 
     seq_len: tokens of a document, at most (default: 2048, or the model's limit); min_len: documents with fewer are
     left out (default: seq_len). The first `max_samples` sequences are measured on, the `verify_samples` after them are

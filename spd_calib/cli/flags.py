@@ -1,7 +1,7 @@
 """The names of parameters in an error, as the flags that a person at the terminal types."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 from typer.core import TyperCommand, TyperOption
@@ -13,12 +13,18 @@ OTHER_NAMES = {"strategies": "strategy", "prompts": "prompt", "names": "tasks"}
 
 
 @contextmanager
-def naming_flags(command: TyperCommand) -> Iterator[None]:
-    """Let an SpdError that passes name the command's options where it names parameters of the Python API."""
+def naming_flags(command: TyperCommand, others: Iterable[TyperCommand] = ()) -> Iterator[None]:
+    """Let an SpdError that passes name the command's options where it names parameters of the Python API.
+
+    What is no option of the command's own may be one of `others`: a plan may ask to profile again with another.
+    """
     try:
         yield
     except SpdError as e:
-        e.args = (with_flags(str(e), flags_of(command)),)
+        flags: dict[str, str] = {}
+        for known in (*others, command):  # its own have the last word
+            flags |= flags_of(known)
+        e.args = (with_flags(str(e), flags),)
         raise
 
 

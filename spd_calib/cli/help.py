@@ -1,4 +1,4 @@
-"""What all commands have in common: --help by group, a line an option, on a screen of 80 columns; flags in errors."""
+"""The command class of all commands: --help by group, one line an option, in 80 columns; flags in errors."""
 
 import textwrap
 from typing import Any
@@ -19,7 +19,9 @@ class Command(TyperCommand):
     """
 
     def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
-        with naming_flags(self):
+        group = getattr(ctx.parent, "command", None)
+        others = getattr(group, "commands", {}).values()
+        with naming_flags(self, [c for c in others if isinstance(c, TyperCommand)]):
             return super().invoke(ctx)
 
     def format_options(self, ctx: typer.Context, formatter: Any) -> None:  # type: ignore[override]
@@ -44,7 +46,7 @@ class Command(TyperCommand):
 
 
 def _record(param: TyperArgument | TyperOption, ctx: typer.Context) -> tuple[str, str]:
-    """Its name with the kind of its value, and what it does with its default."""
+    """Return a parameter's name with the kind of its value, and its help with the default."""
     name = ", ".join(sorted(param.opts, key=len)) if isinstance(param, TyperOption) else str(param.name)
     if isinstance(param, TyperOption) and not param.is_flag:
         kind = (param.display_type(ctx) or "").strip("<>")

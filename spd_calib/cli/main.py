@@ -25,7 +25,7 @@ for command in app.registered_commands:
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done; 1 the answer is no; 2 unusable input; 130 interrupted."""
+    """Run the command line. Exit codes: 0 done; 1 the answer is no; 2 unusable input; 130 interrupted."""
     debug = "--debug" in sys.argv
     sys.argv[:] = [a for a in sys.argv if a != "--debug"]
     try:

@@ -44,7 +44,7 @@ Recipe = Annotated[
 
 
 def section(path: Path, command: str, ctx: typer.Context) -> dict[str, Any]:
-    """The section `command` of a recipe. Raises InputError for a file or a key that cannot be used."""
+    """Return the section `command` of a recipe. Raises InputError for a file or a key that cannot be used."""
     recipe = read_recipe(path)
     if command not in recipe:
         raise InputError(f"{path} has no section {command!r}; it has {', '.join(map(repr, recipe)) or 'none'}.")

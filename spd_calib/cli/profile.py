@@ -24,7 +24,7 @@ def profile(
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel size: the number of ranks.")],
     data: Annotated[
         list[str],
-        typer.Option(metavar="TEXT", help="'demo', .jsonl, .txt, .parquet, hub NAME[:CONFIG[:SPLIT]]; repeatable."),
+        typer.Option(metavar="TEXT", help="'demo', file, folder, hub set; repeatable."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The profile.")] = Path("profile.json"),
     seq_len: Annotated[

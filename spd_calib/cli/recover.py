@@ -20,7 +20,7 @@ def recover(
     plan: Annotated[Path, typer.Argument(help="Written by spd-calib plan.")],
     data: Annotated[
         str,
-        typer.Option(metavar="TEXT", help="'demo', .jsonl (key text), .txt, .parquet, or a hub NAME[:CONFIG[:SPLIT]]."),
+        typer.Option(metavar="TEXT", help="'demo', a file, a folder or a hub data set."),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the checkpoint; must not exist.")

@@ -1,4 +1,4 @@
-"""What a person sees: on stderr, so that stdout stays for files and pipes."""
+"""Printing for people, on stderr, so that stdout stays for files and pipes."""
 
 import sys
 import time
@@ -38,7 +38,7 @@ class Work:
         return Progress(say=say, expect=self.expect, step=self.step)
 
     def expect(self, steps: int) -> None:
-        """So many more steps are to come than were known of."""
+        """Count `steps` more that are to come."""
         self.total += steps
         self.bar.update(self.task, total=self.total)
 
@@ -102,7 +102,10 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], lef
 def _widths(
     columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[bool], room: int
 ) -> Sequence[int | None]:
-    """Of each column, in all at most `room`: everything on one line, else numbers and words whole, else words alone."""
+    """Return each column's width, in all at most `room`; None for all where there is not enough.
+
+    Every cell gets one line where there is room for it; else numbers and words stay whole, or at least words.
+    """
     everything = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     if sum(everything) <= room:
         return everything

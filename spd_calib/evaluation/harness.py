@@ -28,12 +28,12 @@ Note = Callable[[str], None]  # told, in words, how far a run is
 
 
 def no_note(words: str) -> None:
-    """Do nothing: how far a run is nobody wants to know."""
+    """Do nothing with a note."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one model made of the tasks: every score, and what lm-eval logs of every document, by task.
+    """The result of one model on the tasks: every score, and what lm-eval logs of every document, by task.
 
     `truncated` tells whether requests were too long for the model and lost their beginning.
     """
@@ -156,9 +156,10 @@ class TaskSuite:
     def losing(
         self, lm: TensorParallelLM, dense: TensorParallelLM, *, tokenizer: PreTrainedTokenizerBase
     ) -> Callable[[], tuple[dict[str, float], dict[str, float]]]:
-        """Return what tells, by task, the accuracy (as above) that `lm` has lost by what it then runs, and its stderr.
+        """Return a function that measures the accuracy that `lm` loses by what it runs when the function is called.
 
-        Against `dense` with every sync point kept, which is run once; paired, over documents.
+        It returns, by task, the loss of accuracy (as in `accuracy`) against `dense` with every sync point kept, which
+        is run once, and the paired standard error of the loss over documents.
         """
         before: dict[str, Score] = {}
 

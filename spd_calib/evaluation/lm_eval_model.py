@@ -93,7 +93,7 @@ class PlannedLM(HFLM):
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> "PlannedLM":
-        """Do as lm-eval does, but for an argument given twice: the one among the model's has the last word.
+        """Make the model as lm-eval does; where an argument is given twice, the one among the model's arguments counts.
 
         The plan's model is added to `arg_dict` as `pretrained`, where none is given: that is where lm-eval looks for
         the name of the folder that results go to.

@@ -1,4 +1,4 @@
-"""How lm-eval runs tasks, under lm-eval's own names and with lm-eval's own defaults."""
+"""The options of lm-eval, under its own names and with its own defaults."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ MODEL_ARGUMENTS = (
 
 @dataclass(frozen=True)
 class Seeds:
-    """What lm-eval's random numbers start from; the defaults are lm-eval's."""
+    """The seeds of lm-eval's random numbers; the defaults are lm-eval's."""
 
     python: int = 0
     numpy: int = 1234
@@ -35,7 +35,7 @@ class Seeds:
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What `lm_eval run` takes; with the defaults, the dense score is the one of `lm_eval run --model hf`.
+    """The options of `lm_eval run`; with the defaults, the dense score is that of `lm_eval run --model hf`.
 
     `limit` is a number of documents a task or, below 1, a share of them. `samples` names the documents of each task by
     their indices instead. `num_fewshot` leaves alone a task whose own configuration says 0, as lm-eval does.
@@ -78,7 +78,7 @@ class EvalOptions:
 
     @property
     def multiturn(self) -> bool:
-        """Whether few-shot examples become turns of the conversation of their own."""
+        """Tell whether each few-shot example becomes a turn of the conversation."""
         return self.apply_chat_template if self.fewshot_as_multiturn is None else self.fewshot_as_multiturn
 
 

@@ -1,4 +1,4 @@
-"""What a model answered, kept portion by portion, so that an evaluation that was killed goes on where it stopped.
+"""A model's answers, kept portion by portion, so that an evaluation that was killed goes on where it stopped.
 
 The requests are cut into portions in a way that does not depend on what is finished, and every portion is put to the
 model by itself, in the same batches: a run that was resumed gives the same bits as one that was not.
@@ -24,14 +24,14 @@ LEAST = 64  # requests of a portion
 
 @dataclass(frozen=True)
 class Kept:
-    """Where answers are kept: in a journal, under the name of the model that gives them."""
+    """The place where answers are kept: a journal, and in it the name of the model that gives them."""
 
     journal: MeasurementJournal
     name: str
 
 
 def requests_hash(tasks: Iterable[Any]) -> str:
-    """Return the sha256 of every request of lm-eval's `tasks`: to whom, of which document, what is asked."""
+    """Return the sha256 over every request of lm-eval's `tasks`: its task, document, kind and arguments."""
     digest = hashlib.sha256()
     for task in tasks:
         for r in task.instances:

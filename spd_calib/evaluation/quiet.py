@@ -16,7 +16,7 @@ Step = Callable[[], None]  # called whenever lm-eval is done with a request
 
 
 def no_step() -> None:
-    """Do nothing: of a request answered nobody wants to know."""
+    """Do nothing after a request."""
 
 
 @contextlib.contextmanager
@@ -28,7 +28,7 @@ def quiet(step: Step = no_step) -> Iterator[None]:
     import lm_eval.models.huggingface
 
     class Steps:
-        """What lm-eval uses of tqdm."""
+        """Stands in for tqdm, with as much of it as lm-eval uses."""
 
         def __init__(self, items: Any = (), **_: Any):
             self.items = items
@@ -88,7 +88,7 @@ def watching_truncation() -> Iterator[list[str]]:
 
 @dataclass(frozen=True)
 class RandomState:
-    """Where the random number generators of Python, NumPy and torch (CPU) stand; `seed` starts the other devices'."""
+    """The states of the random number generators of Python, NumPy and torch (CPU); `seed` starts the other devices'."""
 
     python: Any
     numpy: Any

@@ -42,9 +42,9 @@ def load_tasks(
 ) -> Loaded:
     """Load lm-eval tasks and build the requests of the documents that `options` names.
 
-    `names` are lm-eval's: tasks, groups, tags, patterns such as arc_*, or paths of YAML files. With `half` 0 or 1 from
-    every second of the documents. The requests are the same in every run: the few-shot examples are drawn once. Only
-    a chat template needs the `tokenizer`.
+    `names` are lm-eval's: tasks, groups, tags, patterns such as arc_*, or paths of YAML files. With `half` 0 or 1 only
+    every second document is used, from the first or from the second on. The requests are the same in every run: the
+    few-shot examples are drawn once. Only a chat template needs the `tokenizer`.
 
     Raises InputError for tasks that cannot be found, reached or run, and for a tokenizer without a chat template.
     """
@@ -117,7 +117,7 @@ def _load(manager: Any, name: str) -> Any:
                 f"The data of task {name} cannot be reached ({first_line(e)}); get it where there is a network, or "
                 "name a task with local data and the folder it lies in."
             ) from e
-        raise InputError(f"The task {name} cannot be loaded: {first_line(e)}; mend it or leave it out.") from e
+        raise InputError(f"The task {name} cannot be loaded: {first_line(e)}; correct it or leave it out.") from e
 
 
 def _documents(tasks: Mapping[str, Any], options: EvalOptions, half: int | None) -> dict[str, list[int]]:

@@ -10,7 +10,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 def left_out_if_empty(description: str) -> Any:
-    """A list that is in the file only where it holds something."""
+    """Return the field of a list that is written only where it holds something."""
     return Field(default_factory=list, exclude_if=lambda value: not value, description=description)
 
 
@@ -21,18 +21,18 @@ class Part(BaseModel):
 
 
 class ModelRef(Part):
-    """Which model a file speaks of, exactly enough to notice when it is another one."""
+    """Names the model that a file speaks of, exactly enough to notice another one."""
 
     id: str = Field(min_length=1, description="As given: a hub id, a local folder, or 'demo'")
     revision: str | None = Field(default=None, description="Commit of the hub repository, where it came from there")
     architecture: str = Field(description="Class of the model, e.g. LlamaForCausalLM")
-    num_blocks: int = Field(gt=0)
+    num_blocks: int = Field(gt=0, description="Number of decoder blocks")
     config_hash: Sha256 = Field(description="sha256 of the model's configuration, sorted JSON")
     weight_fingerprint: Sha256 = Field(description="sha256 over name, dtype, shape and bytes of every tensor on disk")
 
 
 class TextRef(Part):
-    """Which token sequences a measurement was made on."""
+    """Names the token sequences that a measurement was made on."""
 
     source: str = Field(min_length=1, description="As given to --data; of several texts all, with commas")
     column: str = Field(
@@ -54,7 +54,7 @@ class TextRef(Part):
 
     @property
     def each(self) -> list["TextRef"]:
-        """The texts, one or several."""
+        """Return the texts that this speaks of: itself, or each of several."""
         return self.parts or [self]
 
 
@@ -63,7 +63,7 @@ class TensorParallel(Part):
 
 
 class Provenance(Part):
-    """How a file came to be. No dates: the same run gives the same file."""
+    """The command, settings and versions that made a file. No dates: the same run gives the same file."""
 
     command: str
     seed: int

@@ -1,4 +1,4 @@
-"""Which sync points of a model are dropped, and how: the one value that files, search, measuring and runtimes share."""
+"""Drops, the one value that says which sync points of a model are dropped, and how; everything else speaks it."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 
 
 class Strategy(StrEnum):
-    """What happens at a sync point (docs/design.md, section 2)."""
+    """The ways to treat a sync point (docs/design.md, section 2)."""
 
     KEEP_SYNC = "keep_sync"
     BLOCK_DROP = "block_drop"
@@ -36,7 +36,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Drop:
-    """How one sync point is treated, and what each rank's MLP reads in place of its own partial sum, if predicted.
+    """The treatment of one sync point: its strategy, and the predictors by which the ranks' MLPs read, if any.
 
     `predictors` holds a models.predictor.Predictor for each rank of this process, by rank; block_drop at an attention
     only.

@@ -10,11 +10,11 @@ Seconds = Finite
 
 
 class Timing(Part):
-    """Seconds over `repeats` measurements; of each the slowest rank counts."""
+    """Seconds over `repeats` measurements, each of them that of the slowest rank."""
 
     median: Seconds = Field(gt=0)
-    p10: Seconds = Field(gt=0)
-    p90: Seconds = Field(gt=0)
+    p10: Seconds = Field(gt=0, description="10 % are shorter")
+    p90: Seconds = Field(gt=0, description="10 % are longer")
     repeats: int = Field(gt=0)
 
 
@@ -22,10 +22,10 @@ class Collective(Part):
     """A sum of one tensor over all ranks."""
 
     method: Literal["all_reduce", "all_gather_and_sum"] = Field(
-        description="The latter: everything to every rank, which adds it up itself; two one-way delays"
+        description="all_gather_and_sum sends everything to every rank, which adds it up itself: two one-way delays"
     )
     ranks: int = Field(gt=1)
-    bytes: int = Field(gt=0)
+    bytes: int = Field(gt=0, description="Of the tensor that is summed")
     seconds: Timing
 
 
@@ -44,7 +44,7 @@ class Hardware(Part):
     format: Literal["spd-calib/hardware"] = "spd-calib/hardware"
     version: Literal[1] = 1
     model: ModelRef
-    plan_sha256: Sha256
+    plan_sha256: Sha256 = Field(description="Of the plan's file")
     tensor_parallel: TensorParallel
     device: str = Field(min_length=1, description="Name of the processor or GPU")
     backend: Literal["gloo", "nccl"]

@@ -9,8 +9,8 @@ from .drops import Point
 
 
 class ParetoPoint(Part):
-    drops: Count
-    predicted_kl: Finite
+    drops: Count = Field(description="Number of sync points dropped")
+    predicted_kl: Finite = Field(description="By the profile, nats per token")
     measured_kl: Finite | None = Field(default=None, description="On the calibration text, where a plan measured it")
     dropped: list[Point]
     saved: dict[str, Finite] = Field(

@@ -12,7 +12,7 @@ Requirement = Literal["mlp_drop", "compensation"]
 
 
 class Budget(Part):
-    """What was asked for. Fractions are fractions: 0.01 for 1 %."""
+    """The bound that the plan was asked to keep. Fractions are fractions: 0.01 for 1 %."""
 
     kind: Literal["max_kl", "max_ppl_increase", "max_accuracy_drop", "max_logprob_diff", "drop", "tau", "min_speedup"]
     value: Finite = Field(
@@ -20,7 +20,7 @@ class Budget(Part):
         description="For `drop` a number of sync points; for `tau` the paper's tau1; for `min_speedup` the share of a "
         "dense step's time to save",
     )
-    tau2: Finite | None = Field(default=None, ge=0)
+    tau2: Finite | None = Field(default=None, ge=0, description="The paper's second threshold, of `tau`")
     strategies: list[Strategy] = Field(min_length=1, description="What the plan was allowed to use")
     tasks: list[str] = Field(
         default_factory=list,
@@ -30,7 +30,7 @@ class Budget(Part):
 
 
 class CompensationFile(Part):
-    """The predictors' tensors, `blocks.<index>.ranks.<rank>.{bias,a,b,w}`, in a file beside the plan."""
+    """The file beside the plan that holds the predictors' tensors, `blocks.<index>.ranks.<rank>.{bias,a,b,w}`."""
 
     file: str = Field(
         pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors$", description="A plain name: it lies in the plan's folder"
@@ -39,7 +39,10 @@ class CompensationFile(Part):
 
 
 class Compensation(Part):
-    """What a rank's MLP reads in place of x + its own partial sum: a prediction from its own head outputs z."""
+    """The form of the predictors by which a block's MLPs read more than their own rank's partial sum.
+
+    The prediction is made from the rank's own head outputs z.
+    """
 
     kind: Literal["mean", "low_rank", "full"] = Field(
         description="mean: partial + bias; low_rank: partial + bias + (z a) b; full: z w + bias"
@@ -61,14 +64,16 @@ class PlannedBlock(Part):
     recovery: Literal["distillation", "grouping+distillation"] | None = Field(
         default=None, description="Treatment the paper's rule asks for before this block may be dropped"
     )
-    compensation: Compensation | None = None
+    compensation: Compensation | None = Field(
+        default=None, description="Predictors that this block's MLP reads by, in the file beside the plan"
+    )
     kl: Finite | None = Field(default=None, description="Cost of dropping the attention's sync point alone")
     mlp_kl: Finite | None = Field(default=None, description="Cost of dropping the MLP's sync point alone")
-    reason: str
+    reason: str = Field(description="Why the block is treated so, for people to read")
 
 
 class Predicted(Part):
-    """What the profile says of the whole plan: an estimate, usually too low for large sets of single measurements."""
+    """The profile's estimate for the whole plan; from single measurements it is usually too low for large sets."""
 
     kl: Finite = Field(description="By the interactions, where the profile has them; else from single costs")
     ppl_increase: Finite | None = Field(default=None, description="Sum of the single costs")
@@ -104,7 +109,13 @@ class Latency(Part):
     phase: Literal["decode", "prefill"]
     batch: int = Field(gt=0)
     context: int = Field(gt=0, description="Tokens before the one decoded, or of the prompt")
-    all_reduce_seconds: Finite = Field(ge=0, description="Of one")
+    all_reduce_seconds: Finite = Field(ge=0, description="Time of one all-reduce")
+    left_seconds: Finite = Field(
+        default=0.0,
+        ge=0,
+        exclude_if=lambda value: not value,
+        description="What a dropped sync leaves behind, where the engine fuses the all-reduce with the norm after it",
+    )
     dense_seconds: Finite = Field(gt=0)
     planned_seconds: Finite = Field(gt=0)
     saved: Finite = Field(
@@ -118,8 +129,14 @@ class Plan(Part):
     version: Literal[1] = 1
     model: ModelRef
     tensor_parallel: TensorParallel
-    requires: list[Requirement] = Field(default_factory=list)
-    compensation: CompensationFile | None = None
+    requires: list[Requirement] = Field(
+        default_factory=list,
+        description="What a runtime must be able to do beyond the attention's strategies; refuse a plan that names "
+        "something unknown",
+    )
+    compensation: CompensationFile | None = Field(
+        default=None, description="The file of predictors, where blocks have a compensation"
+    )
     recovered_from: ModelRef | None = Field(
         default=None, description="The dense model that `verified` compares with, where `recover` wrote the checkpoint"
     )

@@ -10,15 +10,15 @@ from .common import Count, Finite, ModelRef, Part, Provenance, Sha256, TensorPar
 from .drops import Point, Strategy, Sublayer
 
 Metric = Literal["kl", "ppl", "accuracy"]
-Stderr = Annotated[Finite | None, Field(ge=0, description="Standard error over sequences; null of one alone")]
+Stderr = Annotated[Finite | None, Field(ge=0, description="Standard error over sequences; null of one sequence")]
 
 
 class Baseline(Part):
-    """The dense model on the calibration text."""
+    """The dense model on the calibration text, as means over tokens."""
 
     nll: Finite = Field(ge=0, description="Mean negative log-likelihood, nats per token")
-    ppl: Finite = Field(ge=1)
-    top1_accuracy: Finite = Field(ge=0, le=1)
+    ppl: Finite = Field(ge=1, description="Perplexity")
+    top1_accuracy: Finite = Field(ge=0, le=1, description="Share of tokens that are the likeliest")
     tokens: int = Field(gt=0, description="Predicted tokens")
     task_accuracy: dict[str, Finite] = Field(default_factory=dict, description="lm-eval accuracy, task by task")
     per_text: list["Baseline"] = left_out_if_empty("Of several texts: each; the rest is then their mean")
@@ -35,16 +35,18 @@ class Comparison(Part):
     ppl_increase: Finite = Field(description="Relative: planned perplexity / dense perplexity - 1")
     accuracy_drop: Finite = Field(description="Next-token top-1 accuracy lost, as a fraction of all tokens")
     accuracy_drop_stderr: Stderr
-    top1_agreement: Finite = Field(ge=0, le=1)
+    top1_agreement: Finite = Field(ge=0, le=1, description="Share of tokens at which both find the same one likeliest")
     top1_agreement_stderr: Stderr
-    max_abs_logprob_diff: Finite = Field(ge=0)
+    max_abs_logprob_diff: Finite = Field(
+        ge=0, description="Largest |delta log p|, of any token of the vocabulary, nats"
+    )
     task_accuracy_drop: dict[str, Finite] = Field(
         default_factory=dict, description="Accuracy lost on lm-eval tasks, where they were run"
     )
     task_accuracy_drop_stderr: dict[str, Finite] = Field(
         default_factory=dict, description="Paired, over documents; where a budget was of these tasks"
     )
-    tokens: int = Field(gt=0)
+    tokens: int = Field(gt=0, description="Predicted tokens")
     sequences: int = Field(gt=0)
     per_text: list["Comparison"] = left_out_if_empty(
         "Of several texts: each; the rest is then their mean, `max_abs_logprob_diff` the largest"
@@ -52,42 +54,49 @@ class Comparison(Part):
 
 
 class Measurement(Comparison):
-    """One drop experiment. `dropped` names all blocks dropped in it; `block` is the one it is about."""
+    """One drop experiment about the sync point of `block`; `dropped` names all blocks dropped in it."""
 
     block: Count
-    sync_point: Sublayer = "attention"
+    sync_point: Sublayer = Field(default="attention", description="Behind the block's attention or its MLP")
     strategy: Strategy
-    dropped: list[Count] = Field(min_length=1)
-    stopped_early: bool = Field(default=False, description="Its tier was certain before the text was at its end")
+    dropped: list[Count] = Field(min_length=1, description="Blocks whose sync point of this kind is dropped")
+    stopped_early: bool = Field(
+        default=False, description="Its tier (by KL) was certain before the end of the text, so the rest was not run"
+    )
 
 
 class MeasuredPoint(Part):
-    """A sync point that was really dropped on some of the sequences, beside what second order alone says of it."""
+    """A sync point that was really dropped on some of the sequences, beside its uncorrected prediction."""
 
     point: Point
     kl: Finite = Field(description="On those sequences, nats per token")
     kl_stderr: Stderr
     sequences: int = Field(gt=0)
-    second_order: Finite = Field(description="KL as predicted on all sequences, before it was put right")
+    second_order: Finite = Field(description="KL as predicted to second order on all sequences, before the correction")
 
 
 class Fisher(Part):
-    """KL of dropping (block_drop) any set of sync points: predicted to second order (sensitivity/fisher.py), then put
-    right by what sync points cost that were really dropped on some sequences (sensitivity/shrinkage.py).
+    """Predicts the KL of block-dropping any set of sync points: to second order (sensitivity/fisher.py), corrected by
+    what was measured where some of them were really dropped (sensitivity/correction.py).
 
-    A term counts where all its sync points are dropped: one of them, or two consecutive ones for what they do beyond
-    their sum. KL, nats per token, is the sum of matrix entries over all ordered pairs of terms that count.
+    A term is one sync point, or two consecutive ones for what they change beyond their sum; it counts where all its
+    sync points are dropped. The KL, nats per token, is the sum of the matrix entries over all ordered pairs of terms
+    that count.
     """
 
-    terms: list[list[Point]] = Field(min_length=1)
-    matrix: list[list[Finite]] = Field(description="Symmetric; of row i, columns i to the last")
+    terms: list[list[Point]] = Field(
+        min_length=1, description="One sync point each, or two consecutive ones for what they change beyond their sum"
+    )
+    matrix: list[list[Finite]] = Field(
+        description="Symmetric, KL in nats per token by pair of terms; row i holds the columns from i on"
+    )
     stderr: list[list[Finite]] | None = Field(
-        description="Standard error of each entry of `matrix`, over sequences; of single sync points with the error of "
-        "what they were put right by; null of one sequence alone"
+        description="Standard error of each entry of `matrix`, over sequences; for single sync points it "
+        "includes the error of the correction; null of one sequence"
     )
     samples: int = Field(gt=0, description="Random scores drawn for each sequence")
     sampling_error: Finite = Field(ge=0, description="Relative standard error of a KL due to the scores alone")
-    measured: list[MeasuredPoint] = left_out_if_empty("What the predictions were put right by")
+    measured: list[MeasuredPoint] = left_out_if_empty("The measurements that the predictions were corrected by")
     per_text: list["Fisher"] = left_out_if_empty(
         "Of several texts: each; the rest is then their mean, `samples` the fewest, `sampling_error` the largest"
     )
@@ -103,21 +112,22 @@ class Fisher(Part):
         return self
 
     def of(self, point: Point) -> tuple[float, float | None]:
-        """KL of one sync point alone and its standard error."""
+        """Return the KL of dropping one sync point alone, nats per token, and its standard error."""
         i = self.terms.index([point])
         return self.matrix[i][0], None if self.stderr is None else self.stderr[i][0]
 
 
 class Recovered(Part):
-    """Of a checkpoint that `recover` wrote: what it was made from, and what its plan drops in every measurement.
+    """The origin of a checkpoint that `recover` wrote: the model it was made from, and what its own plan drops.
 
-    Its measurements drop one sync point more, and compare with the model it was made from.
+    Those sync points are dropped in every measurement, each of which drops one more and is compared with the model
+    that the checkpoint was made from.
     """
 
     recovered_from: ModelRef = Field(description="The dense model that everything is compared with")
     plan_sha256: Sha256 = Field(description="Of plan.json in the checkpoint")
-    settled: list[Point] = Field(min_length=1, description="Sync points that plan drops")
-    alone: Comparison = Field(description="Those dropped, no other")
+    settled: list[Point] = Field(min_length=1, description="The sync points that the checkpoint's own plan drops")
+    alone: Comparison = Field(description="What the checkpoint costs with those dropped and no other")
 
 
 class Profile(Part):
@@ -125,9 +135,12 @@ class Profile(Part):
     version: Literal[1] = 1
     model: ModelRef
     tensor_parallel: TensorParallel
-    method: Literal["single", "cumulative", "fisher"]
-    rank_by: Metric
-    text: TextRef
+    method: Literal["single", "cumulative", "fisher"] = Field(
+        description="single: each sync point dropped alone; cumulative: the paper's, from the last block backwards; "
+        "fisher: predicted, in `fisher`"
+    )
+    rank_by: Metric = Field(description="What blocks are ranked by")
+    text: TextRef = Field(description="Sequences that were measured on")
     verify_text: TextRef = Field(description="Sequences of the same source kept for verifying plans")
     baseline: Baseline
     measurements: list[Measurement] = Field(description="Empty where the method is fisher")
@@ -163,27 +176,27 @@ class Profile(Part):
 
     @property
     def strategies(self) -> list[Strategy]:
-        """The strategies measured, in the order they stand in the file."""
+        """Return the strategies measured, in the order in which they stand in the file."""
         return [Strategy.BLOCK_DROP] if self.fisher else list(dict.fromkeys(m.strategy for m in self.measurements))
 
     @property
     def sync_points(self) -> list[Sublayer]:
-        """The kinds of sync points that were profiled."""
+        """Return the kinds of sync points that were profiled."""
         if self.fisher:
             return list(dict.fromkeys(term[0].sync_point for term in self.fisher.terms if len(term) == 1))
         return list(dict.fromkeys(m.sync_point for m in self.measurements))
 
     @property
     def settled(self) -> list[Point]:
-        """Sync points that every plan drops: none, but of a recovered checkpoint."""
+        """Return the sync points that every plan drops: those of a recovered checkpoint's own plan, else none."""
         return self.recovered.settled if self.recovered else []
 
     def of(self, strategy: Strategy, sync_point: Sublayer = "attention") -> dict[int, Measurement]:
-        """Measurements of one kind of sync point under one strategy, by block."""
+        """Return the measurements of one kind of sync point under one strategy, by block."""
         return {m.block: m for m in self.measurements if m.strategy == strategy and m.sync_point == sync_point}
 
     def kl(self, strategy: Strategy, sync_point: Sublayer = "attention") -> dict[int, tuple[float, float | None]]:
-        """KL of dropping each block's sync point, and its standard error: what every profile knows."""
+        """Return the KL of dropping each block's sync point, and its standard error, by block."""
         if self.fisher is None:
             value = self.sensitivity(strategy, "kl", sync_point)
             return {block: (value[block], m.kl_stderr) for block, m in self.of(strategy, sync_point).items()}
@@ -193,12 +206,13 @@ class Profile(Part):
     def sensitivity(
         self, strategy: Strategy, metric: Metric | None = None, sync_point: Sublayer = "attention"
     ) -> dict[int, float]:
-        """What dropping each block's sync point costs, in `metric` (default: the one the profile ranks by).
+        """Return what dropping each block's sync point costs, in `metric` (default: the one the profile ranks by).
 
         kl: nats per token; ppl: perplexity points, absolute; accuracy: fraction lost (mean over lm-eval tasks
         where the profile has them). `single` measures it directly; `cumulative` takes the difference of
         consecutive measurements from the last block backwards (the paper, section 4.2); `fisher` predicts KL alone:
-        InputError is raised for any other metric. Of a recovered checkpoint: beyond what it costs as it is.
+        InputError is raised for any other metric. For a recovered checkpoint it is what the drop adds to what the
+        checkpoint costs already.
         """
         if self.fisher is not None:
             if (metric or self.rank_by) != "kl":
@@ -227,7 +241,7 @@ class Profile(Part):
     def ranking(
         self, strategy: Strategy, metric: Metric | None = None, sync_point: Sublayer = "attention"
     ) -> list[int]:
-        """Blocks, least sensitive first; ties (frequent in accuracy) fall to the lower KL."""
+        """Return the blocks, least sensitive first; ties (frequent in accuracy) fall to the lower KL."""
         value = self.sensitivity(strategy, metric, sync_point)
         kl = self.sensitivity(strategy, "kl", sync_point)
         return sorted(value, key=lambda block: (value[block], kl[block], block))

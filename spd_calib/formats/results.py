@@ -10,21 +10,21 @@ Arguments = Annotated[dict[str, JsonValue], WithJsonSchema({"type": "object"})] 
 
 
 class TaskResult(Part):
-    task: str
-    metric: str
+    task: str = Field(description="lm-eval's task or group")
+    metric: str = Field(description="lm-eval's metric, such as acc; with its filter where that is not none")
     higher_is_better: bool
-    dense: Finite
-    planned: Finite
+    dense: Finite = Field(description="Score of the dense model")
+    planned: Finite = Field(description="Score of the planned model")
     difference: Finite = Field(description="planned - dense")
     difference_stderr: Finite | None = Field(
-        description="Paired, over documents; None where the metric has no value a document"
+        description="Paired, over documents; null where the metric has no value for each document"
     )
     documents: int = Field(gt=0)
-    num_fewshot: Count | None = Field(default=None, description="Few-shot examples shown; None for a group")
+    num_fewshot: Count | None = Field(default=None, description="Few-shot examples shown; null of a group")
 
 
 class Seeds(Part):
-    """What random numbers started from, as lm-eval names them."""
+    """The seeds of random numbers, as lm-eval names them."""
 
     python: Count
     numpy: Count
@@ -33,10 +33,10 @@ class Seeds(Part):
 
 
 class LmEval(Part):
-    """How lm-eval was run, under lm-eval's own names: what, beside the tasks, changes a score."""
+    """The options that lm-eval was run with, under its own names: all that, beside the tasks, changes a score."""
 
     lm_eval_version: str
-    num_fewshot: Count | None = Field(description="As asked for; None where each task has its own number")
+    num_fewshot: Count | None = Field(description="As asked for; null where each task has its own number")
     apply_chat_template: bool
     fewshot_as_multiturn: bool = Field(description="Few-shot examples as turns of the conversation")
     chat_template_sha256: Sha256 | None = Field(description="Of the tokenizer's template, where it was applied")
@@ -54,9 +54,9 @@ class Results(Part):
     version: Literal[1] = 1
     model: ModelRef
     tensor_parallel: TensorParallel
-    plan_sha256: Sha256
-    dropped: list[int]
+    plan_sha256: Sha256 = Field(description="Of the plan's file")
+    dropped: list[int] = Field(description="Blocks whose attention's sync point is dropped")
     limit: int | Finite | None = Field(description="Documents a task; below 1 a share of them")
     tasks: list[TaskResult] = Field(min_length=1)
-    lm_eval: LmEval | None = Field(default=None, description="None in files of a version that did not say")
+    lm_eval: LmEval | None = Field(default=None, description="null in files of a version that did not say")
     provenance: Provenance

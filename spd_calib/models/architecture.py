@@ -1,4 +1,4 @@
-"""Where a decoder layer keeps its parts. An architecture is a row of names, not a class.
+"""The names under which a decoder layer keeps its parts. An architecture is a row of names, not a class.
 
 A row is only a hint: `probe.py` checks on random input that a layer computes what its row says.
 """
@@ -165,7 +165,7 @@ class LayerParts:
 
 
 def layer_parts(layer: nn.Module) -> LayerParts | None:
-    """The parts of `layer` by the first row of LAYERS whose every name it has; None where no row fits."""
+    """Return the parts of `layer` by the first row of LAYERS whose every name it has; None where no row fits."""
     for names in LAYERS.values():
         single = ("norm1", "attention", "o", "norm2", "activation", "down")
         found: dict[str, Any] = {field: _find(layer, getattr(names, field)) for field in single}
@@ -206,7 +206,7 @@ class Decoder:
 
 
 def find_decoder(model: PreTrainedModel) -> Decoder | None:
-    """The decoder of a causal LM: the module with a `layers` list and a final norm beside it."""
+    """Return the decoder of a causal LM, the module with a `layers` list and a final norm; None where there is none."""
     for path, module in model.named_modules():
         layers = getattr(module, "layers", None)
         if isinstance(layers, nn.ModuleList) and len(layers) == model.config.num_hidden_layers:
@@ -237,7 +237,7 @@ class HeadCounts:
 
 
 def check_divides(counts: HeadCounts, tp: int) -> None:
-    """Raises InputError, naming what does not divide and what would, unless `tp` ranks can share the block."""
+    """Raise InputError, naming what does not divide and what would, unless `tp` ranks can share the block."""
     usable = [n for n in range(1, counts.heads + 1) if not _indivisible(counts, n)]
     if tp < 1 or (what := _indivisible(counts, tp)):
         what = what if tp >= 1 else f"{tp} is no number of ranks"

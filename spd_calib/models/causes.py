@@ -1,4 +1,4 @@
-"""Why a folder's tensors are not those of its model: one sentence with the first of them, how many, the likely cause.
+"""Saying why a folder's tensors are not its model's: the first of them, how many there are, the likely cause.
 
 The causes are guesses from names, and change nothing about what is refused.
 """

@@ -1,4 +1,4 @@
-"""Which tensors make a model: all that its configuration asks for, and where each of them lies on disk.
+"""Accounting for a model's tensors: all that its configuration asks for, and where each of them lies on disk.
 
 The one definition for every way to load a model (whole, block by block, a rank's slices) and for a runtime's
 fingerprint. A folder is refused, before any weight is read, where a tensor is missing, where one is left over that

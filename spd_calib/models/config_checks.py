@@ -1,4 +1,4 @@
-"""What a configuration may not say: each is refused with its reason before a model is built."""
+"""Refusing, with the reason and before a model is built, what a configuration may not say."""
 
 import logging
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What a checkpoint is, by its content: the same weights give the same fingerprint however they are cut into files."""
+"""Fingerprints of a checkpoint's content: the same weights give the same one, however they are cut into files."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What a checkpoint says of generating text, as far as it belongs to the model and not to how somebody once ran it."""
+"""The settings for generating text that belong to a model, and not to how somebody once ran it."""
 
 import json
 from collections.abc import Callable, Mapping

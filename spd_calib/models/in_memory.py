@@ -24,9 +24,9 @@ UNNAMED = "in memory"
 
 def check_in_memory(model: Any) -> None:
     """Raise InputError for an object that is no whole transformers model on one device, in one supported dtype."""
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise InputError(
-            f"A {type(model).__name__} is no transformers model; give a causal language model as from_pretrained "
+            f"A {type(model).__name__} is no causal language model of transformers; give one as AutoModelForCausalLM "
             "returns it, adapters merged and not compiled, or the folder or hub id of one."
         )
     places = {str(p.device) for p in model.parameters()}
@@ -60,8 +60,9 @@ def check_tensors(model: PreTrainedModel) -> None:
 def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
     """Return a copy of `model` in eval mode: modules of its own, on the very same parameters and buffers.
 
-    What is done to the copy's modules does not show in `model`, and no weight is in memory twice. As what a loader
-    returns, the copy generates plainly, and refuses token ids that it has no row for.
+    What is done to the copy's modules does not show in `model`, and no weight is in memory twice. Like the models that
+    a loader returns, the copy generates by the kept settings alone (generation.py), and refuses token ids beyond its
+    embedding.
     """
     shared: list[Tensor] = [*model.parameters(), *model.buffers()]
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in shared}).eval()

@@ -171,7 +171,7 @@ def skeleton(source: Source, config: Any, *, dtype: str = "float32") -> PreTrain
 
 
 def _prepared(source: Source, model: PreTrainedModel) -> PreTrainedModel:
-    """Return `model`, with what every loader adds: how it generates, and that it refuses ids it has no row for."""
+    """Return `model`, set up as every loader does: how it generates, and that it refuses ids beyond its embedding."""
     set_generation_config(source, model)
     guard_embedding(model)
     return model

@@ -1,4 +1,4 @@
-"""What a rank's MLP reads in place of its own partial sum: a prediction of the whole attention output.
+"""Predictors: a rank's MLP reads a prediction of the whole attention output in place of its own partial sum.
 
 The predictor sees the rank's own head outputs z alone, so it needs no sync. It has three forms, with `partial` the
 rank's own partial sum (o_proj's bias left out of it, and of the prediction):

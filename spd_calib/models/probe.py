@@ -1,7 +1,7 @@
-"""Does a decoder layer compute what dropping a sync point presumes? Asked of the layer, not of its name.
+"""Testing whether a decoder layer computes what dropping a sync point presumes, by running it, not by its name.
 
-Supported is `h = x + s attn(n1(x))`, `y = h + s mlp(n2(h))` with plain linear layers, s a number, mostly 1 (DESIGN
-section 2).
+Supported is `h = x + s attn(n1(x))`, `y = h + s mlp(n2(h))` with plain linear layers, s a number, mostly 1
+(docs/design.md, section 2).
 Everything else is refused with one sentence that names the cause.
 """
 
@@ -19,7 +19,7 @@ NO_SOFTMAX_ATTENTION = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
 
 
 def find_layers(model: PreTrainedModel) -> list[LayerParts]:
-    """The parts of every decoder layer, by their form alone (works on the meta device, before weights are read).
+    """Return the parts of every decoder layer, by their form alone (works on the meta device, before weights are read).
 
     Raises InputError with the cause for an architecture that cannot be used.
     """
@@ -100,7 +100,7 @@ def _refuse_weights_of_single_heads(name: str, parts: LayerParts) -> None:
 
 
 def _is_parallel(model: PreTrainedModel) -> bool:
-    """Attention and MLP behind one norm, or config says so: no norm stands between attention and MLP."""
+    """Tell whether attention and MLP run in parallel: the configuration says so, or a layer has one norm for both."""
     config = model.config
     if getattr(config, "use_parallel_residual", False) or getattr(config, "parallel_attn", False):
         return True
@@ -153,19 +153,19 @@ def check_block(index: int, layer: nn.Module, parts: LayerParts, hidden: Tensor,
 
 
 def mlp(parts: LayerParts, u: Tensor) -> Tensor:
-    """The whole MLP with its bias, as the parts say: [B, T, d] to [B, T, d]."""
+    """Return what the dense MLP, bias included, gives for u: [B, T, d] to [B, T, d]."""
     return parts.down(activations(parts.mlp_in, parts.activation, u, neurons=parts.down.in_features))
 
 
 def _close(a: Tensor, b: Tensor, x: Tensor) -> bool:
-    """Equal up to rounding, relative to what the layer adds to x."""
+    """Tell whether a and b are equal up to rounding, relative to what the layer adds to x."""
     scale = (b - x).float().norm().clamp(min=1e-6)
     tolerance = 1e-3 if a.dtype == torch.float32 else 0.1
     return bool((a.float() - b.float()).norm() <= tolerance * scale)
 
 
 def _parallel(h: Tensor, branch: Tensor, x: Tensor) -> bool:
-    """Is h - x a multiple of the attention's output?"""
+    """Tell whether h - x is a multiple of `branch`, the attention's output."""
     added = (h.reshape(x.shape) - x).float().flatten()
     return bool(torch.cosine_similarity(added, branch.float().flatten(), dim=0) > 0.999)
 

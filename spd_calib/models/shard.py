@@ -14,7 +14,7 @@ from .mlp import activations
 
 @dataclass(frozen=True)
 class RankSlices:
-    """Rows or columns of the dense weights that one rank owns (DESIGN section 2, "Heads")."""
+    """Rows or columns of the dense weights that one rank owns (docs/design.md, section 2, "Heads")."""
 
     q: slice
     kv: slice
@@ -60,13 +60,15 @@ def _moved(rows: slice, by: int) -> slice:
 
 
 def vocabulary_slice(vocab_size: int, rank: int, tp: int) -> slice:
-    """The rows of the output head that a rank owns: equal, contiguous parts, the last ones shorter or empty."""
+    """Return the rows of the output head that a rank owns: equal, contiguous parts, the last ones shorter or empty."""
     part = -(-vocab_size // tp)
     return slice(min(rank * part, vocab_size), min((rank + 1) * part, vocab_size))
 
 
 def is_cut(linear: nn.Linear) -> bool:
-    """Does the layer hold one rank's slice only, as `shard_load.py` reads it? Its features stay the dense ones."""
+    """Tell whether the layer holds one rank's slice only, as shard_load.py reads it; in_features and out_features then
+    still are the dense layer's.
+    """
     return linear.weight.shape != (linear.out_features, linear.in_features)
 
 
@@ -92,10 +94,10 @@ class RankLinear(nn.Module):
 
 
 def rank_attention(parts: LayerParts, slices: RankSlices, layer_idx: int) -> nn.Module:
-    """The layer's own attention module on one rank's heads: n1(x) to a partial sum [B, T, d], o_proj's bias left out.
+    """Return the layer's own attention module on one rank's heads; it shares the dense layer's weights.
 
-    The partial sum is that of what joins the residual stream: scaled, where the block scales its branches. `layer_idx`
-    is the rank's own place in the KV cache.
+    The module turns n1(x) into a partial sum [B, T, d] of what joins the residual stream: scaled, where the block
+    scales its branches, and o_proj's bias left out. `layer_idx` is the rank's own place in the KV cache.
     """
     shard = copy.copy(parts.attention)
     shard._modules = dict(parts.attention._modules)
@@ -127,8 +129,8 @@ class RankMLP(nn.Module):
 
     def __init__(self, parts: LayerParts, slices: RankSlices):
         super().__init__()
-        own = {linear: RankLinear(linear, rows, ALL) for linear, rows, _ in linear_slices(parts, slices)}
-        self.mlp_in = nn.ModuleList(own[linear] for linear in parts.mlp_in)
+        own = {linear: rows for linear, rows, _ in linear_slices(parts, slices)}
+        self.mlp_in = nn.ModuleList(RankLinear(linear, own[linear], ALL) for linear in parts.mlp_in)
         self.activation = parts.activation
         self.neurons = slices.neurons.stop - slices.neurons.start
         self.down = RankLinear(parts.down, ALL_ROWS, slices.neurons, with_bias=False, scale=parts.scale)

@@ -47,7 +47,7 @@ def load_sharded(source: Source, config: Any, *, rank: int, tp: int, device: str
 
 
 def own_slices(model: PreTrainedModel, *, rank: int, tp: int) -> Own:
-    """Return what a rank owns of each parameter that is cut (DESIGN section 2, "Heads", and the output head)."""
+    """Return what a rank owns of each parameter that is cut, as (rows, columns) (docs/design.md, section 2)."""
     names = {module: name for name, module in model.named_modules()}
     own: Own = {}
     for parts in find_layers(model):

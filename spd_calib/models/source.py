@@ -1,4 +1,4 @@
-"""Where a model's files lie, and by what name its user knows it."""
+"""The place of a model's files, and the name by which its user knows it."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What lies on disk: the weight files of a checkpoint, and every tensor in them by name, dtype, shape and file.
+"""The weight files of a checkpoint on disk, and every tensor in them by name, dtype, shape and file.
 
 Nothing here knows a model, and nothing reads a weight: the headers of the files say it all.
 """

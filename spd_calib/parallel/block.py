@@ -18,7 +18,7 @@ from .streams import Streams, defer, keep, write_off
 
 @dataclass
 class Present:
-    """What a model runs at the moment; TensorParallelLM.running alone sets it."""
+    """Holds what a model drops at the moment; TensorParallelLM.running alone sets it."""
 
     drops: Drops = NOTHING_DROPPED
 

@@ -1,4 +1,4 @@
-"""Bringing the ranks' partial sums and logits together: the one thing in which simulated and real ranks differ."""
+"""Communication between the ranks, all-reduce and all-gather: all that simulated and real ranks differ in."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager

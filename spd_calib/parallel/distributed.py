@@ -41,7 +41,7 @@ def start(tp: int | None) -> DistributedComm:
         )
     if not dist.is_initialized():
         if local_size() == tp and sys.platform == "linux":
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all on one machine: nobody else need hear
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine, so is the traffic
         gpus = torch.cuda.device_count()
         if gpus:
             torch.cuda.set_device(_local_rank() % gpus)

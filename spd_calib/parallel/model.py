@@ -187,7 +187,7 @@ class TensorParallelLM:
 
     @contextmanager
     def refusing_nonfinite(self) -> Iterator[None]:
-        """While this lasts, raise as refuse_nonfinite does after a forward whose logits hold NaN or Inf."""
+        """Raise, while this lasts, as refuse_nonfinite does after a forward whose logits hold NaN or Inf."""
 
         def check(_: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
             if not output.logits.isfinite().all():

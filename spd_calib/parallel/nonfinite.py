@@ -1,6 +1,6 @@
 """Finding where in a model NaN or Inf first appears, once its logits were found to hold any.
 
-The weights themselves are finite (models.load refuses others), so something that the model computes overflows.
+The weights themselves are finite (models/checkpoint.py refuses others), so something that the model computes overflows.
 """
 
 from collections.abc import Callable, Sequence

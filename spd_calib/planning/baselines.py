@@ -1,4 +1,4 @@
-"""What anyone would try first: the baseline sets that a plan is held against at the same number of drops."""
+"""The baseline sets that a plan is compared with at the same number of drops: what one would try without a search."""
 
 import random
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Budgets as people ask for them ('1%', '60%' of the sync points), made into the one that a plan holds."""
+"""Budgets as people ask for them ('1%', '60%' of the sync points), turned into the one that a plan holds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -22,7 +22,7 @@ RANKED_BY: dict[str, Metric] = {  # kind of budget -> what its sync points are r
 
 @dataclass(frozen=True)
 class Candidate:
-    """How a sync point would be dropped, what that alone costs (KL), and why it would be dropped in this way."""
+    """A sync point with the strategy it would be dropped by, what that alone costs (KL), and the reason."""
 
     point: Point
     strategy: Strategy

@@ -1,4 +1,4 @@
-"""What a set of dropped sync points costs, to second order, and the cheapest set of every size.
+"""A second-order model of what a set of dropped sync points costs, and the cheapest set of every size by it.
 
 The KL of a set is the sum of a matrix over all ordered pairs of the terms that count in it: one for each sync point,
 and one for two consecutive ones that are both dropped (sensitivity/fisher.py). A profile of single measurements fills
@@ -43,9 +43,10 @@ class Interactions:
 
     @classmethod
     def of_singles(cls, drops: Drops, kl: Mapping[Point, float], *, base: float = 0.0) -> "Interactions":
-        """Return the model of single costs: they add up, but for consecutive sync points, whose debts add up.
+        """Return the model of a profile of single measurements, `kl` by point (nats per token).
 
-        Of those the amplitudes add, (sqrt a + sqrt b)^2: a guess on the safe side, until a set is measured.
+        The costs of a set add up. Only for two consecutive sync points, whose debts add up before they are settled, do
+        the amplitudes add, (sqrt a + sqrt b)^2: a guess on the safe side, until a set is measured.
         """
         n, points = len(drops), drops.points
         matrix = np.zeros((n + 1, n + 1))

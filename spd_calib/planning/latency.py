@@ -1,12 +1,14 @@
-"""How long a step takes, with all sync points and without some: what a dropped all-reduce is worth on a machine.
+"""A model of how long a step takes with some sync points dropped: what an all-reduce is worth on a machine.
 
-    step = max(bytes moved / memory rate, FLOPs / arithmetic rate) + all-reduces * time of one
+    step = max(bytes moved / memory rate, FLOPs / arithmetic rate) + all-reduces * time of one + drops * time left
 
-Bytes are a rank's weights and its KV cache; a recovered plan's predictors add theirs to all but the dense step. Nothing
-is taken to overlap, and no rate is reached in full: both are multiplied by ATTAINED (machine_latency.py). The
-embedding's all-reduce, the gathering of the logits, launches and the scheduler are not in it: a real step is longer,
-and the share saved smaller. Where a machine was measured (`spd-calib bench`) its own dense step stands in for the first
-term.
+Where an engine fuses the all-reduce with the residual addition and the norm behind it into one kernel, that kernel's
+time counts as the all-reduce's, and a dropped one leaves the addition and the norm to do ("time left"); elsewhere
+nothing is left. Bytes are a rank's weights and its KV cache; a recovered plan's predictors add theirs to all but the
+dense step. Nothing is taken to overlap, and no rate is reached in full: both are multiplied by ATTAINED
+(machine_latency.py). The embedding's all-reduce, the gathering of the logits, launches and the scheduler are not in it:
+a real step is longer, and the share saved smaller. Where a machine was measured (`spd-calib bench`) its own dense step
+stands in for the first term.
 """
 
 from dataclasses import dataclass
@@ -35,30 +37,39 @@ class Step:
 
 @dataclass(frozen=True)
 class LatencyModel:
-    """Seconds of a step outside its all-reduces, of one all-reduce, and of what a plan's predictors add to a step."""
+    """Seconds of a step outside its all-reduces, of one all-reduce, of what is left of it where it is dropped, and of
+    what a plan's predictors add to a step."""
 
     hardware: str
     step: Step
     blocks: int
     compute: float
     all_reduce: float
+    left: float = 0.0
     predictors: float = 0.0
+
+    @property
+    def saved_by_one(self) -> float:
+        """Return the seconds that one dropped sync point saves."""
+        return self.all_reduce - self.left
 
     def seconds(self, dropped: int) -> float:
         """Return the seconds of a step without `dropped` of its 2 L all-reduces."""
-        return self.compute + (2 * self.blocks - dropped) * self.all_reduce + (self.predictors if dropped else 0.0)
+        added = self.predictors if dropped else 0.0
+        kept = 2 * self.blocks - dropped
+        return self.compute + kept * self.all_reduce + dropped * self.left + added
 
     def saved(self, dropped: int) -> float:
         """Return the share saved of the dense step; below 0 where predictors cost more than the all-reduces did."""
-        return (dropped * self.all_reduce - (self.predictors if dropped else 0.0)) / self.seconds(0)
+        return (dropped * self.saved_by_one - (self.predictors if dropped else 0.0)) / self.seconds(0)
 
     @property
     def ceiling(self) -> float:
         """Return the share that dropping every droppable sync point would save: all but the last MLP's, none added."""
-        return (2 * self.blocks - 1) * self.all_reduce / self.seconds(0)
+        return (2 * self.blocks - 1) * self.saved_by_one / self.seconds(0)
 
     def drops_for(self, saving: float, *, available: int) -> int:
-        """Return the fewest drops that save this share: all are worth one all-reduce, which ones is a matter of KL.
+        """Return the fewest drops that save this share: all save the same, which ones is a matter of KL.
 
         Raises SpdError, naming the ceiling, where all `available` do not.
         """
@@ -80,6 +91,7 @@ class LatencyModel:
             batch=self.step.batch,
             context=self.step.context,
             all_reduce_seconds=self.all_reduce,
+            left_seconds=self.left,
             dense_seconds=self.seconds(0),
             planned_seconds=self.seconds(dropped),
             saved=self.saved(dropped),

@@ -23,14 +23,16 @@ def on_machine(machine: Machine, sizes: ModelSizes, *, tp: int, step: Step, pred
             "not guessed; measure yours with `spd-calib bench`, or give a CSV of them."
         )
     dense = _busy(machine, sizes, tp=tp, step=step, more=0)
+    message = step.new_tokens * sizes.width * step.itemsize
+    all_reduce = interpolate({r.bytes: r.seconds for r in machine.all_reduces}, message)
+    fused = machine.fused_norm if machine.fused_norm and message <= machine.fused_norm.max_bytes else None
     return LatencyModel(
         hardware=machine.name,
         step=step,
         blocks=sizes.blocks,
         compute=dense,
-        all_reduce=interpolate(
-            {r.bytes: r.seconds for r in machine.all_reduces}, step.new_tokens * sizes.width * step.itemsize
-        ),
+        all_reduce=all_reduce,
+        left=min(fused.left_seconds, all_reduce) if fused else 0.0,
         predictors=_busy(machine, sizes, tp=tp, step=step, more=predictors) - dense,
     )
 

@@ -1,4 +1,4 @@
-"""What is known of a machine: a table that ships with this package, a CSV, or a hardware.json that `bench` wrote."""
+"""Reading a machine's figures: a table that ships with this package, a CSV, or a hardware.json that `bench` wrote."""
 
 import csv
 import math

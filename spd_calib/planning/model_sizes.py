@@ -1,4 +1,4 @@
-"""What a forward moves and computes on one rank: bytes and FLOPs from a model's sizes."""
+"""The bytes that a forward moves and the FLOPs it computes on one rank, from a model's sizes."""
 
 import math
 from dataclasses import dataclass

@@ -61,7 +61,7 @@ def choose(
 
 
 class Search:
-    """What the profile's model thinks of sets of sync points, and what is measured of them on the calibration text."""
+    """Searches the sets of sync points: a model of the profile proposes them, the calibration text decides."""
 
     def __init__(
         self, profile: Profile, budget: Budget, *, calibration: Calibration, baselines: Baselines | None = None
@@ -85,13 +85,13 @@ class Search:
         return self.spaces[0].ranking
 
     def first_choice(self) -> Drops:
-        """Return what the calibration text says should be dropped."""
+        """Return the drops to verify first, by the calibration text alone."""
         if self.budget.kind == "tau":
             return drops_of([c for c in self.ranked if tier(self.profile, self.budget, c) == "insensitive"])
         if self.budget.kind == "drop":
             return self.best(int(self.budget.value) - len(self.profile.settled))
         largest = self.largest_kept()
-        return largest or self.cheapest(1)  # one that is too close to say here; held-out text decides
+        return largest or self.cheapest(1)  # a single one too close to its budget to tell here: held-out text decides
 
     def largest_kept(self) -> Drops:
         """Return the largest set found that keeps the budget: of the size that bisection finds, or of more points."""

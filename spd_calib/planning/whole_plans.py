@@ -27,7 +27,7 @@ def measure_plans(
 ) -> list[Comparison]:
     """Return what each of `plans` costs as a whole, the mean over `texts`; with `task_loss`, on its tasks, too.
 
-    `expect` is told the number of ticks to come, before the first.
+    `expect` is told, before the first, how often `tick` will be called.
     """
     if expect is not None:
         expect(len(plans) * sum(math.ceil(len(sequences) / batch_size) for sequences in texts))

@@ -1,8 +1,9 @@
-"""Giving n things to R ranks, the same number to each, at least cost: exact, and fast for few ranks.
+"""Giving n things to R ranks, the same number to each, at least total cost: exact, and fast for few ranks.
 
-As a transportation problem with R sinks it needs no n x n matrix: begin with everything at its cheapest rank, then
-send what is too much along shortest paths between ranks, each step moving the thing that loses least
-(successive shortest paths; optimal since the start has no negative cycle and shortest paths bring none in).
+This is a transportation problem with R sinks, so no n x n matrix is needed. It is solved by successive shortest paths:
+everything begins at its cheapest rank, and what is too much at a rank is then sent along the cheapest path between
+ranks, each step of which moves the thing that loses least. The result is optimal, since the start has no negative cycle
+and shortest paths bring none in.
 """
 
 import heapq

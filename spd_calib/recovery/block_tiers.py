@@ -1,4 +1,4 @@
-"""Which of a plan's blocks recovery treats, and how hard it tries: the paper's three tiers."""
+"""The tiers of a plan's blocks (the paper's three), which say what recovery tries on each."""
 
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import Drops, Point, Strategy
@@ -13,7 +13,7 @@ PAPER: dict[str | None, Tier] = {
 
 
 def drops_to_recover(plan: Plan) -> Drops:
-    """Return what the recovered model drops: what the plan does, and the blocks it keeps until they are treated."""
+    """Return what the recovered model drops: the plan's drops, and the blocks that the plan keeps until treated."""
     waiting = [Point(b.index, "attention") for b in plan.blocks if b.recovery]
     return plan.drops | Drops.of(dict.fromkeys(waiting, Strategy.BLOCK_DROP))
 
@@ -21,7 +21,7 @@ def drops_to_recover(plan: Plan) -> Drops:
 def tiers_of(plan: Plan, *, tau1: float | None = None, tau2: float | None = None) -> tuple[dict[int, Tier], str]:
     """Return the tier of each block whose attention's sync point is dropped, and a sentence on where it comes from.
 
-    A plan by the paper's rule says it itself; else the block's own KL is held against tau1 and tau2
+    A plan made by the paper's rule holds the tiers; for any other, the block's own KL is compared with tau1 and tau2
     (sensitivity.tiers). Raises InputError for a plan that drops no attention's, or that was recovered before.
     """
     if plan.compensation is not None or plan.recovered_from is not None:

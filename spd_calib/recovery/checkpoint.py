@@ -1,4 +1,4 @@
-"""What recovery leaves behind: a transformers checkpoint with a plan in it, written whole or not at all."""
+"""Writing a recovered checkpoint, transformers' files with a plan among them: whole or not at all."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What is done to a block without training: predictors for its MLP, and other places for its heads and neurons."""
+"""Treating a block without training: predictors for its MLP, and other places for its heads and neurons."""
 
 import time
 
@@ -46,7 +46,7 @@ def treat_block(
 
 
 def _compensate(untreated: Student, moments: HeadMoments, *, judge: Judge, options: RecoveryOptions) -> None:
-    """Try the predictors that are worth their weights, and where they are refused the mean, which costs nothing."""
+    """Try the predictors that are worth their weights; where these are refused, try the mean, which costs nothing."""
     began, student = time.monotonic(), untreated.copy()
     fit = _best_fit(student, moments, options)
     stays = judge.try_out(student.with_predictors(fit.predictors), "compensation", began=began, detail=fit.detail())

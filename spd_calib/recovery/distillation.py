@@ -24,7 +24,7 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long, and how fast, is trained."""
+    """The length and the learning rates of a training."""
 
     steps: int = 200
     rate: float = 0.01  # of AdamW, relative to each tensor's root mean square: the same for any width
@@ -44,7 +44,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Errors on the text to choose by, before and after (of the best step, which the student is left at)."""
+    """The errors on the text to choose by, before training and at the best step, whose weights the student keeps."""
 
     before: float
     after: float
@@ -57,9 +57,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class TrainingHooks:
-    """What goes on beside a training: its state is kept with `save`, and `saved` is where an interrupted one goes on.
+    """Callbacks of a training, and where it goes on from; each may be left out.
 
-    `tick` is given a note after each look at the text to choose by. All may be left out.
+    `save` is given its state now and then, and `saved` is such a state of an interrupted training, from which it goes
+    on. `tick` is given a note whenever the error on the text to choose by was measured.
     """
 
     saved: State | None = None
@@ -109,7 +110,7 @@ def distil_together(
 
 @dataclass
 class _Progress:
-    """How far a training is: the error before it and at its best, the step of the latter, and the steps made."""
+    """The state of a training: the error before it and at its best, the step of the latter, and the steps made."""
 
     before: float
     best: float
@@ -189,7 +190,7 @@ def _error(replicas: Comm, loss: Loss, batches: Sequence[Batch]) -> float:
 
 
 def _pick(step: int, n: int, seed: int) -> int:
-    """Return the batch of a step: all once, in an order of its own every epoch. Depends on nothing but the step."""
+    """Return the index of a step's batch: every epoch takes all n once, in another order. Depends on the step alone."""
     generator = torch.Generator().manual_seed(seed * 100_003 + step // n)
     return int(torch.randperm(n, generator=generator)[step % n])
 

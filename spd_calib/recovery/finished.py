@@ -21,9 +21,9 @@ Saved = tuple[dict[str, Tensor], dict]  # tensors, and a note
 
 @dataclass(frozen=True)
 class FinishedSteps:
-    """What a journal holds of a recovery; without one (None) nothing is kept, and nothing taken over.
+    """The finished steps of a recovery, as a journal holds them; without one (None) nothing is kept or taken over.
 
-    Of several replicas the main one reads and writes it, and tells the others.
+    Where there are several replicas, the main one reads and writes the journal, and tells the others.
     """
 
     model: PlannedModel
@@ -45,7 +45,7 @@ class FinishedSteps:
         return None if self.journal is None else self.journal.load(name)
 
     def take_over(self, saved: Saved | None) -> bool:
-        """Give the model what an interrupted run had made of its blocks in a step; say whether it had."""
+        """Put the blocks that an interrupted run made in a step into the model; return False where there are none."""
         if saved is None:
             return False
         tensors, note = saved
@@ -75,9 +75,9 @@ class FinishedSteps:
         self.model.put(self.model.students[block].with_state(state))
 
     def training(self, name: str, what: str) -> TrainingHooks:
-        """Return the hooks of the training that is step `name`; `what` it is, in the notes.
+        """Return the hooks of the training that is the step `name`; notes call it `what`.
 
-        Its state, too, is kept, by the main replica for all.
+        The main replica keeps the state of the training for all of them.
         """
         name = f"training-{name}"
         saved = self.agreed(lambda: self.saved(name))

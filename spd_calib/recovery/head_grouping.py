@@ -1,4 +1,4 @@
-"""Which rank gets which heads. The dense function stays the same; what a rank misses does not.
+"""Deciding which rank gets which heads. The dense function stays the same; what a rank misses does not.
 
 KV groups (or, with more ranks than KV heads, the query heads of one) are scattered so that alike heads part, after the
 paper; or placed by a search on what the ranks miss. Whichever measures better is kept.

@@ -1,4 +1,4 @@
-"""Where a recovery leaves what it has so far, so that a killed one goes on: one safetensors file a step.
+"""The state of a recovery on disk, one safetensors file for each step, so that a killed one goes on where it stopped.
 
 (Measurements go to a file of JSON lines instead: sensitivity/journal.py.) Where no journal is kept, None stands for it.
 """

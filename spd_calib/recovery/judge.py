@@ -30,7 +30,7 @@ class Judge:
         return stays
 
     def decide(self, block: int | None, treatment: str, *, began: float, detail: dict) -> bool:
-        """Return whether a treatment of `block` (None: of all treated ones), which the model has by now, is to stay.
+        """Return whether a treatment of `block` (None: of all treated blocks), which stands in the model, is to stay.
 
         `began` is when it was begun, by time.monotonic; `detail` is what the report says of it.
         """

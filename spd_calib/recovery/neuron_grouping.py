@@ -1,8 +1,8 @@
-"""Which rank gets which neurons of the MLP. The dense function stays the same; what dropping does to it does not.
+"""Deciding which rank gets which MLP neurons. The dense function stays the same; what dropping does to it does not.
 
 Neuron n costs E[(act_n(u_r) - act_n(u))^2] |down_n|^2 on rank r, with u what the MLP should read and u_r what rank r
-reads; a balanced assignment of least cost (assignment.py). Up to PAIRS, swaps then take into account that errors of
-neurons add up or cancel.
+reads. The assignment is the balanced one of least cost (assignment.py). Up to PAIRS, swaps then take into account that
+errors of neurons add up or cancel.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

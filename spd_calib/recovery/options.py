@@ -1,4 +1,4 @@
-"""What recovery may do, and how hard it tries."""
+"""The options of a recovery."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,7 +11,7 @@ METHODS: tuple[RecoveryMethod, ...] = ("grouping", "compensation", "distillation
 
 @dataclass(frozen=True, kw_only=True)
 class RecoveryOptions:
-    """Which methods are tried, and how.
+    """Names the methods that are tried, and bounds them.
 
     `max_rank` bounds the predictors: 0 allows the mean alone, None the full one too; `exchange` is that of
     predictor_fit.choose. With `own_inputs` blocks are fitted and trained on the planned model's own streams, else on

@@ -1,4 +1,4 @@
-"""Fitting what a rank's MLP reads in place of its own partial sum: closed form, from second moments.
+"""Fitting the predictors, which a rank's MLP reads in place of its own partial sum: closed form, from second moments.
 
 A rank S with head outputs z_S and the slice O_S of o_proj has the partial sum z_S O_S of the attention output a = z O.
 Its predictor (models/predictor.py has the three forms) is fitted to what the rank misses, m = a - z_S O_S. Ridge

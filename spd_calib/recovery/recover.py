@@ -41,10 +41,11 @@ def recover(
 ) -> RecoveryReport:
     """Treat the dropped blocks of `model` by their tiers; its students are then what was kept.
 
-    Fitted on `fitting` (the last eighth chooses ridges, heads and when training stops), judged on `held_out`, both
-    sequences of token ids. `tick` is given a note after each decision and each look at a training. What `journal` holds
-    is not done again. Several `replicas`, each with a model of its own, train together; the rest the main one does, and
-    only its report counts. Raises InputError for a plan that drops nothing, and for too little text.
+    Blocks are fitted on `fitting` (whose last eighth chooses ridges, heads and when training stops) and judged on
+    `held_out`; both are sequences of token ids. `tick` is given a note after each decision and each look at a training.
+    What `journal` holds is not done again. Several `replicas`, each with a model of its own, train together; the rest
+    the main one does, and only its report counts. Raises InputError for a plan that drops nothing, and for too little
+    text.
     """
     if not model.students:
         raise InputError("The plan drops nothing, so there is nothing to recover; plan with a larger budget.")

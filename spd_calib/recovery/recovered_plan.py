@@ -14,7 +14,7 @@ from .report import RecoveryReport
 
 @dataclass(frozen=True)
 class Measured:
-    """What the recovered model costs: `judged` on the text that decided, `verified` on other text, `text`."""
+    """The costs of the recovered model: `judged` on the text that decided, `verified` on other text, `text`."""
 
     judged: Tally
     verified: Tally

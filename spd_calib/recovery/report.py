@@ -1,4 +1,4 @@
-"""What recovery tried, and what came of it."""
+"""The report of a recovery: all that was tried, and what came of it."""
 
 import json
 from collections.abc import Mapping, Sequence

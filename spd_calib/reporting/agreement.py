@@ -1,4 +1,4 @@
-"""Do two profiles measure the same sensitivities? Block by block, in rank, and in the sets they would drop."""
+"""Comparing the sensitivities of two profiles: block by block, in rank, and in the sets they would drop."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -59,7 +59,10 @@ class Agreement:
 
 
 def agreements(a: Profile, b: Profile, tested: bool) -> list[Agreement]:
-    """Of every kind of sync point and strategy that both profiles hold; `tested`: their errors mean something."""
+    """Return how two profiles agree, for every kind of sync point and strategy that both hold.
+
+    `tested`: their standard errors can tell whether a difference is one.
+    """
     kinds: list[tuple[Strategy, Sublayer]] = [(s, kind) for kind in a.sync_points for s in a.strategies]
     return [_agreement(a, b, s, kind, tested) for s, kind in kinds if set(a.kl(s, kind)) & set(b.kl(s, kind))]
 
@@ -99,7 +102,7 @@ def _sequences(profile: Profile, strategy: Strategy, kind: Sublayer, block: int)
 def _welch(
     a: tuple[float, float | None], b: tuple[float, float | None], sequences: tuple[int, int]
 ) -> tuple[float | None, float | None, float]:
-    """b - a in its standard error, its two-sided p, and the chance of a value beyond BEYOND where a equals b."""
+    """Return b - a in its standard error, its two-sided p, and the chance of a value beyond BEYOND where a equals b."""
     difference = b[0] - a[0]
     errors = [stderr for _, stderr in (a, b) if stderr is not None]
     error = math.hypot(*errors)
@@ -113,7 +116,7 @@ def _welch(
 
 
 def _spearman_range(values: np.ndarray, errors: np.ndarray) -> tuple[float, float]:
-    """values and errors [2, blocks]."""
+    """Return what 95 % of Spearman's correlations lie within, of values [2, blocks] drawn within their errors."""
     drawn = values + errors * np.random.default_rng(0).standard_normal((DRAWS, *values.shape))
     ranks = stats.rankdata(drawn, axis=-1)
     ranks -= ranks.mean(-1, keepdims=True)
@@ -129,7 +132,7 @@ def _other_sets(a: Sequence[int], b: Sequence[int]) -> list[OtherSet]:
 
 
 def _changed(rows: Sequence[Row]) -> list[str]:
-    """Blocks that are of another tier in B, and why: the KL is another, or the threshold is."""
+    """Return a sentence for each block of another tier in B: the KL differs, or the threshold does."""
     sides: list[Mapping[int, float]] = [{r.block: r.a for r in rows}, {r.block: r.b for r in rows}]
     if any(sum(kl.values()) < 0 for kl in sides):  # of a cumulative profile's differences
         return []
@@ -152,6 +155,7 @@ def _changed(rows: Sequence[Row]) -> list[str]:
 
 
 def measured(kl: float, stderr: float | None) -> str:
+    """Return '0.0123 ± 0.0005' to three digits, for a sentence."""
     return f"{kl:.3g}" + ("" if stderr is None else f" ± {stderr:.1g}")
 
 

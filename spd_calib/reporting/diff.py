@@ -1,4 +1,4 @@
-"""What `diff` says of two profiles or two plans: what differs between them, and why."""
+"""The differences between two profiles or two plans, and the reasons, as `diff` tells them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -62,7 +62,10 @@ class PlanDiff:
 
 
 def diff_profiles(a: Profile, b: Profile) -> ProfileDiff:
-    """Raises InputError where the models have different numbers of blocks, or nothing was measured in both."""
+    """Return what differs between two profiles, and the answer to whether what a drop costs depends on the data.
+
+    Raises InputError where the models have different numbers of blocks, or nothing was measured in both.
+    """
     _check_blocks(a, b)
     untested = _untested(a, b)
     found = agreements(a, b, not untested)
@@ -96,7 +99,7 @@ def diff_profiles(a: Profile, b: Profile) -> ProfileDiff:
 
 
 def _untested(a: Profile, b: Profile) -> str | None:
-    """Why the standard errors cannot tell whether the data matters."""
+    """Return why the standard errors cannot tell whether the data matters; None where they can."""
     if a.text.sha256 == b.text.sha256:
         return (
             "Both are of the same text: whether what a drop costs depends on it, they cannot tell. "
@@ -113,7 +116,7 @@ def _untested(a: Profile, b: Profile) -> str | None:
 
 
 def _dependence(rows: Sequence[tuple[Agreement, Row]], p: float | None) -> list[str]:
-    """The answer, and what it rests on."""
+    """Return whether what a drop costs depends on the data, in sentences: the answer, then the test behind it."""
     if p is None:
         return ["A measurement without a standard error: no test of whether what a drop costs depends on the data."]
     agreement, row = min(rows, key=lambda pair: pair[1].p)  # type: ignore[arg-type, return-value]
@@ -137,7 +140,7 @@ def _dependence(rows: Sequence[tuple[Agreement, Row]], p: float | None) -> list[
 
 
 def _choices(agreement: Agreement) -> str:
-    """Would the same sync points be dropped?"""
+    """Return, in a sentence, for how many sizes the same sync points would be dropped."""
     sizes, others = len(agreement.rows) - 1, agreement.other_sets
     name = f"{agreement.sync_point}, {agreement.strategy}"
     said = f"{name}: the k blocks least sensitive by KL are the same for {sizes - len(others)} of {sizes} k"
@@ -147,7 +150,7 @@ def _choices(agreement: Agreement) -> str:
 
 
 def diff_plans(a: Plan, b: Plan) -> PlanDiff:
-    """Raises InputError where the models have different numbers of blocks."""
+    """Return what differs between two plans. Raises InputError where the models have different numbers of blocks."""
     _check_blocks(a, b)
     aspects = {
         **_of_both(a, b),

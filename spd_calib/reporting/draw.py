@@ -28,6 +28,7 @@ IN_PAGE["#000000"] = "currentColor"  # the page knows whether it is dark
 
 
 def png(build: Callable[[], Figure]) -> bytes:
+    """Return the figure that `build` makes as a PNG, 150 dots an inch."""
     image = io.BytesIO()
     with _styled():
         build().savefig(image, format="png", dpi=150, metadata={"Software": None})
@@ -35,7 +36,7 @@ def png(build: Callable[[], Figure]) -> bytes:
 
 
 def svg(build: Callable[[], Figure], name: str, title: str, description: str) -> str:
-    """An <svg> element with text as text and the page's colours; `name` begins its ids, which must be unique."""
+    """Return an <svg> element with text as text and the page's colours; `name` begins its ids, which must be unique."""
     drawn = io.BytesIO()
     with _styled():
         figure = build()
@@ -64,14 +65,14 @@ def svg(build: Callable[[], Figure], name: str, title: str, description: str) ->
 
 @contextmanager
 def _styled() -> Iterator[None]:
-    """Drawn as well as built: ticks and their texts are made late."""
+    """Use our styles while this lasts: for building a figure and for drawing it, which makes the ticks' texts."""
     with rc_context(STYLES), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a browser has others
         yield
 
 
 def _keep_referenced_ids(root: ElementTree.Element, name: str) -> None:
-    """matplotlib's ids repeat from figure to figure: those nobody refers to go, the others begin with `name`."""
+    """Remove ids that nothing refers to and let the others begin with `name`: matplotlib's repeat in every figure."""
     referenced = set()
     for element in root.iter():
         if XLINK in element.attrib:

@@ -1,4 +1,4 @@
-"""What the files say, as figures: matplotlib's, neither written nor shown yet."""
+"""The files as figures of matplotlib, neither written nor shown yet."""
 
 import math
 from collections.abc import Sequence

@@ -38,7 +38,7 @@ class Section:
 
 
 def page(run: Run, shown: Sequence[Section]) -> str:
-    """HTML of `sections(run)`. The same files give the same text."""
+    """Return the HTML page of a run with the sections `shown`. The same files give the same text."""
     environment = Environment(
         autoescape=True, finalize=_shown, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -52,7 +52,7 @@ def page(run: Run, shown: Sequence[Section]) -> str:
 
 
 def _shown(value: object) -> object:
-    """What a file holds without control characters, which no page may hold; what is markup already as it is."""
+    """Return text without control characters, which no page may hold; markup and other values unchanged."""
     return figures.printable(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 

@@ -1,4 +1,4 @@
-"""What belongs to a run: a profile, and what was made from it."""
+"""The documents of a run: a profile, and what was made from it."""
 
 import hashlib
 from collections.abc import Sequence

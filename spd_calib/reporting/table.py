@@ -15,17 +15,17 @@ class Table(NamedTuple):
 
 
 def numeric(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[bool]:
-    """Which columns hold numbers, and are aligned right."""
+    """Return for each column whether it holds numbers, which are aligned right."""
     return [i >= left and any(row[i][:1] in "+-0123456789" for row in rows if row[i]) for i, _ in enumerate(columns)]
 
 
 def percentage_points(lost: float, stderr: float | None = None) -> str:
-    """'+1.20 ± 0.30': an accuracy lost, a fraction, in percentage points."""
+    """Return '+1.20 ± 0.30', percentage points, for an accuracy lost, given as a fraction."""
     return f"{100 * lost:+.2f}" + ("" if stderr is None else f" ± {100 * stderr:.2f}")
 
 
 def nats(kl: float, stderr: float | None = None) -> str:
-    """'0.0123 ± 0.0005': four decimals, and more where these would not show two digits of the KL."""
+    """Return '0.0123 ± 0.0005': four decimals, and more where these would not show two digits of the KL."""
     small = 1e-8 < abs(kl) < 1e-3
     decimals = 1 - math.floor(math.log10(abs(kl))) if small else 4
     return f"{kl:.{decimals}f}" + ("" if stderr is None else f" ± {stderr:.{decimals}f}")

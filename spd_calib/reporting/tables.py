@@ -1,4 +1,4 @@
-"""What the files say, as tables of text: the terminal and the page show the same rows."""
+"""The files as tables of text: the terminal and the page show the same rows."""
 
 from collections.abc import Mapping, Sequence
 
@@ -16,7 +16,7 @@ NAMES = {"attention": "attention", "mlp": "MLP"}
 
 
 def rankings(profile: Profile) -> list[Table]:
-    """A table for each strategy and kind of sync point that was profiled, the least sensitive block first."""
+    """Return a table for each strategy and kind of sync point that was profiled, the least sensitive block first."""
     one = _predicted if profile.fisher else _ranking
     return [one(profile, s, kind) for s in profile.strategies for kind in profile.sync_points if profile.kl(s, kind)]
 
@@ -62,7 +62,10 @@ def _ranking(profile: Profile, strategy: Strategy, kind: Sublayer) -> Table:
 
 
 def by_text(profile: Profile) -> list[Table]:
-    """Of several texts: the dense model on each, and how far the order of sync points there is the mean's."""
+    """Return a table of the dense model on each text, and how far each text orders sync points as the mean does.
+
+    Nothing for a profile of one text.
+    """
     if not profile.text.parts:
         return []
     from scipy.stats import spearmanr
@@ -88,7 +91,7 @@ def by_text(profile: Profile) -> list[Table]:
 
 
 def verified_by_text(plan: Plan) -> list[Table]:
-    """Of a profile of several texts: what the whole plan costs on each."""
+    """Return a table of what the whole plan costs on each text; nothing where the profile is of one."""
     v = plan.verified
     if not v.per_text:
         return []
@@ -105,7 +108,7 @@ def _costs(measured: Comparison) -> list[str]:
 
 
 def blocks(plan: Plan) -> Table:
-    """The plan block by block."""
+    """Return the plan block by block."""
     mlps = any(b.mlp_kl is not None for b in plan.blocks)
     columns = ["block", "strategy", *(["MLP"] if mlps else []), "KL alone", *(["MLP alone"] if mlps else []), "why"]
     rows = []
@@ -118,7 +121,7 @@ def blocks(plan: Plan) -> Table:
 
 
 def whole_plan(plan: Plan) -> Table:
-    """Predicted and verified side by side."""
+    """Return what the whole plan costs as predicted and as verified, one above the other."""
     p, v = plan.predicted, plan.verified
     return Table(
         "the whole plan",
@@ -136,7 +139,7 @@ def whole_plan(plan: Plan) -> Table:
 
 
 def task_losses(plan: Plan) -> str:
-    """Of a budget of lm-eval tasks, a sentence; else nothing."""
+    """Return a sentence on the accuracy lost on lm-eval tasks; '' where the budget is of none."""
     if not plan.budget.tasks:
         return ""
     v = plan.verified
@@ -196,6 +199,7 @@ def names(points: Sequence[Point]) -> list[str]:
 
 
 def tasks(results: Results) -> Table:
+    """Return every score of the dense and of the planned model, with the paired difference."""
     return Table(
         f"{len(results.dropped)} attention all-reduces dropped, TP {results.tensor_parallel.size}",
         ["task", "metric", "docs", "dense", "planned", "planned - dense"],
@@ -215,14 +219,23 @@ def tasks(results: Results) -> Table:
 
 
 def latencies(found: Sequence[Latency]) -> Table:
-    """Of one plan, by phase."""
+    """Return the modelled latency of one plan, a row for each phase."""
     return Table(
         f"modelled latency on {found[0].hardware}, batch {found[0].batch}, context {found[0].context}: no promise",
-        ["phase", "all-reduce, us", "dense, ms", "planned, ms", "saved", "ceiling: every sync point dropped"],
+        [
+            "phase",
+            "all-reduce, us",
+            "of it saved",
+            "dense, ms",
+            "planned, ms",
+            "saved",
+            "ceiling: every sync point dropped",
+        ],
         [
             [
                 m.phase,
                 f"{1e6 * m.all_reduce_seconds:.1f}",
+                f"{1e6 * (m.all_reduce_seconds - m.left_seconds):.1f}",
                 f"{1e3 * m.dense_seconds:.3f}",
                 f"{1e3 * m.planned_seconds:.3f}",
                 f"{100 * m.saved:.1f} %",
@@ -234,7 +247,7 @@ def latencies(found: Sequence[Latency]) -> Table:
 
 
 def hardware(measured: Hardware) -> list[Table]:
-    """Sums by size, and steps."""
+    """Return two tables of what was timed: sums over the ranks by size, and forwards."""
     ranks = f"{measured.tensor_parallel.size} ranks, {measured.backend}, {measured.device}"
     gathered = {c.bytes: c.seconds for c in measured.collectives if c.method == "all_gather_and_sum"}
     sums = [

@@ -1,4 +1,4 @@
-"""What a check of a runtime finds: rows of expected and found. The same for every runtime."""
+"""Rows of expected and found values, in which a check of a runtime says what it found; the same for every runtime."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What a runtime did with some prompts: the record of a run that a check holds against the simulation."""
+"""The record of a runtime's run of some prompts, which a check compares with the simulation."""
 
 from pydantic import BaseModel, ConfigDict
 

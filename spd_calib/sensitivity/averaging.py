@@ -13,7 +13,7 @@ from spd_calib.formats.profile import Baseline, Comparison, Fisher, Measurement
 
 
 def joint_ref(refs: Sequence[TextRef]) -> TextRef:
-    """All of `refs` as one; of one text, that text."""
+    """Return one reference for all of `refs`, which are its `parts`; a single one is returned unchanged."""
     if len(refs) == 1:
         return refs[0]
     return TextRef(
@@ -31,10 +31,11 @@ def joint_ref(refs: Sequence[TextRef]) -> TextRef:
 
 
 def average(each: Sequence[Comparison]) -> Comparison:
-    """The mean over texts, its standard error that of independent texts (None where one has none); of one, its own.
+    """Return the mean of what one plan costs on each text; of a single text, what it costs there.
 
-    Tokens and sequences are summed, the largest |delta log p| is the largest of all; lm-eval tasks, which belong to
-    no text, are the first one's.
+    The standard errors are those of the mean of independent texts (None where a text has none). Tokens and sequences
+    are summed, the largest |delta log p| is the largest of all; lm-eval tasks, which belong to no text, are the first
+    one's.
     """
     if len(each) == 1:
         return each[0]
@@ -55,7 +56,7 @@ def average(each: Sequence[Comparison]) -> Comparison:
 
 
 def average_profile(each: Sequence[tuple[Baseline, list[Measurement]]]) -> tuple[Baseline, list[Measurement]]:
-    """Of the same experiments on each text; of one text, its own."""
+    """Return the mean over texts of a baseline and of the same experiments, in their order; see `average`."""
     if len(each) == 1:
         return each[0]
     rows = zip(*(measurements for _, measurements in each), strict=True)
@@ -64,7 +65,7 @@ def average_profile(each: Sequence[tuple[Baseline, list[Measurement]]]) -> tuple
 
 
 def average_fisher(each: Sequence[tuple[Baseline, Fisher]]) -> tuple[Baseline, Fisher]:
-    """Of the same terms on each text: entry by entry the mean, as `average` takes it; of one text, its own."""
+    """Return the mean over texts of a baseline and, entry by entry, of predictions for the same terms."""
     if len(each) == 1:
         return each[0]
     found = [fisher for _, fisher in each]

@@ -142,7 +142,7 @@ def _json(path: Path, column: str) -> Iterator[Document]:
 
 
 def _loads(line: str) -> Any:
-    """Return what JSON says, None where it is none."""
+    """Return the value of a line of JSON; None where it is not JSON."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError):

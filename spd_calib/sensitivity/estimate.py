@@ -9,8 +9,9 @@ import torch
 from spd_calib.formats.drops import NOTHING_DROPPED, Drops, Point, Sublayer
 from spd_calib.parallel.model import TensorParallelLM
 
-from .fisher import DRAWS, block_drop_of, first_samples, score
+from .fisher import DRAWS, block_drop_of, first_samples
 from .measure import LOGITS_AT_A_TIME, LOGITS_HELD, Reference, batches
+from .scores import score
 
 TIMED_SEQUENCES = 2
 LOGITS_COMPARED = 4  # float32 tensors of LOGITS_AT_A_TIME alive at once while a plan is compared
@@ -18,7 +19,7 @@ LOGITS_COMPARED = 4  # float32 tensors of LOGITS_AT_A_TIME alive at once while a
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a profile takes."""
+    """The forwards, the time and the memory that a profile takes."""
 
     batches: int
     tokens: int

@@ -26,7 +26,7 @@ was measured once.
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -36,18 +36,16 @@ from torch import Tensor
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import SUBLAYERS, Drops, Point, Strategy, Sublayer
 from spd_calib.formats.profile import Baseline, Fisher, MeasuredPoint
-from spd_calib.parallel.block import Block
-from spd_calib.parallel.model import Recording, TensorParallelLM
-from spd_calib.parallel.streams import Streams, defer, keep
+from spd_calib.parallel.model import TensorParallelLM
 
 from .correction import BROKEN, MeasuredDrops, factors, joined
 from .journal import Journal, once
-from .measure import LOGITS_AT_A_TIME, Reference, batches
+from .measure import Reference, batches
 from .metrics import Tally
+from .scores import Term, score
 from .standard_error import ratio_and_stderr
 
 DRAWS = 2  # sync points really dropped on each batch
-Term = tuple[Point, ...]  # one sync point, or two consecutive ones: what they change beyond their sum
 
 
 def fisher_terms(num_blocks: int, sync_points: Sequence[Sublayer]) -> list[Term]:
@@ -122,7 +120,7 @@ def predict(
 
 @dataclass(frozen=True)
 class _BatchOfPass:
-    """What to compute on a batch: drop the points `drawn`, and score all `terms` with `samples` draws of signs."""
+    """The work on one batch: drop the points `drawn`, and score all `terms` with `samples` draws of signs."""
 
     lm: TensorParallelLM
     terms: Sequence[Term]
@@ -204,155 +202,6 @@ def sampling_error(d: Tensor) -> float:
     """
     variance = (2 / 3) * d.pow(4).sum((0, 1))
     return (variance.sqrt() / d.pow(2).sum((0, 1)).clamp(min=1e-300)).mean().item()
-
-
-@dataclass(frozen=True)
-class _Passed:
-    """A block run with every sync point kept: the stream behind each of the two, and the gradients there.
-
-    mid (behind the attention's) and out (behind the MLP's) are [B, T, d], the gradients [samples, B, T, d].
-    """
-
-    block: Block
-    kwargs: dict
-    mid: Tensor
-    out: Tensor
-    grad_mid: Tensor
-    grad_out: Tensor
-
-
-def score(
-    lm: TensorParallelLM,
-    recording: Recording,
-    *,
-    lengths: Sequence[int],
-    sync_points: Collection[Sublayer],
-    samples: int,
-    generator: torch.Generator,
-    dropped: Tensor | None = None,
-) -> dict[Term, Tensor]:
-    """Return d of every term, [samples, B], for one recorded batch.
-
-    The blocks are run once more from what entered them, from the last backwards; no more than two blocks' activations
-    are held beside the recording. `dropped` [B, T, d] is what left the final norm with some sync point dropped;
-    without it F is the dense model's alone.
-    """
-    d: dict[Term, Tensor] = {}
-    gradient = final_gradient(
-        lm, recording.final, lengths=lengths, samples=samples, generator=generator, dropped=dropped
-    )
-    following: _Passed | None = None
-    for block, entered, kwargs in reversed(list(zip(lm.blocks, recording.streams, recording.kwargs, strict=True))):
-        x = entered.shared.detach().requires_grad_()
-        with torch.enable_grad():
-            attended = block.attend(Streams(x), **kwargs)[0]
-            mid = keep(Streams(x), attended, block.o_bias, lm.comm)
-            fed = block.feed(mid)
-            out = keep(mid, fed, block.down_bias, lm.comm).shared
-            if following is None:
-                left = out.detach().requires_grad_()
-                gradient = backward(lm.final_norm(Streams(left)), [left], gradient)[0]
-        grad_mid, grad_in = backward(out, [mid.shared, x], gradient)
-        passed = _Passed(block, kwargs, mid.shared.detach(), out.detach(), grad_mid, gradient)
-        with torch.no_grad():
-            attended, fed = [a.detach() for a in attended], [f.detach() for f in fed]
-            _drop(d, passed, following, x.detach(), attended, fed, "mlp" in sync_points)
-        following, gradient = passed, grad_in
-    return d
-
-
-def _drop(
-    d: dict[Term, Tensor],
-    here: _Passed,
-    following: _Passed | None,
-    x: Tensor,
-    attended: list[Tensor],
-    fed: list[Tensor],
-    with_mlp: bool,
-) -> None:
-    """Add to `d` the terms of a block: its attention's and, `with_mlp`, its MLP's and those of consecutive pairs.
-
-    x entered the block; `attended` and `fed` are the ranks' partial sums with every sync point kept. The last block
-    (nothing `following`) has the term of its attention alone.
-    """
-    block, comm = here.block, here.block.comm
-    attention = block.attention_point
-    owed_by_attention = defer(Streams(x), attended, block.o_bias)
-    fed_by_own = block.feed(owed_by_attention)
-    settled = keep(owed_by_attention, fed_by_own, block.down_bias, comm)
-    d[(attention,)] = _dot(here.grad_out, settled.shared - here.out)
-    if not with_mlp or following is None:
-        return
-    mlp = block.mlp_point
-    next_attention = following.block.attention_point
-    after = following.block
-    owed_by_mlp = defer(Streams(here.mid), fed, block.down_bias)
-    attended = after.attend(owed_by_mlp, **following.kwargs)[0]
-    settled = keep(owed_by_mlp, attended, after.o_bias, comm)
-    d[(mlp,)] = _dot(following.grad_mid, settled.shared - following.mid)
-
-    owed = defer(owed_by_mlp, attended, after.o_bias)
-    settled = keep(owed, after.feed(owed), after.down_bias, comm)
-    together = _dot(following.grad_out, settled.shared - following.out)
-    d[(mlp, next_attention)] = together - d[(mlp,)] - d[(next_attention,)]
-
-    owed = defer(owed_by_attention, fed_by_own, block.down_bias)
-    settled = keep(owed, after.attend(owed, **following.kwargs)[0], after.o_bias, comm)
-    together = _dot(following.grad_mid, settled.shared - following.mid)
-    d[(attention, mlp)] = together - d[(attention,)] - d[(mlp,)]
-
-
-def _dot(gradients: Tensor, change: Tensor) -> Tensor:
-    """Return <gradients, change> for gradients [samples, B, T, d] and a change [B, T, d], summed over T and d."""
-    return torch.einsum("sbtd,btd->sb", gradients.float(), change.float())
-
-
-def backward(output: Tensor, inputs: list[Tensor], gradients: Tensor) -> list[Tensor]:
-    """Return the gradients of <gradients[s], output> with respect to `inputs`: one [samples, *shape] for each input."""
-    last = len(gradients) - 1
-    found = [torch.autograd.grad(output, inputs, g, retain_graph=s < last) for s, g in enumerate(gradients)]
-    return [torch.stack(of_input) for of_input in zip(*found, strict=True)]
-
-
-def final_gradient(
-    lm: TensorParallelLM,
-    final: Tensor,
-    *,
-    lengths: Sequence[int],
-    samples: int,
-    generator: torch.Generator,
-    dropped: Tensor | None,
-) -> Tensor:
-    """Return the gradient [samples, B, T, d] of sum_t <s_t, z_t> with respect to `final` [B, T, d].
-
-    `final` is what left the dense model's final norm; `dropped` as in score. The sum is over the tokens that
-    predict another: not the last one of a sequence, and not its padding.
-    """
-    positions = (torch.arange(final.shape[1]) < torch.tensor(lengths)[:, None] - 1).to(final.device)
-    gradient = final.new_zeros(samples, *final.shape)
-    step = max(1, LOGITS_AT_A_TIME // lm.head.vocab_size)
-    found = []
-    for hidden, end in zip(
-        final[positions].split(step), (final if dropped is None else dropped)[positions].split(step), strict=True
-    ):
-        hidden = hidden.detach().requires_grad_()
-        with torch.enable_grad():
-            logits = lm.logits_with_gradients(hidden[None])[0]
-        p, q = (z.detach().float().softmax(-1) for z in (logits, lm.logits(end[None])[0]))
-        scores = []
-        for _ in range(samples):
-            at_end = torch.rand(len(p), 1, generator=generator, device=p.device) < 1 / 3
-            scores.append(_signed_root(torch.where(at_end, q, p), generator))
-        found.append(backward(logits, [hidden], torch.stack(scores).to(logits.dtype))[0])
-    gradient[:, positions] = torch.cat(found, dim=1)
-    return gradient
-
-
-def _signed_root(p: Tensor, generator: torch.Generator) -> Tensor:
-    """Return A e [N, V] for probabilities p [N, V] and random signs e: sqrt(p) e - p <sqrt(p), e>."""
-    signs = torch.randint(0, 2, p.shape, generator=generator, device=p.device, dtype=torch.int8) * 2 - 1
-    root = p.sqrt() * signs
-    return root - p * root.sum(-1, keepdim=True)
 
 
 def _short(value: Tensor | float) -> float:

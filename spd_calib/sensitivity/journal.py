@@ -24,7 +24,7 @@ Key = Sequence[int | str]
 
 
 class MeasurementJournal:
-    """What `run` (by name: JSON values) has measured so far. The file appears with the first measurement.
+    """Keeps what `run` (JSON values by name) has measured so far. The file appears with the first measurement.
 
     Of many ranks the main one reads and writes; all know what was finished when the run began. Used as a context it is
     closed at the end. Raises InputError for a journal of another run, one that another process is writing, and one

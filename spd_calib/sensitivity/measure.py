@@ -29,7 +29,7 @@ Tick = Callable[[int, Tally | None], None]  # (index of the plan, its tally so f
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured: a model, what it drops in every measurement, and the dense model it is compared with.
+    """The subject of measurements: a model, its drops in all of them, and the dense model it is compared with.
 
     Of an ordinary model the latter two are left out: nothing, and the model itself. A checkpoint that `recover` wrote
     has both: its blocks were fitted to run without their syncs, so these are dropped `always`, and it is compared with

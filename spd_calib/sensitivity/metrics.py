@@ -1,4 +1,4 @@
-"""What a drop costs, token by token, against the dense model (DESIGN section 3).
+"""The metrics of a plan against the dense model, token by token (docs/design.md, section 3).
 
 Sums are kept per sequence: a mean is over all predicted tokens, its standard error over sequences, since the
 tokens of one are not independent.
@@ -20,7 +20,7 @@ FIELDS = ("nll_dense", "nll", "kl", "correct_dense", "correct", "agree")
 
 
 def token_metrics(dense: Tensor, planned: Tensor, targets: Tensor) -> tuple[Tensor, float]:
-    """FIELDS of every token, [N, 6] float64, and the largest |delta log p|, from logits [N, V] and targets [N].
+    """Return FIELDS of every token, [N, 6] float64, and the largest |delta log p|, from logits [N, V] and targets [N].
 
     KL(dense || planned) is exact: over the whole vocabulary, in float32.
     """
@@ -28,7 +28,7 @@ def token_metrics(dense: Tensor, planned: Tensor, targets: Tensor) -> tuple[Tens
 
 
 def log_prob_metrics(log_p: Tensor, log_q: Tensor, targets: Tensor) -> tuple[Tensor, float]:
-    """As token_metrics, from log-probabilities [N, V] float32."""
+    """Return what token_metrics does, from log-probabilities [N, V] float32 of the dense and the planned model."""
     best_p, best_q = log_p.argmax(-1), log_q.argmax(-1)
     nll_dense, nll = (-x.gather(-1, targets[:, None])[:, 0] for x in (log_p, log_q))
     difference = log_p - log_q
@@ -69,7 +69,10 @@ class Tally:
         self.max_abs_logprob_diff = max(self.max_abs_logprob_diff, other.max_abs_logprob_diff)
 
     def state(self) -> dict:
-        """As JSON values; `of_state` takes them back, the same bits. Raises InputError where a perplexity overflows."""
+        """Return the tally as JSON values, from which `of_state` makes it again, to the bit.
+
+        Raises InputError where a perplexity overflows.
+        """
         if self.sums and self.finite():
             for name in ("nll_dense", "nll"):
                 perplexity(self._mean(name)[0])
@@ -81,22 +84,25 @@ class Tally:
 
     @classmethod
     def of_state(cls, state: dict) -> "Tally":
+        """Return the tally that `state` wrote down."""
         sums = [torch.tensor(row, dtype=torch.float64) for row in state["sums"]]
         return cls(sums, list(state["tokens"]), state["max_abs_logprob_diff"])
 
     def finite(self) -> bool:
-        """Is every sum a number? NaN or Inf in logits leaves none that is."""
+        """Tell whether every sum is finite, which NaN or Inf in logits leaves no sum to be."""
         return all(bool(row.isfinite().all()) for row in self.sums)
 
     def kl(self) -> float:
-        """The KL so far."""
+        """Return the KL so far, nats per token."""
         return self._mean("kl")[0]
 
     def baseline(self) -> Baseline:
+        """Return the dense model's means. Raises InputError where one is not finite or the perplexity overflows."""
         nll, correct = (self._mean(name)[0] for name in ("nll_dense", "correct_dense"))
         return Baseline(nll=nll, ppl=perplexity(nll), top1_accuracy=correct, tokens=sum(self.tokens))
 
     def comparison(self) -> Comparison:
+        """Return the planned model's means against the dense model's. Raises InputError as `baseline` does."""
         kl, kl_stderr = self._mean("kl")
         nll_increase, nll_increase_stderr = self._mean("nll", minus="nll_dense")
         accuracy_drop, accuracy_drop_stderr = self._mean("correct_dense", minus="correct")

@@ -1,4 +1,4 @@
-"""How far a mean over text can be trusted: its standard error over sequences."""
+"""The standard error of a mean over text, taken over sequences."""
 
 import numpy as np
 import torch

@@ -1,8 +1,8 @@
 """Calibration text: from --data to token sequences to measure on, and others kept for verifying.
 
-Held-out text is only held out where it says nothing that was there before. So every sequence counts once: one that is
-the same as an earlier one, of any of the texts, or that comes from a document that was there before, is left out
-before anything is measured, and `Text.note` says how many were.
+Held-out text must not repeat text that was measured on. So every sequence counts once: one that is the same as an
+earlier one, of any of the texts, or that comes from a document that was read before, is left out before anything is
+measured, and `Text.note` says how many were.
 """
 
 import hashlib
@@ -24,6 +24,8 @@ Tokens = list[int]
 
 @dataclass(frozen=True)
 class TextOptions:
+    """Names the sequences of one text that are used; see `load_texts`."""
+
     source: str
     seq_len: int
     min_len: int
@@ -93,7 +95,7 @@ def further(texts: Sequence[Text], times: int, tokenizer: PreTrainedTokenizerBas
 
 @dataclass(frozen=True)
 class _Part:
-    """What one document gives to a sequence."""
+    """The share of one document in a sequence."""
 
     document: str  # hash of its content
     occurrence: tuple[int, int]  # which text, and which document of it: the same content may come again

@@ -19,7 +19,7 @@ MIN_BATCHES, MIN_SEQUENCES = 4, 16  # before anything is decided
 
 
 def tiers(kl: Mapping[int, float], tau1: float | None = None, tau2: float | None = None) -> dict[int, Tier]:
-    """Each block's tier by its single KL; by default the thresholds are a quarter of the blocks' mean, and the mean."""
+    """Return each block's tier from what dropping it alone costs (`kl`, nats per token, by block); see `thresholds`."""
     low, high = thresholds(kl, tau1, tau2)
     return {
         b: "insensitive" if value <= low else "sensitive" if value <= high else "extremely sensitive"
@@ -28,6 +28,11 @@ def tiers(kl: Mapping[int, float], tau1: float | None = None, tau2: float | None
 
 
 def thresholds(kl: Mapping[int, float], tau1: float | None, tau2: float | None) -> tuple[float, float]:
+    """Return the KL up to which a block is insensitive, and the one up to which it is sensitive.
+
+    They are tau1 and tau2 where given, else a quarter of the blocks' mean KL and the mean. Raises InputError where they
+    are not in order.
+    """
     mean = sum(kl.values()) / max(len(kl), 1)
     low = SHARES_OF_MEAN[0] * mean if tau1 is None else tau1
     high = max(SHARES_OF_MEAN[1] * mean, low) if tau2 is None else tau2
@@ -38,15 +43,20 @@ def thresholds(kl: Mapping[int, float], tau1: float | None, tau2: float | None) 
 
 @dataclass(frozen=True)
 class Stopping:
-    """When a candidate's batches so far leave no doubt of the tier that all `sequences` would give it.
+    """Decides when a candidate has been measured on enough batches to be certain of its tier.
 
-    The candidates of a group, by their numbers, share the default thresholds: of each, its KL less a threshold must
-    lie clear of 0. That difference is taken sequence by sequence (a hard one is hard for all candidates); what has
-    stopped enters with its mean and error as they were, errors added up. The interval is Student's over sequences,
-    narrowed by sqrt(1 - n / sequences) since the rest is all that is unknown, and corrected (Bonferroni) for every
-    candidate of the group and every batch after which one looks: with probability `confidence` all tiers of a group
-    are those of the whole run. That takes sequences in no particular order for granted. What is near a threshold at
-    the end of the text calls for an exact threshold: `wanting` says whose measurement must be completed for it.
+    Certain means: with probability `confidence`, the tiers of all candidates of a group are those that all `sequences`
+    would give. A group is a list of candidates, by number, that share the default thresholds (tiers.thresholds).
+
+    A candidate is decided when the confidence interval of (its KL - threshold) excludes 0 for both thresholds. The
+    difference is taken sequence by sequence, since a hard sequence is hard for all candidates. Candidates that have
+    stopped already enter the threshold with the mean and the error they had then; their errors are added up. The
+    interval is Student's t over sequences, narrowed by sqrt(1 - n / sequences), since only the remaining sequences are
+    unknown, and corrected (Bonferroni) for the number of candidates of the group and of batches after which it is
+    looked at. It takes for granted that the sequences stand in no particular order.
+
+    A candidate that is still near a threshold at the end of the text needs that threshold to be exact; `wanting` names
+    the stopped candidates whose measurements must be completed for it.
     """
 
     groups: Sequence[Sequence[int]]
@@ -54,13 +64,13 @@ class Stopping:
     sequences: int
 
     def decided(self, tallies: Sequence[Tally], active: set[int], batch: int, batches: int) -> set[int]:
-        """Which of `active` need no more batches, after batch number `batch` (from 1) of `batches`."""
+        """Return those of `active` that need no more batches, after batch number `batch` (from 1) of `batches`."""
         if batch < MIN_BATCHES or batch == batches:
             return set()
         return {i for group in self.groups for i in self._decided_of(tallies, active, group, batches)}
 
     def wanting(self, tallies: Sequence[Tally], batches: int) -> set[int]:
-        """At the end of the text: which of the stopped must be measured on the rest of it."""
+        """Return the stopped candidates that must be measured to the end of the text, where the others are by now."""
         return {i for group in self.groups for i in self._wanting_of(tallies, group, batches)}
 
     def _wanting_of(self, tallies: Sequence[Tally], group: Sequence[int], batches: int) -> list[int]:

@@ -10,6 +10,6 @@ from datasets import Dataset
 
 
 def documents(kind: str, **_: object) -> dict[str, Dataset]:
-    """lm-eval hands over `dataset_kwargs` (the kind) together with metadata that is of no use here."""
+    """Return the documents of one `kind` as the test split; lm-eval's further arguments are not needed."""
     lines = Path(__file__).with_name(f"{kind}.jsonl").read_text(encoding="utf-8").splitlines()
     return {"test": Dataset.from_list([json.loads(line) for line in lines])}

@@ -1,4 +1,4 @@
-"""How long a sync and a forward take on real ranks. Runs on every rank alike, under torchrun.
+"""Timing a sync and a forward on real ranks. Runs on every rank alike, under torchrun.
 
 What is compared is measured in turns, round after round, so that a machine that grows slower does so for all.
 """
@@ -33,7 +33,7 @@ Tick = Callable[[str], None]
 
 
 class BenchSettings(BaseModel, frozen=True):
-    """What is timed: `rounds` turns; `batch_size` prompts of `tokens` tokens, and `new_tokens` decoded behind them."""
+    """The size of a bench: `rounds` turns; `batch_size` prompts of `tokens` tokens, `new_tokens` decoded each."""
 
     rounds: int = 20
     batch_size: int = 1
@@ -42,7 +42,7 @@ class BenchSettings(BaseModel, frozen=True):
 
 
 class BenchJob(BaseModel, frozen=True):
-    """What the ranks are to time; `model` is a folder or a hub id, `provenance` that of the file that is written."""
+    """The job of the ranks; `model` is a folder or a hub id, `provenance` that of the file that is written."""
 
     plan: Path
     model: str

@@ -1,4 +1,4 @@
-"""What each rank does in a bench that started its ranks itself.
+"""The program of each rank in a bench that started its ranks itself.
 
 torchrun --nproc-per-node N -m spd_calib.runtimes.torchrun.bench_worker JOB.json HARDWARE.json
 """
@@ -13,7 +13,7 @@ from .bench import BenchJob, run
 
 
 def _ignore(_: object) -> None:
-    """Nobody watches the ranks."""
+    """Do nothing: nobody watches the ranks' progress."""
 
 
 def main() -> None:

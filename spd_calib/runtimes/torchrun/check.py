@@ -1,4 +1,4 @@
-"""Do real ranks under torchrun run the plan? The plan and the dense model on them, against the simulation."""
+"""Checking that real ranks under torchrun run a plan: the plan and the dense model, against the simulation."""
 
 import tempfile
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What torchrun runs of a command: MODULE given first, ending with torchrun from the first moment on."""
+"""The program that torchrun starts as each rank: it runs the MODULE given first, and ends when torchrun does."""
 
 import runpy
 import sys

@@ -1,4 +1,4 @@
-"""What each rank does in a check: run the plan and the dense model, and write down what came out.
+"""The program of each rank in a check: it runs the plan and the dense model, and writes down what came out.
 
 torchrun --nproc-per-node N -m spd_calib.runtimes.torchrun.worker JOB.json OBSERVED.json
 """
@@ -27,7 +27,7 @@ from spd_calib.runtimes.observed import Observed
 
 
 class CheckJob(BaseModel):
-    """What the ranks of a check are to run; prompts are token ids."""
+    """The job of the ranks of a check; prompts are token ids."""
 
     plan: Path
     model: str

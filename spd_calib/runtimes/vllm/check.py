@@ -1,4 +1,4 @@
-"""Does vLLM run the plan? The plan and the dense model on real ranks, against the simulation."""
+"""Checking that vLLM runs a plan: the plan and the dense model on real ranks, against the simulation."""
 
 from collections.abc import Sequence
 from pathlib import Path

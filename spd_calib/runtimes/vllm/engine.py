@@ -1,4 +1,4 @@
-"""One vLLM engine, started to be looked at: eager, float32, on loopback, gone without a trace."""
+"""Starting a vLLM engine for a check: eager, in float32, on loopback, and cleaned up afterwards."""
 
 import os
 from collections.abc import Iterator, Sequence

@@ -23,7 +23,7 @@ Pair = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class LayerForm:
-    """Where vLLM has the classes of an architecture, and its parts relative to model and layer.
+    """The places of vLLM's classes of an architecture, and of its parts relative to model and layer.
 
     `planned(layer, attention=, mlp=, owes=)` gives the forward that takes the place of the layer's own: how its two
     sync points are dropped, and whether the layer before left a debt.

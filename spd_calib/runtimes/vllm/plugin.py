@@ -5,10 +5,10 @@ from typing import Any
 
 
 def register() -> None:
-    """Called by vLLM in each of its processes, before it makes an engine configuration.
+    """Have every engine configuration that vLLM makes from now on checked for a plan, and prepared for it.
 
-    Without a plan nothing is done to it. This module imports nothing heavy: vLLM goes on without a plugin that
-    cannot be imported, and would then serve the dense model.
+    vLLM calls this in each of its processes, before it makes one. Without a plan nothing is done to it. This module
+    imports nothing heavy: vLLM goes on without a plugin that cannot be imported, and would then serve the dense model.
     """
     from vllm.engine.arg_utils import EngineArgs
 

@@ -1,4 +1,4 @@
-"""Drops as JSON, for vLLM's configuration and its calls to workers: strategies alone, predictors stay in their file."""
+"""Drops as JSON, for vLLM's configuration and its calls to workers. Predictors stay in their file."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a worker does with its plan once the model is loaded."""
+"""Applying a plan in a worker, once the model is loaded."""
 
 from collections.abc import Iterable
 from pathlib import Path
