@@ -1,4 +1,7 @@
-"""Writes the JSON Schemas, formats.md and cli.md from the code. With --check it only says what has drifted."""
+"""Writes the JSON Schemas, formats.md, cli.md and the table in architectures.md from the code.
+
+With --check it only says what has drifted.
+"""
 
 import json
 import os
@@ -9,6 +12,8 @@ import typer
 
 from spd_calib.cli.main import app
 from spd_calib.formats.files import FORMATS, schema
+from spd_calib.models.architecture import LAYERS
+from spd_calib.runtimes.vllm.layers import FORMS
 
 os.environ["COLUMNS"], os.environ["NO_COLOR"] = "100", "1"
 
@@ -47,6 +52,24 @@ def formats_page() -> str:
         parts.append(f"\n### {name}\n\n{_first(part)}\n\n")
         parts.append(_table(part) if "properties" in part else _values(part))
     return "".join(parts)
+
+
+TABLE = ("<!-- generated table -->\n", "<!-- end of the generated table -->\n")
+
+
+def architectures_page() -> str:
+    """The page on architectures as it stands, its table made anew from the rows of names and vLLM's allow-list."""
+    before, rest = (HERE / "architectures.md").read_text(encoding="utf-8").split(TABLE[0])
+    after = rest.split(TABLE[1])[1]
+    lines = ["| transformers' class | form | simulation, torchrun | vLLM |\n|---|---|---|---|\n"]
+    for row in LAYERS.values():
+        form = ["scaled" if row.scale else "pre-norm"]
+        form += ["q, k and v in one layer"] if len(row.qkv) == 1 else []
+        form += ["gate and up in one layer"] if "gate_up" in row.mlp_in[0] else []
+        for name in row.classes:
+            vllm = "both sync points" if name in FORMS else "refused"
+            lines.append(f"| {name} | {'; '.join(form)} | both sync points | {vllm} |\n")
+    return "".join([before, TABLE[0], *lines, TABLE[1], after])
 
 
 def _first(part: dict) -> str:
@@ -93,7 +116,8 @@ def _type(rule: dict) -> str:
 def pages() -> dict[Path, str]:
     """Return every generated file and what it must hold."""
     schemas = {HERE / "schemas" / f"{name}.schema.json": schema(name) for name in FORMATS}
-    return {**schemas, HERE / "cli.md": cli_reference(), HERE / "formats.md": formats_page()}
+    texts = {"cli.md": cli_reference(), "formats.md": formats_page(), "architectures.md": architectures_page()}
+    return {**schemas, **{HERE / name: text for name, text in texts.items()}}
 
 
 def main(check: bool) -> int:

@@ -13,6 +13,8 @@ from predictors import predictor
 import spd_calib
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import NOTHING_DROPPED, Drop, Drops, Point, Strategy
+from spd_calib.models.architecture import LAYERS, find_decoder
+from spd_calib.models.probe import find_layers
 from spd_calib.parallel.head import PerRank
 from spd_calib.parallel.model import TensorParallelLM
 
@@ -139,6 +141,19 @@ def test_refused_architectures_name_the_cause(name, cause):
         TensorParallelLM.simulated(tiny.build_refused(name), 2)
     assert all(word.lower() in str(e.value).lower() for word in cause), str(e.value)
     assert "\n" not in str(e.value)
+
+
+def test_the_rows_name_the_classes_that_are_tested_and_no_others():
+    """Each in the row that its layers are found by."""
+    rows = {name: row for row in LAYERS.values() for name in row.classes}
+    tested = {type(model).__name__: model for model in map(tiny.build, tiny.SUPPORTED)}
+    assert set(rows) == set(tested)
+    for name, model in tested.items():
+        parts = find_layers(model)[0]
+        layer = find_decoder(model).layers[0]
+        assert parts.norm2 is layer.get_submodule(rows[name].norm2)
+        assert [id(m) for m in parts.mlp_in] == [id(layer.get_submodule(path)) for path in rows[name].mlp_in]
+        assert bool(rows[name].scale) == (parts.scale != 1.0)
 
 
 @pytest.mark.parametrize(("tp", "word"), [(3, "8 query heads"), (16, "8 query heads"), (0, "number of ranks")])

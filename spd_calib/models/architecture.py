@@ -14,7 +14,7 @@ from spd_calib.errors import InputError
 
 @dataclass(frozen=True)
 class LayerNames:
-    """Module paths relative to the decoder layer.
+    """Module paths relative to the decoder layer, and transformers' classes that are known to have them.
 
     `qkv` names three linear layers, or a fused one that holds the rows of q, then k's, then v's. `mlp_in` names one
     linear layer for act(first), two for act(gate) * up, or a fused one that holds the rows of the gate, then those of
@@ -22,6 +22,7 @@ class LayerNames:
     residual stream.
     """
 
+    classes: tuple[str, ...]
     norm1: str
     attention: str
     qkv: tuple[str, ...]
@@ -40,6 +41,7 @@ _SELF_ATTENTION: dict[str, Any] = {
 
 LAYERS = {
     "Granite": LayerNames(
+        classes=("GraniteForCausalLM",),
         norm1="input_layernorm",
         **_SELF_ATTENTION,
         o="self_attn.o_proj",
@@ -49,7 +51,21 @@ LAYERS = {
         down="mlp.down_proj",
         scale="residual_multiplier",  # before Llama, whose names it has as well
     ),
-    "Llama, Mistral, Qwen2, Qwen3, Gemma": LayerNames(
+    "Llama": LayerNames(
+        classes=(
+            "LlamaForCausalLM",
+            "MistralForCausalLM",
+            "Ministral3ForCausalLM",
+            "Qwen2ForCausalLM",
+            "Qwen3ForCausalLM",
+            "GemmaForCausalLM",
+            "SmolLM3ForCausalLM",
+            "SeedOssForCausalLM",
+            "Ernie4_5ForCausalLM",
+            "HunYuanDenseV1ForCausalLM",
+            "StableLmForCausalLM",
+            "CwmForCausalLM",
+        ),
         norm1="input_layernorm",
         **_SELF_ATTENTION,
         o="self_attn.o_proj",
@@ -59,6 +75,7 @@ LAYERS = {
         down="mlp.down_proj",
     ),
     "Starcoder2": LayerNames(
+        classes=("Starcoder2ForCausalLM",),
         norm1="input_layernorm",
         **_SELF_ATTENTION,
         o="self_attn.o_proj",
@@ -68,6 +85,7 @@ LAYERS = {
         down="mlp.c_proj",
     ),
     "Apertus": LayerNames(
+        classes=("ApertusForCausalLM",),
         norm1="attention_layernorm",
         **_SELF_ATTENTION,
         o="self_attn.o_proj",
@@ -77,6 +95,7 @@ LAYERS = {
         down="mlp.down_proj",
     ),
     "Arcee": LayerNames(
+        classes=("ArceeForCausalLM", "NemotronForCausalLM"),
         norm1="input_layernorm",
         **_SELF_ATTENTION,
         o="self_attn.o_proj",
@@ -86,6 +105,7 @@ LAYERS = {
         down="mlp.down_proj",
     ),
     "Phi-3": LayerNames(
+        classes=("Phi3ForCausalLM",),
         norm1="input_layernorm",
         attention="self_attn",
         qkv=("self_attn.qkv_proj",),
@@ -96,6 +116,7 @@ LAYERS = {
         down="mlp.down_proj",
     ),
     "GLM": LayerNames(
+        classes=("GlmForCausalLM",),
         norm1="input_layernorm",
         **_SELF_ATTENTION,
         o="self_attn.o_proj",
@@ -105,6 +126,7 @@ LAYERS = {
         down="mlp.down_proj",
     ),
     "OPT": LayerNames(
+        classes=("OPTForCausalLM",),
         norm1="self_attn_layer_norm",
         **_SELF_ATTENTION,
         o="self_attn.out_proj",
@@ -115,7 +137,7 @@ LAYERS = {
     ),
 }
 
-SUPPORTED = ", ".join(LAYERS)
+SUPPORTED = ", ".join(name.removesuffix("ForCausalLM") for row in LAYERS.values() for name in row.classes)
 
 
 @dataclass(frozen=True)

@@ -49,9 +49,10 @@ def find_layers(model: PreTrainedModel) -> list[LayerParts]:
         )
     kinds = {str(kind) for kind in getattr(model.config, "layer_types", None) or ()}
     if other := sorted(kinds & NO_SOFTMAX_ATTENTION):
+        form = "is a hybrid" if kinds - NO_SOFTMAX_ATTENTION else "has no plain attention"
         raise InputError(
-            f"{name} is a hybrid (blocks of the kind {', '.join(other)} beside its attention): how they are divided "
-            "over ranks is not supported yet."
+            f"{name} {form} (its blocks are of the kind {', '.join(other)}): how such mixers are divided over ranks is "
+            "not supported yet."
         )
     norms = [n for n, _ in decoder.layers[0].named_children() if "norm" in n] if decoder else []
     if len(norms) > 2:
@@ -67,7 +68,7 @@ def find_layers(model: PreTrainedModel) -> list[LayerParts]:
         )
     if parts and all(parts):
         for p in filter(None, parts):
-            _refuse_weights_of_single_heads(name, p)
+            _refuse_other_weights(name, p)
         return [p for p in parts if p]
     linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     if latent := [n for n in sorted(linears) if n.endswith(("kv_a_proj_with_mqa", "kv_b_proj"))]:
@@ -83,8 +84,8 @@ def find_layers(model: PreTrainedModel) -> list[LayerParts]:
     raise InputError(f"{name} is not supported; supported are {SUPPORTED} and models built alike.")
 
 
-def _refuse_weights_of_single_heads(name: str, parts: LayerParts) -> None:
-    """Raise InputError where the attention has weights, beside its linear layers, that are not the same for all heads.
+def _refuse_other_weights(name: str, parts: LayerParts) -> None:
+    """Raise InputError where the attention has weights beside its linear layers that not all heads share.
 
     Cut over ranks are the linear layers alone. What all heads share are norms of one head's size.
     """
@@ -92,10 +93,9 @@ def _refuse_weights_of_single_heads(name: str, parts: LayerParts) -> None:
     shape = (parts.attention.head_dim,)
     for path, parameter in parts.attention.named_parameters():
         if id(parameter) not in own and (parameter.shape != shape or path.count(".") != 1):
-            kind = "norms" if "norm" in path else "weights"
             raise InputError(
-                f"{name} has {kind} of its own for each head ({path}), which this tool does not cut over ranks; "
-                "such attention is not supported yet."
+                f"{name} has weights in its attention beside q, k, v, o and norms that all heads share ({path}): how "
+                "they are divided over ranks is not supported yet."
             )
 
 
