@@ -17,7 +17,7 @@ from spd_calib.sensitivity.fisher import predict
 from spd_calib.sensitivity.measure import Subject, measure
 
 K, D, P = Strategy.KEEP_SYNC, Strategy.BLOCK_DROP, Strategy.PLAIN_DROP
-FAMILIES = ("llama", "llama_bias", "qwen3", "gemma", "opt", "starcoder2")
+FAMILIES = ("llama", "llama_bias", "qwen3", "gemma", "opt", "starcoder2", "apertus", "granite", "phi3", "glm")
 
 
 @pytest.fixture(scope="module")
