@@ -25,6 +25,13 @@ MODELS: dict[str, tuple[str, dict]] = {
     "qwen2-some-windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
     "llama-theta": ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+    "phi3-partial-rotary-tied": (
+        "phi3",
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+            "tie_word_embeddings": True,
+        },
+    ),
     "gemma-odd-width": ("gemma", {"hidden": 72}),
 }
 """Name -> arguments of `tiny.build`."""
