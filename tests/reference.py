@@ -49,6 +49,7 @@ OPT_NAMES = {
     "down": "fc2",
     "last_norm": "model.decoder.final_layer_norm",
 }
+APERTUS_NAMES = {**ARCEE_NAMES, "n1": "attention_layernorm", "n2": "feedforward_layernorm"}
 NAMES: dict[str, dict] = {
     "llama": LLAMA_NAMES,
     "mistral": LLAMA_NAMES,
@@ -58,8 +59,23 @@ NAMES: dict[str, dict] = {
     "opt": OPT_NAMES,
     "starcoder2": STARCODER2_NAMES,
     "arcee": ARCEE_NAMES,
+    "ministral3": LLAMA_NAMES,
+    "smollm3": LLAMA_NAMES,
+    "seed_oss": LLAMA_NAMES,
+    "ernie4_5": LLAMA_NAMES,
+    "hunyuan_v1_dense": LLAMA_NAMES,
+    "apertus": APERTUS_NAMES,
+    "nemotron": ARCEE_NAMES,
+    "stablelm": LLAMA_NAMES,
+    "cwm": LLAMA_NAMES,
+    "granite": LLAMA_NAMES,
+    "phi3": LLAMA_NAMES,
+    "glm": LLAMA_NAMES,
 }
 """Model type -> what the parts are called in its state dict; `gate` is None where the MLP has no gate."""
+
+LAYER_NORM_EPS = {"opt": None, "starcoder2": "norm_epsilon", "nemotron": "norm_eps", "stablelm": "layer_norm_eps"}
+"""Model type with LayerNorm -> the name of its epsilon; where it has none, 1e-5."""
 
 
 def logits(
@@ -87,6 +103,8 @@ def logits(
         for rank in range(tp):
             words = slice(rank * part, (rank + 1) * part)
             out[row, real, words] = streams[rank] @ head[words].T
+    if config.model_type == "granite":
+        out = out / config.logits_scaling
     return out
 
 
@@ -116,8 +134,7 @@ def _check(config: PreTrainedConfig, tp: int, strategies: Sequence[str], mlp_str
     assert mlp_strategies[blocks - 1] == "keep_sync", "nothing is left to settle the last block's debt"
     assert config.num_attention_heads % tp == 0 and _neurons(config) % tp == 0, "the TP degree does not divide"
     if config.model_type != "opt":
-        rope = config.rope_parameters
-        assert rope["rope_type"] == "default" and rope.get("partial_rotary_factor", 1.0) == 1.0, "plain rotary only"
+        assert config.rope_parameters["rope_type"] == "default", "plain rotary only"
 
 
 def _streams(
@@ -136,12 +153,14 @@ def _streams(
     for block in range(config.num_hidden_layers):
         prefix = names["block"].format(block)
         part = {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
+        part = _taken_apart(part, config)
+        times = config.residual_multiplier if config.model_type == "granite" else 1.0
 
         attn = []
         for rank in range(tp):
             read = _norm(part, config, names["n1"], x + w[rank] + p[rank])
-            attn.append(_attention(part, config, block, rank, tp, read))
-        b_o = part.get(names["o"] + ".bias", torch.zeros_like(x[0]))
+            attn.append(times * _attention(part, config, block, rank, tp, read))
+        b_o = times * part.get(names["o"] + ".bias", torch.zeros_like(x[0]))
         if strategies[block] == "keep_sync":
             x, p = _settle(x, p, attn, b_o)
         elif strategies[block] == "block_drop":
@@ -154,14 +173,37 @@ def _streams(
         mlp = []
         for rank in range(tp):
             read = _norm(part, config, names["n2"], x + w[rank] + p[rank])
-            mlp.append(_mlp(part, config, rank, tp, read))
-        b_d = part.get(names["down"] + ".bias", torch.zeros_like(x[0]))
+            mlp.append(times * _mlp(part, config, rank, tp, read))
+        b_d = times * part.get(names["down"] + ".bias", torch.zeros_like(x[0]))
         if mlp_strategies[block] == "keep_sync":
             x, p = _settle(x, p, mlp, b_d)
         else:
             p = [p[rank] + mlp[rank] for rank in range(tp)]
             x = x + b_d
     return [_norm(weights, config, names["last_norm"], x + w[rank] + p[rank]) for rank in range(tp)]
+
+
+def _taken_apart(part: dict[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
+    """A block's weights under Llama's names where some are fused: q's rows, k's, then v's; the gate's, then up's."""
+    part = dict(part)
+    for name in list(part):
+        if "qkv_proj" in name:
+            sizes = [
+                heads * _head_size(config) for heads in (config.num_attention_heads, *2 * [config.num_key_value_heads])
+            ]
+            for letter, rows in zip("qkv", part[name].split(sizes), strict=True):
+                part[name.replace("qkv_proj", f"{letter}_proj")] = rows
+        if "gate_up_proj" in name:
+            half = len(part[name]) // 2
+            part[name.replace("gate_up", "gate")], part[name.replace("gate_up", "up")] = (
+                part[name][:half],
+                part[name][half:],
+            )
+    return part
+
+
+def _head_size(config: PreTrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _settle(x: Tensor, p: list[Tensor], partial: list[Tensor], bias: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -178,6 +220,8 @@ def _embed(weights: dict[str, Tensor], config: PreTrainedConfig, ids: Tensor) ->
     x = torch.stack([table[int(i)] for i in ids])
     if config.model_type == "gemma":
         x = x * float(torch.tensor(config.hidden_size**0.5))  # rounded to float32, as transformers has it
+    if config.model_type == "granite":
+        x = x * config.embedding_multiplier
     if config.model_type == "opt":
         places = weights["model.decoder.embed_positions.weight"]
         x = x + torch.stack([places[t + 2] for t in range(len(ids))])  # OPT's first two rows are for nobody
@@ -185,14 +229,14 @@ def _embed(weights: dict[str, Tensor], config: PreTrainedConfig, ids: Tensor) ->
 
 
 def _norm(weights: dict[str, Tensor], config: PreTrainedConfig, name: str, x: Tensor) -> Tensor:
-    """LayerNorm in OPT and Starcoder2, else RMSNorm, over the last dimension."""
+    """LayerNorm in the families of LAYER_NORM_EPS, else RMSNorm, over the last dimension."""
     weight = weights[name + ".weight"]
-    if config.model_type in ("opt", "starcoder2"):
-        eps = 1e-5 if config.model_type == "opt" else config.norm_epsilon
+    if config.model_type in ("gemma", "nemotron"):
+        weight = 1 + weight
+    if config.model_type in LAYER_NORM_EPS:
+        eps = getattr(config, LAYER_NORM_EPS[config.model_type] or "", 1e-5)
         centred = x - x.mean(-1, keepdim=True)
         return centred / ((centred**2).mean(-1, keepdim=True) + eps).sqrt() * weight + weights[name + ".bias"]
-    if config.model_type == "gemma":
-        weight = 1 + weight
     return x / ((x**2).mean(-1, keepdim=True) + config.rms_norm_eps).sqrt() * weight
 
 
@@ -209,15 +253,23 @@ def _attention(part: dict[str, Tensor], config: PreTrainedConfig, block: int, ra
         q = _rows(part, names["q"], x, head * size, (head + 1) * size)
         k = _rows(part, names["k"], x, served_by * size, (served_by + 1) * size)
         v = _rows(part, names["v"], x, served_by * size, (served_by + 1) * size)
-        if config.model_type == "qwen3":
+        if config.model_type in ("qwen3", "apertus"):
             q = _norm(part, config, "self_attn.q_norm", q)
             k = _norm(part, config, "self_attn.k_norm", k)
-        if config.model_type != "opt":
+        if config.model_type != "opt" and (config.model_type != "smollm3" or config.no_rope_layers[block]):
             q, k = _rotate(q, config), _rotate(k, config)
+        if config.model_type == "hunyuan_v1_dense":
+            q = _norm(part, config, "self_attn.query_layernorm", q)
+            k = _norm(part, config, "self_attn.key_layernorm", k)
+        if config.model_type == "ministral3":
+            every = config.rope_parameters["original_max_position_embeddings"]
+            beta = config.rope_parameters["llama_4_scaling_beta"]
+            q = torch.stack([(1 + beta * math.log(1 + t // every)) * q[t] for t in range(len(q))])
         seen = []
         for t in range(x.shape[0]):
             first = 0 if window is None else max(0, t + 1 - window)
-            scores = k[first : t + 1] @ q[t] / math.sqrt(size)
+            times = config.attention_multiplier if config.model_type == "granite" else 1 / math.sqrt(size)
+            scores = k[first : t + 1] @ q[t] * times
             shares = (scores - scores.max()).exp()
             seen.append((shares / shares.sum()) @ v[first : t + 1])
         total = total + torch.stack(seen) @ part[names["o"] + ".weight"][:, head * size : (head + 1) * size].T
@@ -232,14 +284,18 @@ def _window(config: PreTrainedConfig, block: int) -> int | None:
 
 
 def _rotate(x: Tensor, config: PreTrainedConfig) -> Tensor:
-    """Rotary position embedding, x [length, head size]: entries j and j + half turn by position / theta^(2j/size)."""
-    size = x.shape[1]
+    """Rotary position embedding, x [length, head size]: pairs of entries turn by position / theta^(2j/size).
+
+    Pairs are j and j + half, in some families 2j and 2j + 1; in some only the first entries of a head turn at all.
+    """
+    size = int(x.shape[1] * config.rope_parameters.get("partial_rotary_factor", 1.0))
     half = size // 2
-    out = torch.empty_like(x)
+    out = x.clone()
     for j in range(half):
+        a, b = (2 * j, 2 * j + 1) if config.model_type in ("ernie4_5", "glm") else (j, j + half)
         angle = torch.arange(x.shape[0], dtype=torch.float64) * config.rope_parameters["rope_theta"] ** (-2 * j / size)
-        out[:, j] = x[:, j] * angle.cos() - x[:, j + half] * angle.sin()
-        out[:, j + half] = x[:, j + half] * angle.cos() + x[:, j] * angle.sin()
+        out[:, a] = x[:, a] * angle.cos() - x[:, b] * angle.sin()
+        out[:, b] = x[:, b] * angle.cos() + x[:, a] * angle.sin()
     return out
 
 
@@ -248,11 +304,21 @@ def _mlp(part: dict[str, Tensor], config: PreTrainedConfig, rank: int, tp: int, 
     names = NAMES[config.model_type]
     first, last = rank * _neurons(config) // tp, (rank + 1) * _neurons(config) // tp
     up = _rows(part, names["up"], x, first, last)
-    if names["gate"] is None:
+    if config.model_type == "apertus":
+        neurons = _xielu(part, up)
+    elif names["gate"] is None:
         neurons = _activation(config, up)
     else:
         neurons = _activation(config, _rows(part, names["gate"], x, first, last)) * up
     return neurons @ part[names["down"] + ".weight"][:, first:last].T
+
+
+def _xielu(part: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Apertus's activation: its two curvatures are weights of the block."""
+    alpha_p, alpha_n, beta, eps = (part[f"mlp.act_fn.{name}"] for name in ("alpha_p", "alpha_n", "beta", "eps"))
+    right = (1 + alpha_p.exp()).log() * x**2 + beta * x
+    left = (torch.minimum(x, eps).exp() - 1 - x) * (beta + (1 + alpha_n.exp()).log()) + beta * x
+    return torch.where(x > 0, right, left)
 
 
 def _neurons(config: PreTrainedConfig) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from owned import owned
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -83,9 +84,7 @@ def check_sound(folder: Path, dtype: str = "float32") -> None:
         model = load_sharded(source, config, rank=rank, tp=2, device="cpu", dtype=dtype)
         own = own_slices(model, rank=rank, tp=2)
         for name, parameter in model.named_parameters():
-            rows, columns = own.get(name, (slice(None), slice(None)))
-            piece = whole[name][rows, columns] if whole[name].dim() == 2 else whole[name][rows]
-            assert torch.equal(parameter, piece), name
+            assert torch.equal(parameter, owned(whole[name], *own.get(name, ()))), name
 
 
 @pytest.mark.parametrize("shards", [False, True], ids=["one file", "an index"])

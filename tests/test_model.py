@@ -169,6 +169,68 @@ def test_a_llama_in_name_that_computes_something_else_is_refused():
         TensorParallelLM.simulated(model, 2)
 
 
+def replaced(model, block: int, forward) -> None:
+    """Have one block of `model` run `forward(layer, hidden_states, **kwargs)` in place of its own."""
+    layer = model.model.layers[block]
+    layer.forward = forward.__get__(layer)
+
+
+def test_a_branch_scaled_otherwise_than_the_layer_says_is_refused():
+    def mlp_unscaled(self, hidden_states, **kwargs):
+        h = hidden_states + 0.4 * self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+    def attention_unscaled(self, hidden_states, **kwargs):
+        h = hidden_states + self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
+        return h + 0.4 * self.mlp(self.post_attention_layernorm(h))
+
+    def scaled(self, hidden_states, **kwargs):
+        h = hidden_states + 0.4 * self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)[0]
+        return h + 0.4 * self.mlp(self.post_attention_layernorm(h))
+
+    for family, forward, cause in (
+        ("granite", mlp_unscaled, "Block 2 .*something else"),
+        ("granite", attention_unscaled, "Block 2 .*is scaled \\(by 1, not 0.4\\)"),
+        ("llama", scaled, "Block 2 .*is scaled \\(by 0.4, not 1\\)"),
+    ):
+        model = tiny.build(family)
+        replaced(model, 2, forward)
+        with pytest.raises(InputError, match=cause):
+            TensorParallelLM.simulated(model, 2)
+
+
+def test_fused_layers_that_lie_otherwise_are_refused():
+    """Up before the gate is found by the probe; q and k in each other's place, only by all ranks together."""
+    model = tiny.build("phi3")
+    mlp = model.model.layers[1].mlp
+
+    def up_first(u):
+        up, gate = mlp.gate_up_proj(u).chunk(2, dim=-1)
+        return mlp.down_proj(up * mlp.activation_fn(gate))
+
+    mlp.forward = up_first
+    with pytest.raises(InputError, match="Block 1"):
+        TensorParallelLM.simulated(model, 2)
+
+    model = tiny.build("phi3", kv_heads=8)
+    qkv = model.model.layers[1].self_attn.qkv_proj
+    qkv.register_forward_hook(lambda m, args, out: out.view(*out.shape[:-1], 8, 3, 8).transpose(-3, -2).flatten(-3))
+    with pytest.raises(InputError, match="differs"):
+        TensorParallelLM.simulated(model, 2)
+
+
+def test_what_stands_behind_the_output_head_counts_for_measured_logits_too():
+    """Granite divides its logits; logits that are made from a recording are divided as well."""
+    lm, ids = TensorParallelLM.simulated(tiny.build("granite"), 2), tiny.tokens(2, 6)
+    assert torch.equal(lm.logits(lm.record(ids).final), lm(ids))
+    lm.model.config.logits_scaling = 3.0
+    assert not torch.allclose(lm.logits(lm.record(ids).final), lm(ids), atol=1e-3)
+    model = tiny.build("llama")
+    model.config.logits_scaling = 2.0  # which Llama knows nothing of
+    with pytest.raises(InputError, match="differs"):
+        TensorParallelLM.simulated(model, 2)
+
+
 @pytest.fixture
 def small() -> tuple[TensorParallelLM, torch.Tensor]:
     """A Llama on two ranks, and tokens for it."""

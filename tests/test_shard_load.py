@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny
 import torch
+from owned import owned
 from safetensors.torch import load_file, save_file
 
 from spd_calib.errors import InputError
@@ -33,8 +34,7 @@ def test_a_rank_holds_its_slices_of_the_dense_weights(family, tp, tmp_path):
         state = dense.state_dict()
         for name, parameter in model.named_parameters():
             whole = state[name]
-            rows, columns = own.get(name, (slice(None), slice(None)))
-            assert torch.equal(parameter, whole[rows, columns] if whole.dim() == 2 else whole[rows]), name
+            assert torch.equal(parameter, owned(whole, *own.get(name, ()))), name
         for parts in find_layers(dense):  # the table that cuts is the one that the simulation views through
             slices = RankSlices.of(HeadCounts.of(parts), rank, tp)
             assert len(linear_slices(parts, slices)) == len(parts.linears)
@@ -75,9 +75,7 @@ def test_a_checkpoint_of_the_bare_decoder_lacks_the_prefix(family, tmp_path):
     assert torch.equal(model.get_output_embeddings().weight, dense.get_output_embeddings().weight)
     own = own_slices(model, rank=1, tp=4)
     for name, parameter in model.named_parameters():
-        rows, columns = own.get(name, (slice(None), slice(None)))
-        whole = dense.state_dict()[name]
-        assert torch.equal(parameter, whole[rows, columns] if whole.dim() == 2 else whole[rows])
+        assert torch.equal(parameter, owned(dense.state_dict()[name], *own.get(name, ())))
 
 
 def test_no_more_vocabulary_than_ranks(tmp_path):

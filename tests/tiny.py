@@ -60,18 +60,63 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "opt": ("opt", {"do_layer_norm_before": True}),
     "starcoder2": ("starcoder2", {}),
     "arcee": ("arcee", {}),
+    "ministral3": (
+        "ministral3",
+        {
+            "head_dim": 8,
+            "rope_parameters": {  # queries grow with their position, here from the fourth on
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "llama_4_scaling_beta": 0.3,
+                "original_max_position_embeddings": 4,
+            },
+        },
+    ),
+    "smollm3": (
+        "smollm3",  # blocks 1 and 3 without rotary positions, and with a window
+        {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 5, "attention_bias": True},
+    ),
+    "seed_oss": ("seed_oss", {"head_dim": 8, "attention_out_bias": True, "mlp_bias": True}),
+    "ernie4_5": ("ernie4_5", {"head_dim": 8, "use_bias": True}),
+    "hunyuan": ("hunyuan_v1_dense", {"head_dim": 8}),
+    "apertus": ("apertus", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+    "nemotron": ("nemotron", {"attention_bias": True, "mlp_bias": True}),
+    "stablelm": ("stablelm", {"use_qkv_bias": True}),
+    "granite": (
+        "granite",
+        {
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.3,
+            "embedding_multiplier": 2.0,
+            "logits_scaling": 0.5,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    "phi3": ("phi3", {"sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
+    "glm": ("glm", {"head_dim": 8, "attention_bias": True}),
+    "cwm": (
+        "cwm",  # block 0 sees everything, the others a window
+        {"head_dim": 8, "sliding_window": 5, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    ),
 }
 """Family -> (model type of transformers, what its configuration has besides SHAPE)."""
 
 SUPPORTED: tuple[str, ...] = tuple(FAMILIES)
 
 _REFUSED: dict[str, tuple[str, dict, tuple[str, ...]]] = {
-    "phi3": ("phi3", {}, ("fused",)),
-    "gemma2": ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 32}, ("post-norm",)),
-    "gemma3": ("gemma3_text", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 32}, ("post-norm",)),
+    "gemma2": ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 32}, ("sandwich",)),
+    "gemma3": ("gemma3_text", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 32}, ("sandwich",)),
+    "glm4": ("glm4", {"head_dim": 8}, ("sandwich",)),
     "olmo2": ("olmo2", {}, ("post-norm",)),
-    "granite": ("granite", {"residual_multiplier": 0.22, "attention_multiplier": 0.35}, ("scaled",)),
+    "olmo3": ("olmo3", {}, ("post-norm",)),
+    "exaone4": ("exaone4", {"sliding_window": 5}, ("post-norm",)),
+    "qwen3_5": ("qwen3_5_text", {"head_dim": 8}, ("hybrid", "linear_attention")),
+    "minicpm3": ("minicpm3", {"kv_heads": 8}, ("latent attention",)),
+    "gpt_neox_sequential": ("gpt_neox", {"use_parallel_residual": False}, ("fused",)),
     "opt_350m": ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}, ("post-norm",)),
+    "stablelm_norms": ("stablelm", {"qk_layernorm": True}, ("norm", "each head")),
+    "granite_swa": ("granite_swa", {"sliding_window": 5}, ("sinks", "each head")),
     "gpt_neox": ("gpt_neox", {"use_parallel_residual": True}, ("parallel",)),
     "gptj": ("gptj", {"rotary_dim": 4}, ("parallel",)),
     "phi": ("phi", {}, ("parallel",)),
@@ -205,10 +250,11 @@ def _model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
+    norms_add_one = config.model_type == "nemotron"  # and transformers draws them as if they did not
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if name.endswith("bias"):
+            if name.endswith("bias") or (norms_add_one and parameter.dim() == 1):
                 parameter.copy_(0.2 * noise)
             elif parameter.dim() == 1:  # a norm's weight: centred on one, in Gemma on zero
                 parameter.add_(0.2 * noise)

@@ -4,8 +4,9 @@ A row is only a hint: `probe.py` checks on random input that a layer computes wh
 """
 
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spd_calib.errors import InputError
@@ -13,28 +14,41 @@ from spd_calib.errors import InputError
 
 @dataclass(frozen=True)
 class LayerNames:
-    """Module paths relative to the decoder layer. Two `mlp_in` modules mean act(first) * second."""
+    """Module paths relative to the decoder layer.
+
+    `qkv` names three linear layers, or a fused one that holds the rows of q, then k's, then v's. `mlp_in` names one
+    linear layer for act(first), two for act(gate) * up, or a fused one that holds the rows of the gate, then those of
+    up. `scale` names the layer's attribute, if any, by which both branches are multiplied before they are added to the
+    residual stream.
+    """
 
     norm1: str
     attention: str
-    q: str
-    k: str
-    v: str
+    qkv: tuple[str, ...]
     o: str
     norm2: str
     mlp_in: tuple[str, ...]
     activation: str
     down: str
+    scale: str = ""
 
 
-_SELF_ATTENTION = {
+_SELF_ATTENTION: dict[str, Any] = {
     "attention": "self_attn",
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
 }
 
 LAYERS = {
+    "Granite": LayerNames(
+        norm1="input_layernorm",
+        **_SELF_ATTENTION,
+        o="self_attn.o_proj",
+        norm2="post_attention_layernorm",
+        mlp_in=("mlp.gate_proj", "mlp.up_proj"),
+        activation="mlp.act_fn",
+        down="mlp.down_proj",
+        scale="residual_multiplier",  # before Llama, whose names it has as well
+    ),
     "Llama, Mistral, Qwen2, Qwen3, Gemma": LayerNames(
         norm1="input_layernorm",
         **_SELF_ATTENTION,
@@ -53,6 +67,15 @@ LAYERS = {
         activation="mlp.act",
         down="mlp.c_proj",
     ),
+    "Apertus": LayerNames(
+        norm1="attention_layernorm",
+        **_SELF_ATTENTION,
+        o="self_attn.o_proj",
+        norm2="feedforward_layernorm",
+        mlp_in=("mlp.up_proj",),
+        activation="mlp.act_fn",
+        down="mlp.down_proj",
+    ),
     "Arcee": LayerNames(
         norm1="input_layernorm",
         **_SELF_ATTENTION,
@@ -60,6 +83,25 @@ LAYERS = {
         norm2="post_attention_layernorm",
         mlp_in=("mlp.up_proj",),
         activation="mlp.act_fn",
+        down="mlp.down_proj",
+    ),
+    "Phi-3": LayerNames(
+        norm1="input_layernorm",
+        attention="self_attn",
+        qkv=("self_attn.qkv_proj",),
+        o="self_attn.o_proj",
+        norm2="post_attention_layernorm",
+        mlp_in=("mlp.gate_up_proj",),
+        activation="mlp.activation_fn",
+        down="mlp.down_proj",
+    ),
+    "GLM": LayerNames(
+        norm1="input_layernorm",
+        **_SELF_ATTENTION,
+        o="self_attn.o_proj",
+        norm2="post_attention_layernorm",
+        mlp_in=("mlp.gate_up_proj",),
+        activation="mlp.activation_fn",
         down="mlp.down_proj",
     ),
     "OPT": LayerNames(
@@ -77,34 +119,70 @@ SUPPORTED = ", ".join(LAYERS)
 
 
 @dataclass(frozen=True)
+class LinearRows:
+    """One of the projections that a fused linear layer holds: `out_features` of its output rows, from `start` on."""
+
+    linear: nn.Linear
+    start: int
+    out_features: int
+
+    @property
+    def in_features(self) -> int:
+        return self.linear.in_features
+
+    @property
+    def weight(self) -> Tensor:
+        """Return its rows of the weight, which they share memory with."""
+        return self.linear.weight[self.start : self.start + self.out_features]
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias = self.linear.bias
+        return None if bias is None else bias[self.start : self.start + self.out_features]
+
+
+@dataclass(frozen=True)
 class LayerParts:
-    """The parts of one decoder layer, found. `mlp_in` holds the gate first where there is one."""
+    """The parts of one decoder layer, found. `mlp_in` holds the gate first where there is one (LayerNames)."""
 
     norm1: nn.Module
     attention: nn.Module
-    q: nn.Linear
-    k: nn.Linear
-    v: nn.Linear
+    q: nn.Linear | LinearRows
+    k: nn.Linear | LinearRows
+    v: nn.Linear | LinearRows
     o: nn.Linear
     norm2: nn.Module
     mlp_in: tuple[nn.Linear, ...]
     activation: nn.Module
     down: nn.Linear
+    scale: float = 1.0  # what both branches are multiplied by, biases and all
 
     @property
     def linears(self) -> tuple[nn.Linear, ...]:
-        return (self.q, self.k, self.v, self.o, *self.mlp_in, self.down)
+        """Return the linear layers as the model holds them, a fused one once."""
+        qkv = dict.fromkeys(p.linear if isinstance(p, LinearRows) else p for p in (self.q, self.k, self.v))
+        return (*qkv, self.o, *self.mlp_in, self.down)
 
 
 def layer_parts(layer: nn.Module) -> LayerParts | None:
     """Return the parts of `layer` by the first row of LAYERS whose every name it has; None where no row fits."""
     for names in LAYERS.values():
-        found = {field: _find(layer, name) for field, name in vars(names).items() if isinstance(name, str)}
-        mlp_in = tuple(_find(layer, name) for name in names.mlp_in)
-        linears = (*(found[part] for part in ("q", "k", "v", "o", "down")), *mlp_in)
-        if None not in (*found.values(), *mlp_in) and all(isinstance(m, nn.Linear) for m in linears):
-            return LayerParts(**found, mlp_in=mlp_in)  # type: ignore[arg-type]
+        single = ("norm1", "attention", "o", "norm2", "activation", "down")
+        found: dict[str, Any] = {field: _find(layer, getattr(names, field)) for field in single}
+        qkv: tuple[Any, ...] = tuple(_find(layer, name) for name in names.qkv)
+        mlp_in: tuple[Any, ...] = tuple(_find(layer, name) for name in names.mlp_in)
+        scale: Any = getattr(layer, names.scale, None) if names.scale else 1.0
+        linears = (*qkv, *mlp_in, found["o"], found["down"])
+        if None not in (*found.values(), scale) and all(isinstance(m, nn.Linear) for m in linears):
+            q, k, v = qkv if len(qkv) == 3 else _unfused(qkv[0], q_rows=found["o"].in_features)
+            return LayerParts(**found, q=q, k=k, v=v, mlp_in=mlp_in, scale=float(scale))
     return None
+
+
+def _unfused(qkv: nn.Linear, *, q_rows: int) -> list[LinearRows]:
+    """Return q, k and v of a linear layer that holds the rows of q, then those of k, then as many of v."""
+    kv_rows = (qkv.out_features - q_rows) // 2
+    return [LinearRows(qkv, 0, q_rows), *(LinearRows(qkv, q_rows + i * kv_rows, kv_rows) for i in range(2))]
 
 
 def _find(module: nn.Module, path: str) -> nn.Module | None:

@@ -146,9 +146,12 @@ class Checkpoint:
         self.id, self.tensors = source.id, account(source, model)
         self.checked: set[str] = set()
 
-    def read(self, name: str, *, rows: slice = ALL, columns: slice = ALL, dtype: torch.dtype | None = None) -> Tensor:
+    def read(
+        self, name: str, *, rows: tuple[slice, ...] = (ALL,), columns: slice = ALL, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Return a piece of the parameter `name` in memory of its own, in `dtype` (default: as stored).
 
+        `rows` are one range of its rows, or several, which are put one behind the other.
         Raises InputError for NaN or Inf in what is read for the first time, and for a file that has gone.
         """
         stored = self.tensors[name]
@@ -156,9 +159,13 @@ class Checkpoint:
             # opened anew each time: what was read of a file that stays open counts as this process's memory
             with safe_open(stored.file, framework="pt") as f:
                 whole = f.get_slice(stored.name)
-                if rows != ALL and rows.start == rows.stop:
+                if rows != (ALL,) and all(r.start == r.stop for r in rows):
                     return torch.empty(0, *stored.shape[1:], dtype=dtype)
-                piece = whole[rows] if len(stored.shape) == 1 else whole[rows, columns]
+                if stored.shape:
+                    pieces = [whole[(r, columns)[: len(stored.shape)]] for r in rows]
+                else:
+                    pieces = [f.get_tensor(stored.name)]  # a single number has no rows
+                piece = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
                 piece = piece.to(dtype or piece.dtype)
                 if name not in self.checked:
                     check_weight(name, piece, model=self.id)

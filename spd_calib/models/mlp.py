@@ -6,11 +6,12 @@ from torch import Tensor
 
 
 def activations(
-    mlp_in: Sequence[Callable[[Tensor], Tensor]], activation: Callable[[Tensor], Tensor], u: Tensor
+    mlp_in: Sequence[Callable[[Tensor], Tensor]], activation: Callable[[Tensor], Tensor], u: Tensor, *, neurons: int
 ) -> Tensor:
     """Return the neurons' activations [..., neurons] where the MLP's first layers read u [..., d].
 
-    With one layer in `mlp_in` that is act(first(u)); with two, the gate first, act(gate(u)) * up(u).
+    Where `mlp_in` gives `neurons` numbers that is act(first); where it gives twice as many, from two layers or from a
+    fused one, act(gate) * up, the gate coming first.
     """
-    gate = activation(mlp_in[0](u))
-    return gate if len(mlp_in) == 1 else gate * mlp_in[1](u)
+    first, *second = [piece for linear in mlp_in for piece in linear(u).split(neurons, dim=-1)]
+    return activation(first) * second[0] if second else activation(first)

@@ -1,6 +1,7 @@
 """Testing whether a decoder layer computes what dropping a sync point presumes, by running it, not by its name.
 
-Supported is `h = x + attn(n1(x))`, `y = h + mlp(n2(h))` with plain linear layers (docs/design.md, section 2).
+Supported is `h = x + s attn(n1(x))`, `y = h + s mlp(n2(h))` with plain linear layers, s a number, mostly 1
+(docs/design.md, section 2).
 Everything else is refused with one sentence that names the cause.
 """
 
@@ -13,6 +14,9 @@ from spd_calib.errors import InputError
 from .architecture import SUPPORTED, LayerParts, find_decoder, layer_parts
 from .mlp import activations
 
+NO_SOFTMAX_ATTENTION = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
+"""Kinds of blocks, as transformers' configurations spell them, whose mixer is not, or not only, softmax attention."""
+
 
 def find_layers(model: PreTrainedModel) -> list[LayerParts]:
     """Return the parts of every decoder layer, by their form alone (works on the meta device, before weights are read).
@@ -22,6 +26,11 @@ def find_layers(model: PreTrainedModel) -> list[LayerParts]:
     name = type(model).__name__
     decoder = find_decoder(model)
     parts = [layer_parts(layer) for layer in decoder.layers] if decoder else []
+    if mixing := [n for n, m in model.named_modules() if "HyperConnection" in type(m).__name__]:
+        raise InputError(
+            f"{name} mixes several residual streams by weights that depend on its input ({mixing[0]}, "
+            "hyper-connections): a rank's partial sum cannot wait in one of them, so its sync points cannot be dropped."
+        )
     experts = [n for n, m in model.named_modules() if n.endswith((".experts", ".router", "block_sparse_moe"))]
     if experts:
         raise InputError(
@@ -38,27 +47,56 @@ def find_layers(model: PreTrainedModel) -> list[LayerParts]:
             f"{name} has a projection between its blocks and its output head (word_embed_proj_dim "
             f"{model.config.word_embed_proj_dim}, hidden_size {model.config.hidden_size}): not supported."
         )
+    kinds = {str(kind) for kind in getattr(model.config, "layer_types", None) or ()}
+    if other := sorted(kinds & NO_SOFTMAX_ATTENTION):
+        raise InputError(
+            f"{name} is a hybrid (blocks of the kind {', '.join(other)} beside its attention): how they are divided "
+            "over ranks is not supported yet."
+        )
+    norms = [n for n, _ in decoder.layers[0].named_children() if "norm" in n] if decoder else []
+    if len(norms) > 2:
+        raise InputError(
+            f"{name} has sandwich norms, its branches go through a norm before they join the residual stream (its "
+            f"blocks hold {', '.join(norms)}): what a rank's partial sum becomes there is only known after the sync, "
+            "and waiting for it is not supported yet."
+        )
+    if norms and all(n.startswith("post_") for n in norms):
+        raise InputError(
+            f"{name} is a post-norm model (its blocks hold {', '.join(norms)}): what a rank's partial sum becomes "
+            "behind such a norm is only known after the sync, and waiting for it is not supported yet."
+        )
     if parts and all(parts):
-        norms = [n for n, m in decoder.layers[0].named_children() if "norm" in n]  # type: ignore[union-attr]
-        if len(norms) > 2:
-            raise InputError(
-                f"{name} is a post-norm model (its blocks hold {', '.join(norms)}): what a rank's partial sum becomes "
-                "is only known after the sync, so it cannot be dropped."
-            )
+        for p in filter(None, parts):
+            _refuse_weights_of_single_heads(name, p)
         return [p for p in parts if p]
     linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    if latent := [n for n in sorted(linears) if n.endswith(("kv_a_proj_with_mqa", "kv_b_proj"))]:
+        raise InputError(f"{name} has latent attention (MLA, {latent[0]}), which is not supported yet.")
     fused = [
         n for n in sorted(linears) if n.endswith(("qkv_proj", "query_key_value", "c_attn", "gate_up_proj", "Wqkv"))
     ]
     if fused:
-        raise InputError(f"{name} has fused projections ({fused[0]}): fused q/k/v or gate/up are not supported yet.")
-    layer = decoder.layers[0] if decoder else None
-    if layer is not None and any(n.startswith("post_") for n, _ in layer.named_children()):
         raise InputError(
-            f"{name} is a post-norm model: its block's residual form is not h = x + attn(norm(x)), "
-            "so a sync point cannot be dropped."
+            f"{name} has fused projections ({fused[0]}) that lie otherwise than this tool knows (q, then k, then v; "
+            "the gate, then up), which is not supported yet."
         )
     raise InputError(f"{name} is not supported; supported are {SUPPORTED} and models built alike.")
+
+
+def _refuse_weights_of_single_heads(name: str, parts: LayerParts) -> None:
+    """Raise InputError where the attention has weights, beside its linear layers, that are not the same for all heads.
+
+    Cut over ranks are the linear layers alone. What all heads share are norms of one head's size.
+    """
+    own = {id(p) for linear in parts.linears for p in linear.parameters()}
+    shape = (parts.attention.head_dim,)
+    for path, parameter in parts.attention.named_parameters():
+        if id(parameter) not in own and (parameter.shape != shape or path.count(".") != 1):
+            kind = "norms" if "norm" in path else "weights"
+            raise InputError(
+                f"{name} has {kind} of its own for each head ({path}), which this tool does not cut over ranks; "
+                "such attention is not supported yet."
+            )
 
 
 def _is_parallel(model: PreTrainedModel) -> bool:
@@ -95,26 +133,28 @@ def check_block(index: int, layer: nn.Module, parts: LayerParts, hidden: Tensor,
         for hook in hooks:
             hook.remove()
     computed = computed[0] if isinstance(computed, tuple) else computed
-    h = x + parts.attention(hidden_states=parts.norm1(x), **kwargs)[0]
-    if _close(computed, h + mlp(parts, parts.norm2(h)), x):
+    h = x + parts.scale * parts.attention(hidden_states=parts.norm1(x), **kwargs)[0]
+    if _close(computed, h + parts.scale * mlp(parts, parts.norm2(h)), x):
         return
     if not computed.isfinite().all():
         cause = "on random input it gives NaN or Inf"
     elif "attention" in seen and _close(seen["attention"], x, torch.zeros_like(x)):
         cause = "it is a post-norm model, attention reads the residual stream itself"
     elif "norm2" in seen and not _close(seen["norm2"].reshape(h.shape), h, x) and _parallel(seen["norm2"], h - x, x):
-        cause = f"its residual branches are scaled (by {_ratio(seen['norm2'].reshape(h.shape) - x, h - x):.3g})"
+        ratio = parts.scale * _ratio(seen["norm2"].reshape(h.shape) - x, h - x)
+        cause = f"its attention's branch is scaled (by {ratio:.3g}, not {parts.scale:.3g})"
     else:
         cause = "it computes something else, such as a post-norm or scaled residual"
+    s = "" if parts.scale == 1.0 else f"{parts.scale:.3g} "
     raise InputError(
-        f"Block {index} ({type(layer).__name__}) is not h = x + attn(norm1(x)), y = h + mlp(norm2(h)): {cause}; "
+        f"Block {index} ({type(layer).__name__}) is not h = x + {s}attn(norm1(x)), y = h + {s}mlp(norm2(h)): {cause}; "
         "its sync point cannot be dropped."
     )
 
 
 def mlp(parts: LayerParts, u: Tensor) -> Tensor:
     """Return what the dense MLP, bias included, gives for u: [B, T, d] to [B, T, d]."""
-    return parts.down(activations(parts.mlp_in, parts.activation, u))
+    return parts.down(activations(parts.mlp_in, parts.activation, u, neurons=parts.down.in_features))
 
 
 def _close(a: Tensor, b: Tensor, x: Tensor) -> bool:

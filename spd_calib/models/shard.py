@@ -2,11 +2,13 @@
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .architecture import HeadCounts, LayerParts
+from .architecture import HeadCounts, LayerParts, LinearRows
 from .mlp import activations
 
 
@@ -31,19 +33,30 @@ class RankSlices:
         )
 
 
+Rows = tuple[slice, ...]
+"""Output rows of a linear layer: one range, or in a fused layer one of each projection that it holds, in order."""
+
 ALL = slice(None)
+ALL_ROWS: Rows = (ALL,)
 
 
-def linear_slices(parts: LayerParts, slices: RankSlices) -> list[tuple[nn.Linear, slice, slice]]:
+def linear_slices(parts: LayerParts, slices: RankSlices) -> list[tuple[nn.Linear, Rows, slice]]:
     """Return each linear layer of a block with the output rows and the input columns of it that a rank owns."""
+    rows: dict[nn.Linear, Rows] = {}
+    for part, own in ((parts.q, slices.q), (parts.k, slices.kv), (parts.v, slices.kv)):
+        linear, start = (part.linear, part.start) if isinstance(part, LinearRows) else (part, 0)
+        rows[linear] = (*rows.get(linear, ()), _moved(own, start))
+    for linear in parts.mlp_in:
+        rows[linear] = tuple(_moved(slices.neurons, n) for n in range(0, linear.out_features, parts.down.in_features))
     return [
-        (parts.q, slices.q, ALL),
-        (parts.k, slices.kv, ALL),
-        (parts.v, slices.kv, ALL),
-        (parts.o, ALL, slices.q),
-        *((linear, slices.neurons, ALL) for linear in parts.mlp_in),
-        (parts.down, ALL, slices.neurons),
+        *((linear, own, ALL) for linear, own in rows.items()),
+        (parts.o, ALL_ROWS, slices.q),
+        (parts.down, ALL_ROWS, slices.neurons),
     ]
+
+
+def _moved(rows: slice, by: int) -> slice:
+    return slice(rows.start + by, rows.stop + by)
 
 
 def vocabulary_slice(vocab_size: int, rank: int, tp: int) -> slice:
@@ -60,33 +73,40 @@ def is_cut(linear: nn.Linear) -> bool:
 
 
 class RankLinear(nn.Module):
-    """Some output rows, or some input columns, of a dense linear layer whose weight it shares.
+    """Some output rows, or some input columns, of a dense linear layer whose weight it shares; times `scale`.
 
     Of a layer that is cut to the rank's slice already, all of it.
     """
 
-    def __init__(self, linear: nn.Linear, rows: slice, columns: slice, with_bias: bool = True):
+    def __init__(self, linear: nn.Linear, rows: Rows, columns: slice, *, with_bias: bool = True, scale: float = 1.0):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias if with_bias else None
-        self.rows, self.columns = (ALL, ALL) if is_cut(linear) else (rows, columns)
+        self.rows, self.columns = (ALL_ROWS, ALL) if is_cut(linear) else (rows, columns)
+        self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias[self.rows]
-        return F.linear(x, self.weight[self.rows, self.columns], bias)
+        # range by range: to put the rows themselves together would copy weights
+        outs = [
+            F.linear(x, self.weight[r, self.columns], None if self.bias is None else self.bias[r]) for r in self.rows
+        ]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
+        return out if self.scale == 1.0 else out * self.scale
 
 
 def rank_attention(parts: LayerParts, slices: RankSlices, layer_idx: int) -> nn.Module:
     """Return the layer's own attention module on one rank's heads; it shares the dense layer's weights.
 
-    The module turns n1(x) into a partial sum [B, T, d], o_proj's bias left out. `layer_idx` is the rank's own place in
-    the KV cache.
+    The module turns n1(x) into a partial sum [B, T, d] of what joins the residual stream: scaled, where the block
+    scales its branches, and o_proj's bias left out. `layer_idx` is the rank's own place in the KV cache.
     """
     shard = copy.copy(parts.attention)
     shard._modules = dict(parts.attention._modules)
     for name, module in parts.attention.named_children():
         for linear, rows, columns in linear_slices(parts, slices):
             if module is linear:
-                setattr(shard, name, RankLinear(linear, rows, columns, with_bias=linear is not parts.o))
+                is_o = linear is parts.o
+                own = RankLinear(linear, rows, columns, with_bias=not is_o, scale=parts.scale if is_o else 1.0)
+                setattr(shard, name, own)
     heads = (slices.q.stop - slices.q.start) // (slices.kv.stop - slices.kv.start)
     counts = {
         "num_key_value_groups": heads,
@@ -97,17 +117,23 @@ def rank_attention(parts: LayerParts, slices: RankSlices, layer_idx: int) -> nn.
     for name, value in counts.items():
         if hasattr(shard, name):
             setattr(shard, name, value)
+    if isinstance(parts.q, LinearRows):  # it finds q's end in what the fused layer gives by its configuration
+        config: Any = copy.copy(shard.config)
+        config.num_attention_heads = counts["num_heads"]
+        shard.config = config
     return shard
 
 
 class RankMLP(nn.Module):
-    """One rank's neurons: n2(h) to a partial sum [B, T, d], down_proj's bias left out."""
+    """One rank's neurons: n2(h) to a partial sum [B, T, d], scaled as `rank_attention`'s, down_proj's bias left out."""
 
     def __init__(self, parts: LayerParts, slices: RankSlices):
         super().__init__()
-        self.mlp_in = nn.ModuleList(RankLinear(linear, slices.neurons, ALL) for linear in parts.mlp_in)
+        own = {linear: rows for linear, rows, _ in linear_slices(parts, slices)}
+        self.mlp_in = nn.ModuleList(RankLinear(linear, own[linear], ALL) for linear in parts.mlp_in)
         self.activation = parts.activation
-        self.down = RankLinear(parts.down, ALL, slices.neurons, with_bias=False)
+        self.neurons = slices.neurons.stop - slices.neurons.start
+        self.down = RankLinear(parts.down, ALL_ROWS, slices.neurons, with_bias=False, scale=parts.scale)
 
     def forward(self, u: Tensor) -> Tensor:
-        return self.down(activations(list(self.mlp_in), self.activation, u))
+        return self.down(activations(list(self.mlp_in), self.activation, u, neurons=self.neurons))

@@ -16,10 +16,10 @@ from .architecture import HeadCounts
 from .checkpoint import Checkpoint, refuse_not_finite
 from .load import DTYPES, check_device, refusing_unreadable, skeleton
 from .probe import find_layers
-from .shard import ALL, RankSlices, linear_slices, vocabulary_slice
+from .shard import ALL, ALL_ROWS, RankSlices, Rows, linear_slices, vocabulary_slice
 from .source import Source
 
-Own = dict[str, tuple[slice, slice]]  # parameter -> the rows and columns that a rank owns; whole where not named
+Own = dict[str, tuple[Rows, slice]]  # parameter -> the rows and columns that a rank owns; whole where not named
 
 
 def load_sharded(source: Source, config: Any, *, rank: int, tp: int, device: str, dtype: str) -> PreTrainedModel:
@@ -39,7 +39,7 @@ def load_sharded(source: Source, config: Any, *, rank: int, tp: int, device: str
         fill_buffers(model, stored, device=device)
         for name, parameter in list(model.named_parameters(remove_duplicate=False)):
             if parameter not in loaded:
-                rows, columns = own.get(name, (ALL, ALL))
+                rows, columns = own.get(name, (ALL_ROWS, ALL))
                 piece = stored.read(name, rows=rows, columns=columns, dtype=DTYPES[dtype])
                 loaded[parameter] = nn.Parameter(piece.to(device))
             set_tensor(model, name, value=loaded[parameter])
@@ -56,7 +56,7 @@ def own_slices(model: PreTrainedModel, *, rank: int, tp: int) -> Own:
             own[f"{names[linear]}.bias"] = (rows, ALL)
     head = model.get_output_embeddings()
     if head.weight is not model.get_input_embeddings().weight:
-        rows = vocabulary_slice(head.out_features, rank, tp)
+        rows = (vocabulary_slice(head.out_features, rank, tp),)
         own[f"{names[head]}.weight"] = (rows, ALL)
         own[f"{names[head]}.bias"] = (rows, ALL)
     return own

@@ -38,12 +38,25 @@ class Block(nn.Module):
             rank_attention(parts, s, layer_idx=i * num_blocks + index) for i, s in enumerate(slices)
         )
         self.mlps = nn.ModuleList(RankMLP(parts, s) for s in slices)
-        self.o_bias, self.down_bias = parts.o.bias, parts.down.bias
+        self.scale, self.unscaled_o_bias, self.unscaled_down_bias = parts.scale, parts.o.bias, parts.down.bias
         self.read_weights: Callable[[int], None] | None = None  # called before each use, if on disk
         name = next(n for n, m in parts.attention.named_children() if m is parts.o)
         self.outs = [getattr(attention, name) for attention in self.attentions]  # each rank's slice of o_proj
         self.d_rank = slices[0].q.stop - slices[0].q.start
         self.width = parts.o.out_features
+
+    @property
+    def o_bias(self) -> Tensor | None:
+        """Return what o_proj's bias adds to the residual stream, [d]; None without a bias."""
+        return self._scaled(self.unscaled_o_bias)
+
+    @property
+    def down_bias(self) -> Tensor | None:
+        """Return what down_proj's bias adds to the residual stream, [d]; None without a bias."""
+        return self._scaled(self.unscaled_down_bias)
+
+    def _scaled(self, bias: Tensor | None) -> Tensor | None:
+        return bias if bias is None or self.scale == 1.0 else self.scale * bias
 
     def forward(self, hidden_states: Tensor | Streams, **kwargs) -> Streams:
         """Run the block as transformers calls it, under what the model runs at present.
@@ -68,7 +81,8 @@ class Block(nn.Module):
     def attend(self, s: Streams, **kwargs) -> tuple[list[Tensor], list[Tensor]]:
         """Run the attention on every rank of this process; kwargs as transformers hands them to the layer.
 
-        Returns each rank's partial sum [B, T, d], o_proj's bias left out, and its head outputs [B, T, d_rank].
+        Returns each rank's partial sum [B, T, d] of what joins the residual stream, o_proj's bias left out, and its
+        head outputs [B, T, d_rank].
         """
         self._read_weights()
         heads: list[Tensor] = []

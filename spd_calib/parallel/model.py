@@ -64,6 +64,7 @@ class TensorParallelLM:
         self.final_norm = FinalNorm(getattr(decoder.owner, decoder.norm) or nn.Identity())
         setattr(decoder.owner, decoder.norm, self.final_norm)
         self.head = VocabParallelHead(head, comm)
+        self._logits_divisor = float(getattr(model.config, "logits_scaling", 1.0))  # Granite's, behind its head
         model.set_output_embeddings(self.head)
         if dense is not None:
             self._check_equals_dense(dense, probe)
@@ -165,7 +166,12 @@ class TensorParallelLM:
     @torch.no_grad()
     def logits(self, final: Tensor) -> Tensor:
         """Return logits [B, T, V] for what left the final norm."""
-        return self.head(final)
+        return self.logits_with_gradients(final)
+
+    def logits_with_gradients(self, final: Tensor) -> Tensor:
+        """Return what `logits` does, and let gradients through where they are enabled."""
+        logits = self.head(final)
+        return logits if self._logits_divisor == 1.0 else logits / self._logits_divisor
 
     def refuse_nonfinite(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         """Raise InputError that says where NaN or Inf first appears when the model reads these tokens [B, T].

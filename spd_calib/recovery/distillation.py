@@ -101,8 +101,8 @@ def distil_together(
         for index, kwargs in enumerate(batch.kwargs):
             s = model.run_block(index, s, **kwargs)
         with torch.no_grad():
-            log_p = model.lm.head(batch.final)[batch.mask].float().log_softmax(-1)
-        log_q = model.lm.head(model.lm.final_norm(s))[batch.mask].float().log_softmax(-1)
+            log_p = model.lm.logits_with_gradients(batch.final)[batch.mask].float().log_softmax(-1)
+        log_q = model.lm.logits_with_gradients(model.lm.final_norm(s))[batch.mask].float().log_softmax(-1)
         return _total((log_p.exp() * (log_p - log_q)).sum(-1))
 
     return _train(students, feed, loss=loss, schedule=schedule, hooks=hooks)

@@ -1,9 +1,9 @@
 """Second moments at a block, over the text that is fitted on: of its head outputs, and of gradients at its output.
 
-Let z [D] be the outputs of all heads at one token, O [D, d] o_proj's weight (transposed). The attention output is
-a = z O, a rank's partial sum z_S O_S over its own columns S; every covariance among these follows from that of z. It is
-all that grouping heads and fitting predictors need: one pass over the text, D^2 numbers a block, never the activations
-themselves.
+Let z [D] be the outputs of all heads at one token, O [D, d] o_proj's weight (transposed, and times what the block
+scales its branches by). The attention output is a = z O, a rank's partial sum z_S O_S over its own columns S; every
+covariance among these follows from that of z. It is all that grouping heads and fitting predictors need: one pass over
+the text, D^2 numbers a block, never the activations themselves.
 """
 
 from collections.abc import Iterable
@@ -71,8 +71,8 @@ def moments(student: Student, feed: Feed, batches: Iterable[Batch]) -> Moments:
 
 
 def o_matrix(student: Student) -> Tensor:
-    """Return O [D, d], float64."""
-    return student.parts.o.weight.detach().double().T
+    """Return O [D, d], float64, scaled where the block scales what its attention adds to the residual stream."""
+    return student.parts.scale * student.parts.o.weight.detach().double().T
 
 
 def rank_columns(student: Student) -> list[Tensor]:
@@ -99,7 +99,7 @@ def output_gradient_moments(feed: Feed, batches: Iterable[Batch], *, seed: int =
                 x = block.run(Streams(x), NOTHING_DROPPED, **kwargs).shared
                 x = x if outputs else x.detach().requires_grad_()
                 outputs.append(x)
-            logits = lm.head(lm.final_norm(Streams(x)))[batch.mask].float()
+            logits = lm.logits_with_gradients(lm.final_norm(Streams(x)))[batch.mask].float()
             drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
             nll = torch.nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
             for i, g in enumerate(torch.autograd.grad(nll, outputs)):

@@ -114,7 +114,8 @@ def _mlp_reads(student: Student, s: Streams, partials: list[Tensor], heads: list
 
 def _neurons(student: Student, h: Tensor) -> Tensor:
     """Return all neurons' activations [N, neurons] where the MLP's norm reads h [N, d]."""
-    return activations(student.parts.mlp_in, student.parts.activation, student.parts.norm2(h))
+    parts = student.parts
+    return activations(parts.mlp_in, parts.activation, parts.norm2(h), neurons=parts.down.in_features)
 
 
 def _down_products(student: Student, metric: Tensor | None) -> Tensor:

@@ -10,9 +10,10 @@ from spd_calib.models.architecture import HeadCounts, LayerParts
 def permute_neurons(parts: LayerParts, order: Tensor) -> None:
     """Make neuron `order[i]` the i-th: rows of gate, up or fc1 with their biases, columns of down or fc2."""
     for linear in parts.mlp_in:
-        linear.weight.copy_(linear.weight[order])
-        if linear.bias is not None:
-            linear.bias.copy_(linear.bias[order])
+        for tensor in (linear.weight, linear.bias):
+            if tensor is not None:
+                pieces = tensor.view(-1, len(order), *tensor.shape[1:])  # a fused layer holds gate and up
+                pieces.copy_(pieces[:, order])
     parts.down.weight.copy_(parts.down.weight[:, order])
 
 

@@ -151,7 +151,7 @@ def final_gradient(
     ):
         hidden = hidden.detach().requires_grad_()
         with torch.enable_grad():
-            logits = lm.head(hidden[None])[0]
+            logits = lm.logits_with_gradients(hidden[None])[0]
         p, q = (z.detach().float().softmax(-1) for z in (logits, lm.logits(end[None])[0]))
         scores = []
         for _ in range(samples):

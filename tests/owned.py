@@ -1,0 +1,12 @@
+"""What a rank owns of a weight, cut out of the whole by hand."""
+
+import torch
+from torch import Tensor
+
+
+def owned(whole: Tensor, rows: tuple[slice, ...] = (slice(None),), columns: slice = slice(None)) -> Tensor:
+    """The rows of `whole`, range behind range, and of these the columns; a vector and a single number have none."""
+    if whole.dim() == 0:
+        return whole
+    piece = torch.cat([whole[r] for r in rows])
+    return piece[:, columns] if whole.dim() == 2 else piece
