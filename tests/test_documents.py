@@ -157,16 +157,16 @@ def test_nothing_is_asked_of_a_network_and_nothing_left_at_home(tmp_path, monkey
     ("name", "content", "words"),
     [
         ("a.jsonl", b'{"text": "a"}\n\n{"txt": "b"}\n', "line 3"),
-        ("b.jsonl", b'{"text": "a"}\n{"text": "half \\ud83d of it"}\n', "line 2: `text` holds half a surrogate pair"),
-        ("c.jsonl", b'{"messages": [{"role": "user", "content": "\\udc00"}]}\n', "line 1: `messages` holds half"),
-        ("d.jsonl", b'{"text": null}', "line 1: `text` holds neither"),
-        ("e.jsonl", b'{"messages": []}', "line 1: `messages` holds neither"),
+        ("b.jsonl", b'{"text": "a"}\n{"text": "half \\ud83d of it"}\n', "line 2: 'text' holds half a surrogate pair"),
+        ("c.jsonl", b'{"messages": [{"role": "user", "content": "\\udc00"}]}\n', "line 1: 'messages' holds half"),
+        ("d.jsonl", b'{"text": null}', "line 1: 'text' holds neither"),
+        ("e.jsonl", b'{"messages": []}', "line 1: 'messages' holds neither"),
         ("f.jsonl", b"[" * 100000, "line 1"),
         ("g.json", b'[{"text": "a"},\n{"text" "b"}]', "line 2, is not valid JSON"),
         ("h.json", b'[{"text": "a"}, 3]', "entry 2"),
         ("h2.json", b"[" * 100000, "not valid JSON"),
         ("i.json", b'{\n "data": [{"text": "a"}]\n}', "line 1"),
-        ("j.csv", b"id,body\n1,a\n", "no column `text`; name another with --column"),
+        ("j.csv", b"id,body\n1,a\n", "no column 'text'; name another as `column`"),
         ("k.csv", b"text\nHello, world, and all\n", "rows with more fields than columns"),
         ("l.csv", b"text,n\na,1\nb,c,2\n", "line 3"),
         ("m.csv", b"text\ncaf\xe9\n", "no UTF-8"),
@@ -199,8 +199,8 @@ def test_names_of_no_file(name, words):
 
 def test_a_parquet_says_which_columns_it_has(tmp_path):
     pandas.DataFrame({"body": ["a"], "n": [1]}).to_parquet(tmp_path / "t.parquet")
-    assert "no column `text`; name another with --column: body, n" in sentence(tmp_path / "t.parquet")
-    assert "row 1: `n` holds neither" in sentence(tmp_path / "t.parquet", "n")
+    assert "no column 'text'; name another as `column`: body, n" in sentence(tmp_path / "t.parquet")
+    assert "row 1: 'n' holds neither" in sentence(tmp_path / "t.parquet", "n")
 
 
 @pytest.mark.skipif(not CASES.exists(), reason="../shared is not here")

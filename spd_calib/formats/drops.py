@@ -11,7 +11,11 @@ from pydantic.dataclasses import dataclass as validated_dataclass
 
 
 class Strategy(StrEnum):
-    """The ways to treat a sync point (docs/design.md, section 2)."""
+    """The ways to treat a sync point (docs/design.md, section 2).
+
+    KEEP_SYNC reduces the ranks' partial sums there; BLOCK_DROP leaves them to the next sync point that is kept, which
+    reduces both at once; PLAIN_DROP never reduces them: each rank goes on with its own.
+    """
 
     KEEP_SYNC = "keep_sync"
     BLOCK_DROP = "block_drop"
@@ -36,10 +40,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Drop:
-    """The treatment of one sync point: its strategy, and the predictors by which the ranks' MLPs read, if any.
+    """The treatment of one sync point: its strategy and, if any, the predictors whose estimates the ranks' MLPs read.
 
-    `predictors` holds a models.predictor.Predictor for each rank of this process, by rank; block_drop at an attention
-    only.
+    `predictors` holds a models.predictor.Predictor for each rank of this process, by rank. Only block_drop at an
+    attention can have them.
     """
 
     strategy: Strategy
@@ -91,7 +95,7 @@ class Drops:
 
     @property
     def streams_differ(self) -> bool:
-        """Say whether the ranks' residual streams differ from the first plain_drop to the end."""
+        """Say whether a point is plain-dropped: from there to the end, the ranks' residual streams differ."""
         return any(drop.strategy == Strategy.PLAIN_DROP for drop in self.by_point.values())
 
     @property
@@ -125,7 +129,7 @@ class Drops:
         return min(either, default=None)
 
     def check_fits(self, num_blocks: int) -> None:
-        """Raise ValueError where a point is none that can be dropped in a model of `num_blocks` blocks."""
+        """Raise ValueError for a point that a model of `num_blocks` blocks lacks, or has behind its very last MLP."""
         last = Point(num_blocks - 1, "attention")  # behind the last MLP no sync point follows that could settle a debt
         for point in self.by_point:
             if point > last:

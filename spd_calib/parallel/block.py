@@ -39,7 +39,7 @@ class Block(nn.Module):
         )
         self.mlps = nn.ModuleList(RankMLP(parts, s) for s in slices)
         self.scale, self.unscaled_o_bias, self.unscaled_down_bias = parts.scale, parts.o.bias, parts.down.bias
-        self.read_weights: Callable[[int], None] | None = None  # where they are not always in memory
+        self.read_weights: Callable[[int], None] | None = None  # called before each use, if on disk
         name = next(n for n, m in parts.attention.named_children() if m is parts.o)
         self.outs = [getattr(attention, name) for attention in self.attentions]  # each rank's slice of o_proj
         self.d_rank = slices[0].q.stop - slices[0].q.start
@@ -75,8 +75,8 @@ class Block(nn.Module):
         attention, mlp = drops.at(self.attention_point), drops.at(self.mlp_point)
         partials, heads = self.attend(s, **kwargs)
         h = self._sync_point(attention, s, partials, self.o_bias)
-        read = h if attention.predictors is None else self.predicted(attention, s, partials, heads)
-        return self._sync_point(mlp, h, self._fed(read), self.down_bias)
+        mlps_read = h if attention.predictors is None else self.predicted(attention, s, partials, heads)
+        return self._sync_point(mlp, h, self._fed(mlps_read), self.down_bias)
 
     def attend(self, s: Streams, **kwargs) -> tuple[list[Tensor], list[Tensor]]:
         """Run the attention on every rank of this process; kwargs as transformers hands them to the layer.
@@ -98,7 +98,7 @@ class Block(nn.Module):
     def predicted(self, drop: Drop, s: Streams, partials: list[Tensor], heads: list[Tensor]) -> Streams:
         """Return what the MLPs read where each rank's predictor stands in for its partial sum.
 
-        Nothing but what the MLPs read: the residual stream is settled by the exact partial sums.
+        The result is for the MLPs' input alone: the residual stream takes the exact partial sums.
         """
         assert drop.predictors is not None
         of_ranks = [drop.predictors[rank] for rank in self.comm.ranks]
@@ -115,7 +115,7 @@ class Block(nn.Module):
         return map(lambda mlp, u: mlp(u), self.mlps, self._inputs(self.norm2, s))
 
     def _inputs(self, norm: nn.Module, s: Streams) -> Iterator[Tensor]:
-        """Yield what each rank's sub-layer reads, n(x + w_i + p_i), one after the other."""
+        """Yield what each rank's sub-layer reads, norm(x + w_i + p_i) as in streams.py, one after the other."""
         ranks = range(len(self.attentions))
         return itertools.repeat(norm(s.shared), len(ranks)) if s.agree else map(norm, map(s.read, ranks))
 

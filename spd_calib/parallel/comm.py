@@ -10,10 +10,10 @@ from torch import Tensor
 
 from spd_calib.errors import SpdError
 
-# Bytes of a message up to which, on gloo, an all-gather and a sum of one's own take the place of the all-reduce: they
-# wait for two one-way delays, it for four. Measured with 2 ranks (benchmarks/link.py): half the time over a link with a
-# delay, two thirds on loopback up to 16 KiB; at 128 KiB the all-reduce wins on loopback. With n ranks they move n / 2
-# times its bytes.
+# Bytes of a message up to which, on gloo, an all-gather and a sum that each rank makes itself take the place of the
+# all-reduce: the former wait for two one-way delays, the latter for four. Measured with 2 ranks (benchmarks/link.py):
+# half the time over a link with a delay, two thirds on loopback up to 16 KiB; at 128 KiB the all-reduce wins on
+# loopback. With n ranks the former move n / 2 times the bytes of the latter.
 GATHERED_AT_MOST = 2**15
 
 

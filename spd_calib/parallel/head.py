@@ -41,7 +41,7 @@ class VocabParallelHead(nn.Module):
         self.weight, self.bias, self.comm = head.weight, head.bias, comm
         self.vocab_size = head.out_features
         own = [vocabulary_slice(self.vocab_size, rank, comm.size) for rank in comm.ranks]
-        self.rows = [ALL] if is_cut(head) else own  # of the weight, one slice for each rank of this process
+        self.rows = [ALL] if is_cut(head) else own  # of the weight held here: a slice for each rank of this process
         self.width = -(-self.vocab_size // comm.size)
 
     def cut_at(self, rows: Sequence[slice]) -> None:
@@ -60,7 +60,7 @@ class VocabParallelHead(nn.Module):
             nn.functional.linear(h, self.weight[rows], None if self.bias is None else self.bias[rows])
             for h, rows in zip(streams, self.rows, strict=True)
         ]
-        # made equally wide; only the last parts are not, so what is added stands behind the vocabulary
+        # padded to one width; only the last ranks' parts can be narrower, so the padding ends up behind the vocabulary
         width = max(self.width, *(part.shape[-1] for part in parts))
         padded = [p if p.shape[-1] == width else nn.functional.pad(p, (0, width - p.shape[-1])) for p in parts]
         return self.comm.all_gather(padded)[..., : self.vocab_size].contiguous()

@@ -27,7 +27,7 @@ from .streams import Streams
 class Recording:
     """One batch's way through the model: what entered each block, and what left the final norm."""
 
-    drops: Drops  # what the model ran meanwhile
+    drops: Drops  # what the model ran (TensorParallelLM.running) when this was recorded
     streams: list[Streams]  # entering block 0 .. L-1
     kwargs: list[dict]
     final: Tensor  # as TensorParallelLM.resume returns it
@@ -51,7 +51,8 @@ class TensorParallelLM:
         if decoder is None or not isinstance(head, nn.Linear):
             raise InputError(f"{type(model).__name__} has no plain output head; it cannot be split over ranks.")
         self.model, self.comm = model, comm
-        self.num_blocks, self.streamed = len(parts), False
+        self.num_blocks = len(parts)
+        self.streamed = False  # whether its blocks' weights are read from disk; of no concern to Streams
         self.module_paths = [f"{decoder.path}.{i}" for i in range(self.num_blocks)]
         probe = _probe_tokens(model)
         dense = None if sharded else self._probe_dense(decoder, parts, probe)
@@ -125,6 +126,7 @@ class TensorParallelLM:
     def record(self, input_ids: Tensor) -> Recording:
         """Run a batch of token ids [B, T] and keep what enters each block, for `resume` to start from.
 
+        It is run as any forward is: under what `running` says, else dense.
         Raises InputError that names the block where NaN or Inf first appears, if any does.
         """
         streams: list[Streams] = []
@@ -147,8 +149,9 @@ class TensorParallelLM:
 
     @torch.no_grad()
     def resume(self, recording: Recording, drops: Drops) -> Tensor:
-        """Run a recorded batch under `drops`, from the first block on that they treat otherwise than the recording.
+        """Run a recorded batch under `drops`, from the first block that they treat otherwise than the recording did.
 
+        `drops` are all that is dropped, not an addition to the recording's.
         Returns what leaves the final norm, [B, T, d] or head.PerRank, for `logits`.
         """
         drops = self.fitted(drops)
@@ -173,7 +176,7 @@ class TensorParallelLM:
     def refuse_nonfinite(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         """Raise InputError that says where NaN or Inf first appears when the model reads these tokens [B, T].
 
-        All of several real ranks call this at once, and raise with the same words.
+        Where the ranks are real, all of them call this at once, and raise with the same words.
         """
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
             attention_mask = None  # it also covers tokens in a KV cache, which is not there when these run anew

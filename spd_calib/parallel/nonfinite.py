@@ -54,7 +54,7 @@ def first_nonfinite(
     if comm is not None and len(comm.ranks) < comm.size:
         own = torch.tensor([index], device=next(places[-1].module.parameters()).device)
         told = comm.all_gather([own]).tolist()
-        index, rank = min((place, r) for r, place in enumerate(told))
+        index, rank = min((of_rank, r) for r, of_rank in enumerate(told))
     if index == len(places):
         return None
     place, name = places[index], str(dtype).removeprefix("torch.")
@@ -74,7 +74,7 @@ def places_of_dense(model: nn.Module, head: nn.Module, *, decoder: Decoder, part
 
 
 def places_on_ranks(model: nn.Module, blocks: Sequence[Block], paths: Sequence[str], head: nn.Module) -> list[Place]:
-    """Return the places of a model on the ranks of this process; `paths` of its blocks in transformers' model."""
+    """Return the places of a model on the ranks of this process; `paths` name its blocks in transformers' model."""
     places = _embeddings(model)
     for block, path in zip(blocks, paths, strict=True):
         words, ranks = f"block {block.index} ({path})", block.comm.ranks

@@ -112,9 +112,10 @@ def session_in_memory(
 
 
 def open_session(model: str, tp: int, *, expected: ModelRef | None = None, replicas: bool = False) -> Session:
-    """Find MODEL (a folder or a hub id) for `tp` ranks. `expected` is the reference that a file holds.
+    """Find `model` (a folder or a hub id) for `tp` ranks. `expected` is the reference in a profile or plan made before.
 
-    With `replicas` the processes that torchrun started are no ranks: each simulates them all.
+    With `replicas` the processes that torchrun started are no ranks: each simulates all the ranks, on a dense model
+    of its own; the caller loads that, since `Session.load` takes torchrun's processes for ranks.
 
     Raises InputError for a model whose form is not supported, that `tp` does not divide, or that is not the one
     expected, and under torchrun for another `tp` than it has ranks.

@@ -1,8 +1,8 @@
 """The residual stream of every rank, and what a sync point does to it (docs/design.md, section 2, the general form).
 
-Rank i reads `shared + written_off_i + debt_i`. `shared` is computed from all-reduced sums alone, so it is the
-same, bit for bit, on all ranks; what a rank knows and the others do not is kept apart from it, never added in
-and subtracted out again, which would let rounding pull the ranks apart.
+Rank i reads `shared + written_off_i + debt_i`, written x + w_i + p_i below. `shared` is computed from
+all-reduced sums alone, so it is the same, bit for bit, on all ranks; what a rank knows and the others do not is kept
+apart from it, never added in and subtracted out again, which would let rounding pull the ranks apart.
 """
 
 from collections.abc import Iterable
@@ -43,7 +43,7 @@ class Streams:
 
 
 def keep(s: Streams, partials: Iterable[Tensor], bias: Tensor | None, comm: Comm) -> Streams:
-    """Keep the sync point: x <- x + AR(p_i + partial_i) + bias, p_i <- 0."""
+    """Keep the sync point: x <- x + AR(p_i + partial_i) + bias, p_i <- 0; AR is the all-reduce, the sum over ranks."""
     owed = partials if s.debt is None else map(torch.add, s.debt, partials)
     return Streams(_add(s.shared + comm.all_reduce(owed), bias), None, s.written_off)
 
@@ -54,7 +54,7 @@ def defer(s: Streams, partials: Iterable[Tensor], bias: Tensor | None) -> Stream
 
 
 def write_off(s: Streams, partials: Iterable[Tensor], bias: Tensor | None) -> Streams:
-    """Drop the sync point for good: the partial sum stays with its rank and is never reduced."""
+    """Drop the sync point for good; its partial sums are never reduced: w_i <- w_i + partial_i, x <- x + bias."""
     return Streams(_add(s.shared, bias), s.debt, _sums(s.written_off, partials))
 
 

@@ -11,7 +11,7 @@ from spd_calib.formats.profile import Metric, Profile
 from .budget import margin
 from .interactions import Interactions
 
-RANKED_BY: dict[str, Metric] = {  # kind of budget -> what its sync points are ranked by; others: as the profile's are
+RANKED_BY: dict[str, Metric] = {  # kind of budget -> what sync points are ranked by; for other kinds: profile.rank_by
     "max_kl": "kl",
     "max_ppl_increase": "ppl",
     "max_accuracy_drop": "accuracy",
@@ -31,7 +31,7 @@ class Candidate:
 
 
 def candidates(profile: Profile, budget: Budget) -> list[Candidate]:
-    """Return every sync point with the cheapest strategy it tolerates, ranked by the budget: least sensitive first.
+    """Return every sync point with the strategy it would be dropped by, ranked by the budget: least sensitive first.
 
     The MLPs' sync points come with block_drop, where the profile has them and the budget allows it; the paper's rule
     (tau) knows the attentions' alone. Raises InputError where no strategy is allowed, or one was not profiled.
@@ -64,9 +64,9 @@ def candidates(profile: Profile, budget: Budget) -> list[Candidate]:
 def _of_attention(
     block: int, measured: Mapping[Strategy, dict[int, tuple[float, float | None]]], *, errors: float
 ) -> Candidate:
-    """Return plain_drop, which needs no change to the block, where it measures no worse than block_drop; else that.
+    """Return plain_drop where it measures no worse, as it needs no change to the block; else block_drop.
 
-    Worse is: by `errors` standard errors, where there are any.
+    Worse means by more than `errors` standard errors; by anything at all where no standard error is known.
     """
     point = Point(block, "attention")
     if len(measured) == 1:

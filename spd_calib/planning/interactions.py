@@ -104,7 +104,7 @@ class Interactions:
         ]
 
     def greedy_front(self) -> list[Drops]:
-        """Return the cheapest drops found of every size, on two ways: by the cheapest addition from none upwards, and
+        """Return the cheapest drops found of every size, in two ways: by the cheapest addition from none upwards, and
         by the cheapest removal from all downwards; at each size points are swapped until no swap helps.
         """
         n = len(self.points)

@@ -21,7 +21,7 @@ from .interactions import Interactions
 from .whole_plans import Calibration
 
 Verify = Callable[[Drops, int], Comparison]
-"""Measures a plan on held-out text, of which so many rounds were used up before (whole_plans.HeldOut.verify)."""
+"""Measures a plan on held-out text, given how many rounds of it were used up before (whole_plans.HeldOut.verify)."""
 RIVALS = 5  # sets of one size that are measured as wholes
 
 
@@ -61,7 +61,11 @@ def choose(
 
 
 class Search:
-    """Searches the sets of sync points: a model of the profile proposes them, the calibration text decides."""
+    """Searches the sets of sync points: a model of the profile proposes them, the calibration text decides.
+
+    Of n sync points, front[n] is the cheapest set by the model, ranking[n] the n least sensitive by the profile, few(n)
+    the sets that are measured, cheapest(n) the cheapest of these, and best(n) that or one without MLPs that is as good.
+    """
 
     def __init__(
         self, profile: Profile, budget: Budget, *, calibration: Calibration, baselines: Baselines | None = None
@@ -133,13 +137,15 @@ class Search:
         return simplest if as_good and self._keeps_budget(simplest) else cheapest
 
     def cheapest(self, n: int) -> Drops:
-        """Return the cheapest of the few sets of n, in the budget's own unit; ties fall to the lower KL."""
+        """Return the cheapest of the few sets of n as measured, in the budget's own unit; ties fall to the lower KL."""
         return min(self.few(n), key=self._cost) if n else NOTHING_DROPPED
 
     def few(self, n: int) -> list[Drops]:
-        """Return the few sets of n that are worth measuring as wholes, and have been when this returns.
+        """Return the few sets of n that are worth measuring as wholes.
 
-        These are the model's best and the profile's ranking, of both kinds of sync points and of the attentions' alone
+        Whatever of them is new is measured here, on the calibration text.
+
+        They are the model's best and the profile's ranking, of both kinds of sync points and of the attentions' alone
         (so that no plan over both is worse than the one over the attentions'), and the baselines.
         """
         sets = [drops for space in self.spaces for drops in space.few(n)]
@@ -157,9 +163,11 @@ class Search:
         return cheapest if cheapest != broken else self.cheapest(self._smaller_size(broken, verified))
 
     def _smaller_size(self, broken: Drops, verified: Comparison) -> int:
-        """Return the largest size expected to keep the budget on held-out text, 0 below a single sync point.
+        """Return the largest size below that of `broken` whose set is expected to keep the budget on held-out text.
 
-        That text costs more than the calibration text by a ratio now known, which is taken to hold for every set.
+        Where none is: 1, to be tried all the same; 0 where `broken` is a single sync point. What `broken` costs on
+        held-out text is scaled by how much less the smaller set costs on the calibration text or, where that is not
+        known, by the model.
         """
         calibrated, held_out = self._cost(broken)[0], cost(self.budget, verified)
         for n in range(len(broken) - 1, 0, -1):
@@ -195,7 +203,7 @@ class SearchSpace:
         return cls(model, model.front(), [drops_of(ranked[:n]) for n in range(len(ranked) + 1)])
 
     def few(self, n: int) -> list[Drops]:
-        """Return the model's best few sets of n sync points, and the n least sensitive; none beyond all there are."""
+        """Return the model's best few sets of n sync points, and the n least sensitive; [] if there are fewer."""
         if n >= len(self.ranking):
             return []
         return [*self.model.rivals(self.front[n], count=RIVALS), self.ranking[n]]
@@ -206,7 +214,7 @@ def _ranked_by_tasks(profile: Profile) -> bool:
 
 
 def _impossible(profile: Profile, budget: Budget, *, drops: Drops, verified: Comparison) -> SpdError:
-    (point,) = drops
+    (point,) = drops  # the search gives up at a single one only
     whose = f"block {point.block}" if point.sync_point == "attention" else f"block {point.block}'s MLP"
     return SpdError(
         f"No {'further ' if profile.settled else ''}sync point can be dropped within {describe(budget)}: the best plan "

@@ -154,7 +154,7 @@ def _of_json(row: Any, column: str, place: str) -> Document:
     if not isinstance(row, dict) or (name := _column(row, column)) is None:
         raise InputError(
             f'{place}, is not of the form {{"{column}": "..."}}; write one document a line, or name its key with '
-            "--column."
+            "`column`."
         )
     return _document(row[name], name, place)
 
@@ -182,7 +182,7 @@ def _csv_rows(path: Path, column: str, separator: str) -> Iterator[dict[str, Any
     try:
         yield from _rows(datasets.Dataset.from_csv, path, **options)
     except KeyError:
-        raise InputError(f"{path} has no column `{column}`; name another with --column.") from None
+        raise InputError(f"{path} has no column {column!r}; name another as `column`.") from None
     except pandas.errors.EmptyDataError:
         return
     except pandas.errors.ParserWarning:
@@ -197,7 +197,7 @@ def _parquet(path: Path, column: str) -> Iterator[Document]:
 
     columns = parquet.read_schema(path).names
     if (name := _column(columns, column)) is None:
-        raise InputError(f"{path} has no column `{column}`; name another with --column: {', '.join(columns)}.")
+        raise InputError(f"{path} has no column {column!r}; name another as `column`: {', '.join(columns)}.")
     for number, row in enumerate(_rows(datasets.Dataset.from_parquet, path, columns=[name]), 1):
         yield _document(row[name], name, f"{path}, row {number}")
 
@@ -216,7 +216,7 @@ def _hub(source: str, column: str) -> Iterator[Document]:
         for number, row in enumerate(rows, 1):
             if (found := _column(row, column)) is None:
                 raise InputError(
-                    f"The dataset {source} has no column `{column}`; name another with --column: {', '.join(row)}."
+                    f"The dataset {source} has no column {column!r}; name another as `column`: {', '.join(row)}."
                 )
             document = _document(row[found], found, f"{source}, row {number}")
             if not isinstance(document.content, str) or document.content.strip():
@@ -240,13 +240,13 @@ def _column(columns: Any, column: str) -> str | None:
 def _document(value: Any, column: str, place: str) -> Document:
     """Return a document whose content is `value`. Raises InputError where that is neither text nor a chat."""
     if not isinstance(value, str) and not _is_chat(value):
-        raise InputError(f"{place}: `{column}` holds neither text nor a list of chat messages.")
+        raise InputError(f"{place}: {column!r} holds neither text nor a list of chat messages.")
     written = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     try:
         written.encode()
     except UnicodeEncodeError:
         raise InputError(
-            f"{place}: `{column}` holds half a surrogate pair, such as \\ud83d alone, which is no character; "
+            f"{place}: {column!r} holds half a surrogate pair, such as \\ud83d alone, which is no character; "
             "take it out."
         ) from None
     return Document(value, place)

@@ -31,9 +31,9 @@ Tick = Callable[[int, Tally | None], None]  # (index of the plan, its tally so f
 class Subject:
     """The subject of measurements: a model, its drops in all of them, and the dense model it is compared with.
 
-    Of an ordinary model the latter two are left out: nothing, and the model itself. A checkpoint that `recover` wrote
-    has both: its blocks were fitted to run without their syncs, so these are dropped `always`, and it is compared with
-    the `original` that it was made from, which has the same output head.
+    For an ordinary model the last two are left out: nothing is always dropped, and it is its own dense model. A
+    checkpoint that `recover` wrote has both: its blocks were fitted to run without their syncs, so these are dropped
+    `always`, and it is compared with the `original` that it was made from, which has the same output head.
     """
 
     lm: TensorParallelLM
@@ -67,9 +67,10 @@ def measure(
 
     Raises InputError that names the block where NaN or Inf first appears, if any does.
     """
-    dense, tallies = Tally(), [Tally() for _ in plans]
-    count, seen = math.ceil(len(sequences) / batch_size), [0] * len(plans)
-    active = set(range(len(plans)))
+    of_dense, tallies = Tally(), [Tally() for _ in plans]
+    count = math.ceil(len(sequences) / batch_size)  # of batches
+    seen = [0] * len(plans)  # batches that each plan was measured on: always the first ones
+    active = set(range(len(plans)))  # plans to go on with; a pass after the first completes some that were stopped
     first_pass = True
     while active or first_pass:
         for number, (input_ids, lengths) in enumerate(batches(sequences, batch_size, subject.lm.device)):
@@ -82,7 +83,7 @@ def measure(
             if first_pass:
                 found = Tally.of_state(once(journal, (number, "dense"), batch.dense))
                 _check_finite(found, subject.dense, input_ids)
-                dense.add(found)
+                of_dense.add(found)
             for i in sorted(active):
                 if seen[i] == number:
                     found = Tally.of_state(once(journal, (number, i), partial(batch.planned, plans[i])))
@@ -92,10 +93,10 @@ def measure(
                     if tick is not None:
                         tick(i, tallies[i])
             if stopping is not None and first_pass:
-                active -= from_main_rank(stopping.decided(tallies, active, number + 1, count))  # never half the ranks
+                active -= from_main_rank(stopping.decided(tallies, active, number + 1, count))  # one answer on all
         active = set() if stopping is None else from_main_rank(stopping.wanting(tallies, count))
         first_pass = False
-    return dense.baseline(), [tally.comparison() for tally in tallies]
+    return of_dense.baseline(), [tally.comparison() for tally in tallies]
 
 
 def _check_finite(tally: Tally, lm: TensorParallelLM, input_ids: Tensor, *, drops: Drops | None = None) -> None:
@@ -109,7 +110,10 @@ def _check_finite(tally: Tally, lm: TensorParallelLM, input_ids: Tensor, *, drop
 
 
 class _Recorded:
-    """One batch on a model in memory: recorded when a plan is first measured on it, resumed for every plan."""
+    """One batch on a model in memory: recorded once, resumed for every plan.
+
+    Nothing is run before `dense` or `planned` asks for it, since a journal may hold all that is wanted of the batch.
+    """
 
     def __init__(self, subject: Subject, input_ids: Tensor, lengths: list[int]):
         self.subject, self.input_ids, self.lengths = subject, input_ids, lengths
@@ -138,7 +142,10 @@ class _Recorded:
 
 
 class _InLockstep:
-    """One batch on a model that is read from disk: the dense model and `plans`, as many at a time as memory allows."""
+    """One batch on a model that is read from disk: the dense model and `plans`, as many at a time as memory allows.
+
+    Used as _Recorded is; nothing is run before it is asked for here, either.
+    """
 
     def __init__(self, subject: Subject, input_ids: Tensor, lengths: list[int], *, plans: Sequence[Drops]):
         self.subject, self.input_ids, self.lengths, self.plans = subject, input_ids, lengths, plans
@@ -207,6 +214,7 @@ class Reference:
         Returns a tally of the batch's sequences. `planned` may be `final` itself: the dense model with itself.
         """
         streams = planned.unflatten(0, (-1, len(self.lengths)))[:, self.predicting]  # [1 or ranks, N, d]
+        # `dense` is not looked at where self.held is there: any tensor will do
         dense = streams if planned is self.final or self.held is not None else self.final[None, self.predicting]
         rows, tally = [], Tally()
         for chunk in self.chunks:
@@ -220,5 +228,8 @@ class Reference:
         return tally
 
     def _log_probs(self, hidden: Tensor, chunk: slice) -> Tensor:
-        """Return log-probabilities [n, V] of some of the positions of `hidden` [1 or ranks, N, d]."""
+        """Return log-probabilities [n, V] of some of the positions of `hidden` [1 or ranks, N, d].
+
+        To the head these are one sequence of n tokens: [B, T, d] or head.PerRank with B = 1.
+        """
         return self.lm.logits(hidden[:, chunk])[0].float().log_softmax(-1)

@@ -1,4 +1,4 @@
-"""Calibration text: from --data to token sequences to measure on, and others kept for verifying.
+"""Calibration text: from its name to token sequences to measure on, and others kept for verifying.
 
 Held-out text must not repeat text that was measured on. So every sequence counts once: one that is the same as an
 earlier one, of any of the texts, or that comes from a document that was read before, is left out before anything is
@@ -153,7 +153,7 @@ class _Reading:
 
     def _cut(self, options: TextOptions, number: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[_Candidate]:
         n = options.seq_len
-        held, parts = Tokens(), list[_Part]()  # with --pack: what fills no sequence yet
+        held, parts = Tokens(), list[_Part]()  # with pack: what fills no sequence yet
         for document in read_documents(options.source, options.column):
             self.documents += 1
             key, occurrence = _hash(json.dumps(document.content)), (number, self.documents)
@@ -183,7 +183,7 @@ def token_ids(document: Document, tokenizer: PreTrainedTokenizerBase, at_most: i
         if tokenizer.chat_template is None:
             raise InputError(
                 f"{document.place}: these are chat messages, and the model's tokenizer has no chat template; name a "
-                "column of text with --column."
+                "column of text as `column`."
             )
         # a reader of tables fills in keys that only other messages have
         messages = [{k: v for k, v in m.items() if v is not None or k == "content"} for m in text]
@@ -208,7 +208,7 @@ def _split(reading: _Reading, options: TextOptions, seen: _Seen) -> Text:
     if len(sequences) < 2:
         beyond = f" beyond the {options.skip} that were fitted on" if options.skip else ""
         repeated = f" and repeat none before them ({reading.repeated} do)" if reading.repeated else ""
-        way_out = "lower --seq-len or --min-len, or glue documents with --pack"
+        way_out = "lower seq_len or min_len, or glue documents with `pack`"
         raise InputError(
             f"Of {reading.documents} documents in {source}, {len(sequences)} have {options.min_len} tokens or more"
             f"{repeated}{beyond}, two are needed (one to measure on, one to verify on); "
