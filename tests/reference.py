@@ -69,10 +69,14 @@ NAMES: dict[str, dict] = {
     "stablelm": LLAMA_NAMES,
     "cwm": LLAMA_NAMES,
     "granite": LLAMA_NAMES,
+    "hyperclovax": LLAMA_NAMES,
     "phi3": LLAMA_NAMES,
     "glm": LLAMA_NAMES,
 }
 """Model type -> what the parts are called in its state dict; `gate` is None where the MLP has no gate."""
+
+SCALED = ("granite", "hyperclovax")
+"""Model types that multiply what their sub-layers add, their embeddings, and the products of queries and keys."""
 
 LAYER_NORM_EPS = {"opt": None, "starcoder2": "norm_epsilon", "nemotron": "norm_eps", "stablelm": "layer_norm_eps"}
 """Model type with LayerNorm -> the name of its epsilon; where it has none, 1e-5."""
@@ -154,7 +158,7 @@ def _streams(
         prefix = names["block"].format(block)
         part = {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
         part = _taken_apart(part, config)
-        times = config.residual_multiplier if config.model_type == "granite" else 1.0
+        times = config.residual_multiplier if config.model_type in SCALED else 1.0
 
         attn = []
         for rank in range(tp):
@@ -220,7 +224,7 @@ def _embed(weights: dict[str, Tensor], config: PreTrainedConfig, ids: Tensor) ->
     x = torch.stack([table[int(i)] for i in ids])
     if config.model_type == "gemma":
         x = x * float(torch.tensor(config.hidden_size**0.5))  # rounded to float32, as transformers has it
-    if config.model_type == "granite":
+    if config.model_type in SCALED:
         x = x * config.embedding_multiplier
     if config.model_type == "opt":
         places = weights["model.decoder.embed_positions.weight"]
@@ -268,7 +272,7 @@ def _attention(part: dict[str, Tensor], config: PreTrainedConfig, block: int, ra
         seen = []
         for t in range(x.shape[0]):
             first = 0 if window is None else max(0, t + 1 - window)
-            times = config.attention_multiplier if config.model_type == "granite" else 1 / math.sqrt(size)
+            times = config.attention_multiplier if config.model_type in SCALED else 1 / math.sqrt(size)
             scores = k[first : t + 1] @ q[t] * times
             shares = (scores - scores.max()).exp()
             seen.append((shares / shares.sum()) @ v[first : t + 1])

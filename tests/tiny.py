@@ -93,6 +93,10 @@ FAMILIES: dict[str, tuple[str, dict]] = {
             "mlp_bias": True,
         },
     ),
+    "hyperclovax": (
+        "hyperclovax",
+        {"use_post_norm": False, "residual_multiplier": 0.4, "attention_multiplier": 0.3, "embedding_multiplier": 2.0},
+    ),
     "phi3": ("phi3", {"sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
     "glm": ("glm", {"head_dim": 8, "attention_bias": True}),
     "cwm": (
@@ -107,6 +111,8 @@ SUPPORTED: tuple[str, ...] = tuple(FAMILIES)
 _REFUSED: dict[str, tuple[str, dict, tuple[str, ...]]] = {
     "gemma2": ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 32}, ("sandwich",)),
     "gemma3": ("gemma3_text", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 32}, ("sandwich",)),
+    "hyperclovax_norms": ("hyperclovax", {}, ("sandwich",)),
+    "hyperclovax_logits": ("hyperclovax", {"use_post_norm": False, "logits_scaling": 3.0}, ("differs",)),
     "glm4": ("glm4", {"head_dim": 8}, ("sandwich",)),
     "olmo2": ("olmo2", {}, ("post-norm",)),
     "olmo3": ("olmo3", {}, ("post-norm",)),

@@ -41,7 +41,7 @@ _SELF_ATTENTION: dict[str, Any] = {
 
 LAYERS = {
     "Granite": LayerNames(
-        classes=("GraniteForCausalLM",),
+        classes=("GraniteForCausalLM", "HyperCLOVAXForCausalLM"),
         norm1="input_layernorm",
         **_SELF_ATTENTION,
         o="self_attn.o_proj",

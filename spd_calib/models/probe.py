@@ -54,7 +54,8 @@ def find_layers(model: PreTrainedModel) -> list[LayerParts]:
             f"{name} {form} (its blocks are of the kind {', '.join(other)}): how such mixers are divided over ranks is "
             "not supported yet."
         )
-    norms = [n for n, _ in decoder.layers[0].named_children() if "norm" in n] if decoder else []
+    children = list(decoder.layers[0].named_children()) if decoder else []
+    norms = [n for n, m in children if "norm" in n and not isinstance(m, nn.Identity)]
     if len(norms) > 2:
         raise InputError(
             f"{name} has sandwich norms, its branches go through a norm before they join the residual stream (its "
