@@ -5,13 +5,15 @@ Supported is `h = x + s attn(n1(x))`, `y = h + s mlp(n2(h))` with plain linear l
 Everything else is refused with one sentence that names the cause.
 """
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spd_calib.errors import InputError
 
-from .architecture import SUPPORTED, LayerParts, find_decoder, layer_parts
+from .architecture import SUPPORTED, Decoder, LayerParts, find_decoder, layer_parts
 from .mlp import activations
 
 NO_SOFTMAX_ATTENTION = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
@@ -23,9 +25,19 @@ def find_layers(model: PreTrainedModel) -> list[LayerParts]:
 
     Raises InputError with the cause for an architecture that cannot be used.
     """
-    name = type(model).__name__
     decoder = find_decoder(model)
+    _refuse_other_forms(model, decoder)
     parts = [layer_parts(layer) for layer in decoder.layers] if decoder else []
+    if not parts or not all(parts):
+        _refuse_unknown_names(model)
+    for p in filter(None, parts):
+        _refuse_other_weights(type(model).__name__, p)
+    return [p for p in parts if p]
+
+
+def _refuse_other_forms(model: PreTrainedModel, decoder: Decoder | None) -> None:
+    """Raise InputError for a model whose modules or configuration show that its blocks have another form."""
+    name = type(model).__name__
     if mixing := [n for n, m in model.named_modules() if "HyperConnection" in type(m).__name__]:
         raise InputError(
             f"{name} mixes several residual streams by weights that depend on its input ({mixing[0]}, "
@@ -67,10 +79,11 @@ def find_layers(model: PreTrainedModel) -> list[LayerParts]:
             f"{name} is a post-norm model (its blocks hold {', '.join(norms)}): what a rank's partial sum becomes "
             "behind such a norm is only known after the sync, and waiting for it is not supported yet."
         )
-    if parts and all(parts):
-        for p in filter(None, parts):
-            _refuse_other_weights(name, p)
-        return [p for p in parts if p]
+
+
+def _refuse_unknown_names(model: PreTrainedModel) -> NoReturn:
+    """Raise InputError for a model whose layers' parts have names that no row knows, with the likely cause."""
+    name = type(model).__name__
     linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     if latent := [n for n in sorted(linears) if n.endswith(("kv_a_proj_with_mqa", "kv_b_proj"))]:
         raise InputError(f"{name} has latent attention (MLA, {latent[0]}), which is not supported yet.")
