@@ -63,7 +63,7 @@ def recover(
         model: where the model is, in place of what the plan says.
         text: which sequences of it are used; a fifth of `max_samples` judges, the rest is fitted on. The lengths are by
             default those of the text that the plan was verified on.
-        methods: some of 'grouping', 'compensation' and 'distillation'.
+        methods: some of 'grouping', 'compensation', 'refit' and 'distillation'.
         max_rank: bound on the predictors' rank; 0 allows the mean alone (default: the full predictor, too).
         exchange: what one per cent more weights of a block must explain, in per cent of what its ranks miss.
         tau1, tau2: blocks up to tau1 of KL are left alone, blocks above tau2 regrouped (default: see block_tiers).

@@ -28,7 +28,7 @@ def recover(
     methods: Annotated[
         str,
         typer.Option(metavar="NAMES", help="What is tried, comma-separated."),
-    ] = "grouping,compensation,distillation",
+    ] = "grouping,compensation,refit,distillation",
     max_rank: Annotated[
         int | None,
         typer.Option(min=0, help="Bound on the predictor; 0: the mean shift only [full].", rich_help_panel=TREAT),

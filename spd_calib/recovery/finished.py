@@ -44,8 +44,11 @@ class FinishedSteps:
         """Return what stands under `name`, if anything does."""
         return None if self.journal is None else self.journal.load(name)
 
-    def take_over(self, saved: Saved | None) -> bool:
-        """Give the model what an interrupted run had made of its blocks in a step; say whether it had."""
+    def take_over(self, saved: Saved | None, *, measured: bool = True) -> bool:
+        """Give the model what an interrupted run had made of its blocks in a step; say whether it had.
+
+        `measured`: the step was judged by the whole.
+        """
         if saved is None:
             return False
         tensors, note = saved
@@ -55,7 +58,7 @@ class FinishedSteps:
             by_block.setdefault(int(index), {})[rest] = tensor
         for block, state in by_block.items():
             self.put_state(block, state)
-        self.judge.go_on_from([Attempt(**a) for a in note["attempts"]])
+        self.judge.go_on_from([Attempt(**a) for a in note["attempts"]], measured=measured)
         return True
 
     def keep(self, name: str, blocks: Sequence[int]) -> None:
