@@ -29,8 +29,9 @@ class Batch:
 class Feed:
     """The batches in front of the present block, `index`, of both models; moves on block by block.
 
-    Holds 3 hidden states a token (4 while a block is refitted or distilled), whatever the number of blocks. With `own_inputs` a
-    student is shown the planned model's own stream, errors of earlier blocks included, else the dense model's.
+    Holds 3 hidden states a token (4 while a block is refitted or distilled), whatever the number of blocks. With
+    `own_inputs` a student is shown the planned model's own stream, errors of earlier blocks included, else the dense
+    model's.
 
     Each of several `replicas` (processes that train together) holds its share of every batch: rows r, r + n, r + 2n ...
     of the r-th of n replicas, or, where none is left for it, one row without a real token.

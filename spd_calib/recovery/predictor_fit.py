@@ -2,9 +2,9 @@
 
 A rank S with head outputs z_S and the slice O_S of o_proj has the partial sum z_S O_S of the attention output a = z O.
 Its predictor (models/predictor.py has the three forms) is fitted to what the rank misses of what the dense model's MLP
-reads, m = a - z_S O_S + e, with e what earlier blocks have left (moments.py). Ridge regression gives the full predictor;
-the best one of rank k for the squared error is its projection on the k strongest directions of what it predicts
-(reduced-rank regression, Izenman 1975).
+reads, m = a - z_S O_S + e, with e what earlier blocks have left (moments.py). Ridge regression gives the full
+predictor; the best one of rank k for the squared error is its projection on the k strongest directions of what it
+predicts (reduced-rank regression, Izenman 1975).
 """
 
 import math

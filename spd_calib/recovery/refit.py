@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spd_calib.models.mlp import activations
 from spd_calib.models.shard import RankLinear
-from spd_calib.parallel.streams import Streams, keep
+from spd_calib.parallel.streams import keep
 
 from .feed import Batch, Feed
 from .reads import mlp_reads, settled

@@ -15,7 +15,7 @@ TOGETHER = "all without training"  # what was done in closed form, to all blocks
 class Attempt:
     """One treatment tried. `block` is None where it is of all treated blocks.
 
-    What is done to a block without training is judged by the error at its output, in `detail`, and has no KL of its own.
+    What is done to a block without training is judged by the error at its output, in `detail`; it has no KL.
     """
 
     block: int | None
