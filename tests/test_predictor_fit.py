@@ -77,8 +77,7 @@ def test_predictors_are_ridge_regressions_by_hand() -> None:
         return z.detach().double()
 
     z, o = raw(train), student.parts.o.weight.double().T
-    assert torch.allclose(fitted.mean[:64], z.mean(0), atol=1e-6)
-    assert torch.allclose(fitted.covariance[:64, :64], torch.cov(z.T, correction=0), atol=1e-6)
+    assert torch.allclose(fitted.mean, z.mean(0)) and torch.allclose(fitted.covariance, torch.cov(z.T, correction=0))
     forms = [PredictorForm("mean"), PredictorForm("low_rank", 3), PredictorForm("full")]
     fits = {f.form.kind: f for f in predictor_fit.fit(student, found, forms=forms)}
     left = dict.fromkeys(fits, 0.0)

@@ -1,7 +1,8 @@
 """What is done to a block without training: predictors, other places for heads and neurons, weights refitted.
 
-A treatment stays where the error at the block's output falls, on tokens that nothing was fitted on: so all blocks are
-treated in one pass over the text. What all of it together does to the model is for recover.py to judge.
+A treatment stays where the error at the block's output falls, on tokens that nothing was fitted on and in the metric of
+what it costs in KL: so all blocks are treated in one pass over the text. What all of it together does to the model is
+for recover.py to judge.
 """
 
 import time
@@ -22,6 +23,7 @@ from .predictor_fit import Fit
 from .refit import output_error, refit_attention, refit_down, refit_mlp_inputs
 from .student import Student
 
+METRIC_BATCHES = 8  # to see by what an error costs; the gradients' moments are shrunk for so few tokens
 GROUPING_BATCHES = 8  # neurons are placed by as much of the text; everything else is fitted on all of it
 
 
@@ -53,7 +55,7 @@ def treat_block(
     which are fitted anew, and last the MLP is refitted, its first layers before down_proj. `metric` [d, d] weighs
     errors at the block's output (moments.output_gradient_moments).
     """
-    trial = _Trial(feed.model.students[block], feed, judge)
+    trial = _Trial(feed.model.students[block], feed, judge, metric)
     parts = options.refit_parts if treatment.refit else ()
     if "attention" in parts:
         trial.refit("refit of q, k, v", refit_attention)
@@ -80,9 +82,9 @@ def treat_block(
 class _Trial:
     """A block under treatment: the student as it is by now, and the error at its output."""
 
-    def __init__(self, student: Student, feed: Feed, judge: Judge):
-        self.student, self.feed, self.judge = student, feed, judge
-        self.error, self.improved = output_error(student, feed, feed.choosing), False
+    def __init__(self, student: Student, feed: Feed, judge: Judge, metric: Tensor | None):
+        self.student, self.feed, self.judge, self.metric = student, feed, judge, metric
+        self.error, self.improved = output_error(student, feed, feed.choosing, metric=metric), False
 
     def refit(self, name: str, refit: Callable[[Student, Feed], dict]) -> None:
         """Try one of the refits on a copy of the student."""
@@ -93,7 +95,7 @@ class _Trial:
 
     def decide(self, student: Student, name: str, *, began: float, detail: dict) -> None:
         """Take a treated student in place of the present one if the error is less with it."""
-        error = output_error(student, self.feed, self.feed.choosing)
+        error = output_error(student, self.feed, self.feed.choosing, metric=self.metric)
         if self.judge.note(student.index, name, before=self.error, after=error, began=began, detail=detail):
             self.student, self.error, self.improved = student, error, True
 

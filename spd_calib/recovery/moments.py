@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from spd_calib.formats.drops import NOTHING_DROPPED
-from spd_calib.parallel.streams import Streams, keep
+from spd_calib.parallel.streams import Streams
 
 from .feed import Batch, Feed
-from .reads import settled
 from .student import Student
 
 METRIC_BYTES = 4 * 2**30  # of the gradients' moments: at d = 8192 half a gigabyte a block, float64
@@ -24,19 +23,14 @@ METRIC_BYTES = 4 * 2**30  # of the gradients' moments: at d = 8192 half a gigaby
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean [D + d] and covariance [D + d, D + d] of (z, e) over `count` tokens, float64.
-
-    e is by what the dense model's MLP reads differs from what the planned one's would, did it read the whole attention
-    output: what earlier blocks have left.
-    """
+    """Mean [D] and covariance [D, D] of z over `count` tokens, float64."""
 
     count: int
     mean: Tensor
     covariance: Tensor
 
     def permuted(self, order: Tensor) -> "Moments":
-        """Return the moments of (z[order], e)."""
-        order = torch.cat([order, torch.arange(len(order), len(self.mean), device=order.device)])
+        """Return the moments of z[order]."""
         return Moments(self.count, self.mean[order], self.covariance[order][:, order])
 
 
@@ -57,33 +51,23 @@ class HeadMoments:
 
 @torch.no_grad()
 def moments(student: Student, feed: Feed, batches: Iterable[Batch]) -> Moments:
-    """Return the moments of (z, e), heads rank after rank, over the real tokens of some of the feed's batches."""
-    block, (d, width) = student.block, student.parts.o.weight.shape
+    """Return the moments of all heads' outputs, rank after rank, over the real tokens of some of the feed's batches."""
+    width = student.parts.o.in_features
     device = student.parts.o.weight.device
-    count, total = 0, torch.zeros(width + d, dtype=torch.float64, device=device)
-    squares = torch.zeros(width + d, width + d, dtype=torch.float64, device=device)
+    count, total = 0, torch.zeros(width, dtype=torch.float64, device=device)
+    squares = torch.zeros(width, width, dtype=torch.float64, device=device)
     shift: Tensor | None = None  # the first batch's mean: keeps the difference of large numbers small
     for batch in batches:
-        s = feed.inputs(batch)
-        partials, heads = block.attend(s, **feed.kwargs(batch))
-        error = feed.dense_read(batch) - settled(keep(s, partials, block.o_bias, block.comm))
-        z = torch.cat([*heads, error], dim=-1)[batch.mask]
+        _, heads = student.block.attend(feed.inputs(batch), **feed.kwargs(batch))
+        z = torch.cat(heads, dim=-1)[batch.mask].double()
         shift = z.mean(0) if shift is None else shift
         z = z - shift
         count += len(z)
-        total += z.double().sum(0)
-        squares += (z.T @ z).double()
+        total += z.sum(0)
+        squares += z.T @ z
     assert shift is not None
     mean = total / count
     return Moments(count, mean + shift, squares / count - torch.outer(mean, mean))
-
-
-def missing_matrix(student: Student, own: Tensor) -> Tensor:
-    """Return the matrix [D + d, d], float64, that makes of (z, e) what a rank misses: m = z O - z_S O_S + e."""
-    o = o_matrix(student)
-    missing = torch.cat([o, torch.eye(o.shape[1], dtype=o.dtype, device=o.device)])
-    missing[own] = 0.0
-    return missing
 
 
 def o_matrix(student: Student) -> Tensor:

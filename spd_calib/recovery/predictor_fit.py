@@ -1,10 +1,9 @@
 """Fitting what a rank's MLP reads in place of its own partial sum: closed form, from second moments.
 
 A rank S with head outputs z_S and the slice O_S of o_proj has the partial sum z_S O_S of the attention output a = z O.
-Its predictor (models/predictor.py has the three forms) is fitted to what the rank misses of what the dense model's MLP
-reads, m = a - z_S O_S + e, with e what earlier blocks have left (moments.py). Ridge regression gives the full
-predictor; the best one of rank k for the squared error is its projection on the k strongest directions of what it
-predicts (reduced-rank regression, Izenman 1975).
+Its predictor (models/predictor.py has the three forms) is fitted to what the rank misses, m = a - z_S O_S. Ridge
+regression gives the full predictor; the best one of rank k for the squared error is its projection on the k strongest
+directions of what it predicts (reduced-rank regression, Izenman 1975).
 """
 
 import math
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from spd_calib.models.predictor import Predictor, PredictorKind, predictor_shapes
 
-from .moments import HeadMoments, Moments, missing_matrix, o_matrix, rank_columns
+from .moments import HeadMoments, Moments, o_matrix, rank_columns
 from .student import Student
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # relative to the mean variance of z_S; the tokens to choose by decide
@@ -75,7 +74,8 @@ def fit(student: Student, moments: HeadMoments, *, forms: Sequence[PredictorForm
     rows: dict[PredictorForm, list[tuple[Predictor, float]]] = {form: [] for form in forms}
     missed = 0.0
     for own in rank_columns(student):
-        o_missing = missing_matrix(student, own)
+        o_missing = o.clone()
+        o_missing[own] = 0.0  # m = z o_missing
         fitting, choosing = (_Missing.of(m, o_missing, own=own) for m in (moments.fitting, moments.choosing))
         missed += choosing.left(None, torch.zeros_like(choosing.mean))
         for form, row in _fit_rank(fitting, choosing, o_own=o[own], forms=forms).items():

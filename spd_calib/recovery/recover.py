@@ -15,7 +15,7 @@ from spd_calib.formats.drops import Strategy
 from spd_calib.parallel.comm import Comm, SimulatedComm
 from spd_calib.sensitivity.tiers import Tier
 
-from .closed_form import GROUPING_BATCHES, ClosedForm, treat_block
+from .closed_form import METRIC_BATCHES, ClosedForm, treat_block
 from .distillation import distil_block, distil_together
 from .feed import Feed
 from .finished import FinishedSteps
@@ -107,8 +107,8 @@ class _Run:
         if steps.take_over(steps.saved("closed-form")):
             return
         began, feed, metrics = time.monotonic(), self._feed(SimulatedComm(1)), None
-        if any(treatment.group for treatment in treatments.values()) and fits_in_memory(feed):
-            metrics = output_gradient_moments(feed, feed.fitting[:GROUPING_BATCHES], seed=self.options.seed)
+        if fits_in_memory(feed):
+            metrics = output_gradient_moments(feed, feed.fitting[:METRIC_BATCHES], seed=self.options.seed)
         for block, treatment in treatments.items():
             feed.move_to(block)
             name = f"closed-form-{block}"

@@ -24,6 +24,7 @@ from .reads import mlp_reads, settled
 from .ridge import Products, Ridge
 from .student import Student
 
+OUTLIER = 4.0  # times the median |y|^2: a token above it counts as much as one with that
 Detail = dict[str, dict | None]
 
 
@@ -91,15 +92,27 @@ def refit_down(student: Student, feed: Feed) -> Detail:
 
 
 @torch.no_grad()
-def output_error(student: Student, feed: Feed, batches: Sequence[Batch]) -> float:
-    """Return the mean over tokens of |planned - dense|^2 / |dense|^2 at the output of the feed's present block."""
-    total, tokens = 0.0, 0
+def output_error(student: Student, feed: Feed, batches: Sequence[Batch], *, metric: Tensor | None = None) -> float:
+    """Return E |planned - dense|^2 / E |dense|^2 at the output of the feed's present block.
+
+    `metric` [d, d] is the one in which both are measured (moments.output_gradient_moments), tokens alike but for those
+    with a norm far above the median's; by default the plain one, with token_weights.
+    """
+    wrong = size = 0.0
     for batch in batches:
         should = feed.dense_output(batch)[batch.mask]
-        got = settled(student.run(feed.inputs(batch), **feed.kwargs(batch)))[batch.mask]
-        total += ((got - should).square().mean(-1) * token_weights(should)).sum().item()
-        tokens += len(should)
-    return total / max(tokens, 1)
+        error = settled(student.run(feed.inputs(batch), **feed.kwargs(batch)))[batch.mask] - should
+        weights = token_weights(should)
+        if metric is not None:
+            weights = weights.clamp(max=weights.median() / OUTLIER)
+        wrong += (_squares(error, metric) * weights).sum().item()
+        size += (_squares(should, metric) * weights).sum().item()
+    return wrong / max(size, 1e-30)
+
+
+def _squares(x: Tensor, metric: Tensor | None) -> Tensor:
+    """Return |x|^2 [N] in the metric."""
+    return (x * (x if metric is None else x @ metric.to(x))).sum(-1)
 
 
 def token_weights(y: Tensor) -> Tensor:
