@@ -11,12 +11,14 @@ from spd_calib.errors import InputError
 from spd_calib.formats.drops import Drops, Point, Strategy
 from spd_calib.models.load import load_dense, load_tokenizer, locate, read_config
 from spd_calib.recovery import closed_form
+from spd_calib.recovery import recover as recover_module
 from spd_calib.recovery.distillation import Schedule
 from spd_calib.recovery.held_out import HeldOut, kl_fall
 from spd_calib.recovery.journal import TensorJournal
 from spd_calib.recovery.options import RecoveryOptions
 from spd_calib.recovery.planned_model import PlannedModel
 from spd_calib.recovery.recover import recover
+from spd_calib.recovery.report import TOGETHER
 from spd_calib.sensitivity.text import TextOptions, load_text
 from spd_calib.sensitivity.tiers import tiers
 
@@ -29,9 +31,16 @@ def test_recovery_makes_the_whole_plan_better_and_only_keeps_what_does() -> None
         model, fitting=sequences(48), held_out=sequences(12, seed=1), tiers=extreme(model), options=options
     )
     assert report.kl < 0.7 * report.kl_as_is
-    assert {a.treatment for a in report.attempts} >= {"compensation", "grouping", "distillation"}
+    treatments = {a.treatment for a in report.attempts}
+    assert treatments >= {"compensation", "grouping", "refit of down", "distillation", TOGETHER}
     now = report.kl_as_is
-    for a in report.attempts:
+    for block in (0, 1):  # without training: by the error at the block's output
+        alone = [a.detail for a in report.attempts if a.block == block and a.kl_before is None]
+        error = alone[0]["error_before"]
+        for a in (a for a in report.attempts if a.block == block and a.kl_before is None):
+            assert a.detail["error_before"] == error and a.kept == (a.detail["error_after"] < error)
+            error = a.detail["error_after"] if a.kept else error
+    for a in (a for a in report.attempts if a.kl_before is not None):
         assert a.kl_before == pytest.approx(now) and a.kept == (a.fell > a.fell_stderr)
         now = a.kl_after if a.kept else now
     assert report.kl == pytest.approx(now) == HeldOut(model, sequences(12, seed=1)).measure().kl()
@@ -66,10 +75,49 @@ def test_insensitive_blocks_are_left_alone_and_sensitive_ones_are_not_regrouped(
         fitting=sequences(16),
         held_out=sequences(4, seed=1),
         tiers={0: "insensitive", 1: "sensitive"},
-        options=RecoveryOptions(block_schedule=schedule, whole_schedule=schedule),
+        options=RecoveryOptions(
+            methods=("grouping", "compensation", "distillation"), block_schedule=schedule, whole_schedule=schedule
+        ),
     )
     assert {a.block for a in report.attempts} == {1, None}
-    assert not {"grouping", "grouping+compensation"} & {a.treatment for a in report.attempts}
+    assert "grouping" not in {a.treatment for a in report.attempts}
+
+
+def test_with_refit_insensitive_blocks_are_given_what_is_free_at_run_time() -> None:
+    model = planned(layers=2)
+    report = recover(
+        model,
+        fitting=sequences(16),
+        held_out=sequences(4, seed=1),
+        tiers={0: "insensitive", 1: "sensitive"},
+        options=RecoveryOptions(methods=("grouping", "compensation", "refit"), exchange=0.0),
+    )
+    forms = {a.block: a.detail["form"] for a in report.attempts if a.treatment == "compensation"}
+    assert forms[0] == "mean" and forms[1] != "mean"
+    assert {a.block for a in report.attempts if a.treatment == "grouping"} == {0, 1}
+
+
+def test_what_makes_the_whole_worse_is_taken_back_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last blocks' treatments, however good each looked at its own output; what is before them stays."""
+    model = planned(layers=4)
+    as_is, treat = dict(model.students), recover_module.treat_block
+
+    def treat_and_ruin(block, *args, **kwargs):
+        treat(block, *args, **kwargs)
+        if block == 2:
+            student = model.students[block].copy()
+            with torch.no_grad():
+                student.parts.down.weight.mul_(-3)
+            model.put(student)
+
+    monkeypatch.setattr(recover_module, "treat_block", treat_and_ruin)
+    options = RecoveryOptions(methods=("refit", "compensation"), max_rank=0)
+    report = recover(model, fitting=sequences(32), held_out=sequences(8, seed=1), tiers=extreme(model), options=options)
+    together = [(a.detail["up_to_block"], a.kept) for a in report.attempts if a.treatment == TOGETHER]
+    assert together == [(3, False), (1, True), (2, False)]
+    assert [model.students[i] is as_is[i] for i in range(4)] == [False, False, True, True]
+    assert report.kl < report.kl_as_is and report.kl == HeldOut(model, sequences(8, seed=1)).measure().kl()
+    assert not report.kept(2) and not report.kept(3) and report.kept(1)
 
 
 @pytest.mark.parametrize("max_rank", [None, 3])

@@ -82,6 +82,20 @@ def test_a_checkpoint_in_bfloat16_stays_in_bfloat16(text, tmp_path) -> None:
     assert abs(again.kl - made.verified.kl) < 1e-4 * made.verified.kl
 
 
+def test_refitted_weights_are_the_checkpoint(llama, text, tmp_path) -> None:
+    """Free at run time: no predictor, no `requires`, and the weights as written cost what was verified."""
+    plan = write_plan(tmp_path / "plan.json", llama, 4, ["block_drop"] * 4)
+    made = spd_calib.recover(
+        plan, tmp_path / "out", data=str(text), text=SELECTION, methods=["grouping", "refit"],
+        run=spd_calib.RunOptions(device="cpu", batch_size=4),
+    )  # fmt: skip
+    report = json.loads((tmp_path / "out" / "recovery.json").read_text())
+    assert report["kl"] < report["kl_as_is"] and not made.requires and made.compensation is None
+    assert any("refit of down" in b.reason for b in made.blocks)
+    again = verified_again(made, tmp_path / "out", text)
+    assert abs(again.kl - made.verified.kl) < 1e-4 * made.verified.kl
+
+
 def verified_again(plan: Plan, folder, text):
     """What the checkpoint costs against the model it was made from, both loaded anew, on the sequences verified on."""
     from spd_calib.api.text import load_texts_for

@@ -63,7 +63,7 @@ def recover(
         model: where the model is, in place of what the plan says.
         text: which sequences of it are used; a fifth of `max_samples` judges, the rest is fitted on. The lengths are by
             default those of the text that the plan was verified on.
-        methods: some of 'grouping', 'compensation' and 'distillation'.
+        methods: some of 'grouping', 'compensation', 'refit' and 'distillation'.
         max_rank: bound on the predictors' rank; 0 allows the mean alone (default: the full predictor, too).
         exchange: what one per cent more weights of a block must explain, in per cent of what its ranks miss.
         tau1, tau2: blocks up to tau1 of KL are left alone, blocks above tau2 regrouped (default: see block_tiers).
@@ -173,8 +173,9 @@ def _announce(progress: Progress, text: Text, *, judged: int, tiers: Mapping[int
 def _steps_at_most(tiers: Mapping[int, Tier], options: RecoveryOptions) -> int:
     """Return how many steps there will be: training may end early, and treatments that do nothing are left out."""
     treated = sum(tier != "insensitive" for tier in tiers.values())
-    if not treated:
-        return 0
-    per_block, end = (-(-s.steps // s.check_every) + 1 for s in (options.block_schedule, options.whole_schedule))
-    trained = treated * per_block + end if "distillation" in options.methods else 0
-    return treated * len(set(options.methods) - {"distillation"}) + trained
+    steps, end = (-(-s.steps // s.check_every) + 1 for s in (options.block_schedule, options.whole_schedule))
+    trained = treated * steps + end if treated and "distillation" in options.methods else 0
+    dropped = len(tiers) if "refit" in options.methods else treated
+    without_training = [m for m in options.methods if m != "distillation"]
+    per_block = len(without_training) + (len(options.refit_parts) - 1 if "refit" in options.methods else 0)
+    return dropped * per_block + (dropped.bit_length() + 1 if dropped and without_training else 0) + trained

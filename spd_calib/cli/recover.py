@@ -28,7 +28,7 @@ def recover(
     methods: Annotated[
         str,
         typer.Option(metavar="NAMES", help="What is tried, comma-separated."),
-    ] = "grouping,compensation,distillation",
+    ] = "grouping,compensation,refit,distillation",
     max_rank: Annotated[
         int | None,
         typer.Option(min=0, help="Bound on the predictor; 0: the mean shift only [full].", rich_help_panel=TREAT),
@@ -75,7 +75,7 @@ def recover(
     json: Json = False,
     recipe: Recipe = None,
 ) -> None:
-    """Regroup, compensate and distil the blocks a plan drops; keep what makes the whole plan better.
+    """Regroup, compensate, refit and distil the blocks a plan drops; keep what makes the whole plan better.
 
     A killed run goes on when given again. Under torchrun, processes train together.
     """
@@ -109,12 +109,21 @@ def recover(
         )
     if not is_main_rank():
         return
-    rows = [
-        ["all" if a.block is None else str(a.block), a.treatment, nats(a.kl_before), nats(a.kl_after),
-         f"{a.fell:+.4f} ± {a.fell_stderr:.4f}", "kept" if a.kept else "refused"]
-        for a in read_attempts(output)
+    attempts = read_attempts(output)
+    alone = [
+        [str(a.block), a.treatment, f"{a.detail['error_before']:.4f}", f"{a.detail['error_after']:.4f}",
+         "kept" if a.kept else "refused"]
+        for a in attempts if a.kl_before is None
     ]  # fmt: skip
-    table("treatments, KL of the whole plan", ["block", "treatment", "before", "after", "fell by", ""], rows, left=2)
+    whole = [
+        ["all" if a.block is None else str(a.block), a.treatment, nats(a.kl_before or 0.0), nats(a.kl_after or 0.0),
+         f"{a.fell:+.4f} ± {a.fell_stderr:.4f}", "kept" if a.kept else "refused"]
+        for a in attempts if a.kl_before is not None
+    ]  # fmt: skip
+    if alone:
+        head = ["block", "treatment", "before", "after", ""]
+        table("without training, error at the block's output (a share of it)", head, alone, left=2)
+    table("KL of the whole plan", ["block", "treatment", "before", "after", "fell by", ""], whole, left=2)
     v = made.verified
     say(f"verified on other text: KL {nats(v.kl, v.kl_stderr)}, perplexity {100 * v.ppl_increase:+.2f} %")
     say(f"written: {output}, with plan.json and recovery.json in it; next: spd-calib check {output / 'plan.json'}")

@@ -1,6 +1,13 @@
-"""Treating a block without training: predictors for its MLP, and other places for its heads and neurons."""
+"""What is done to a block without training: predictors, other places for heads and neurons, weights refitted.
+
+A treatment stays where the error at the block's output falls, on tokens that nothing was fitted on and in the metric of
+what it costs in KL: so all blocks are treated in one pass over the text. What all of it together does to the model is
+for recover.py to judge.
+"""
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -12,53 +19,91 @@ from .moments import HeadMoments
 from .neuron_grouping import distortion, group_neurons
 from .options import RecoveryOptions
 from .permute import entries, permute_heads
-from .predictor_fit import MEAN, Fit
+from .predictor_fit import Fit
+from .refit import output_error, refit_attention, refit_down, refit_mlp_inputs
 from .student import Student
 
-GROUPING_BATCHES = 8  # neurons are placed by as much of the text; predictors are fitted on all of it
+METRIC_BATCHES = 8  # to see by what an error costs; the gradients' moments are shrunk for so few tokens
+GROUPING_BATCHES = 8  # neurons are placed by as much of the text; everything else is fitted on all of it
+
+
+@dataclass(frozen=True)
+class ClosedForm:
+    """Which treatments a block is given; `max_rank` bounds its predictors (predictor_fit.forms_up_to)."""
+
+    group: bool
+    compensate: bool
+    refit: bool
+    max_rank: int | None
+
+    def __bool__(self) -> bool:
+        return self.group or self.compensate or self.refit
 
 
 def treat_block(
-    block: int, *, feed: Feed, judge: Judge, options: RecoveryOptions, group: bool, metric: Tensor | None = None
+    block: int,
+    treatment: ClosedForm,
+    *,
+    feed: Feed,
+    judge: Judge,
+    options: RecoveryOptions,
+    metric: Tensor | None = None,
 ) -> None:
-    """Try the closed-form treatments of the feed's present block, one after the other.
+    """Give the feed's present block its treatments, one upon the other; the model has it afterwards.
 
-    First predictors for the heads as they are; then, if `group`, heads and neurons are placed under the predictors,
-    which are fitted anew. `metric` [d, d] weighs errors at the block's output (moments.output_gradient_moments).
+    First its attention is refitted, then come predictors, then heads and neurons are placed under the predictors,
+    which are fitted anew, and last the MLP is refitted, its first layers before down_proj. `metric` [d, d] weighs
+    errors at the block's output (moments.output_gradient_moments).
     """
-    students, compensate = feed.model.students, "compensation" in options.methods
-    if not compensate and not group:
-        return
-    untreated = students[block].copy()
-    moments = HeadMoments.of(students[block], feed)  # of its order of heads
-    if compensate:
-        _compensate(untreated, moments, judge=judge, options=options)
-    if group:
-        grouping = _Grouping(untreated, feed, moments, options, metric)
-        with_predictors = students[block].predictors is not None
+    trial = _Trial(feed.model.students[block], feed, judge, metric)
+    parts = options.refit_parts if treatment.refit else ()
+    if "attention" in parts:
+        trial.refit("refit of q, k, v", refit_attention)
+    if treatment.compensate or treatment.group:
+        moments = HeadMoments.of(trial.student, feed)  # of its order of heads
+    if treatment.compensate:
         began = time.monotonic()
-        grouped, detail = grouping.best(with_predictors)
-        judge.try_out(grouped, "grouping", began=began, detail=detail)
-        if compensate and not with_predictors:  # predictors were no gain alone; under a grouping they may be one
-            began = time.monotonic()
-            both, detail = grouping.best(True)
-            judge.try_out(both, "grouping+compensation", began=began, detail=detail)
+        fit = _best_fit(trial.student, moments, treatment, options)
+        predicting = trial.student.copy().with_predictors(fit.predictors)
+        trial.decide(predicting, "compensation", began=began, detail=fit.detail())
+    if treatment.group:
+        began = time.monotonic()
+        grouping = _Grouping(trial.student, feed, moments, treatment, options, metric)
+        grouped, detail = grouping.best(trial.student.predictors is not None)
+        trial.decide(grouped, "grouping", began=began, detail=detail)
+    if "mlp_in" in parts:
+        trial.refit("refit of the MLP's first layers", refit_mlp_inputs)
+    if "down" in parts:
+        trial.refit("refit of down", refit_down)
+    if trial.improved:
+        feed.model.put(trial.student)
 
 
-def _compensate(untreated: Student, moments: HeadMoments, *, judge: Judge, options: RecoveryOptions) -> None:
-    """Try the predictors that are worth their weights; where these are refused, try the mean, which costs nothing."""
-    began, student = time.monotonic(), untreated.copy()
-    fit = _best_fit(student, moments, options)
-    stays = judge.try_out(student.with_predictors(fit.predictors), "compensation", began=began, detail=fit.detail())
-    if not stays and fit.form != MEAN:
-        fit = predictor_fit.fit(student, moments, forms=[MEAN])[0]
-        judge.try_out(student.with_predictors(fit.predictors), "compensation", began=began, detail=fit.detail())
+class _Trial:
+    """A block under treatment: the student as it is by now, and the error at its output."""
+
+    def __init__(self, student: Student, feed: Feed, judge: Judge, metric: Tensor | None):
+        self.student, self.feed, self.judge, self.metric = student, feed, judge, metric
+        self.error, self.improved = output_error(student, feed, feed.choosing, metric=metric), False
+
+    def refit(self, name: str, refit: Callable[[Student, Feed], dict]) -> None:
+        """Try one of the refits on a copy of the student."""
+        began, student = time.monotonic(), self.student.copy()
+        detail = refit(student, self.feed)
+        if any(detail.values()):
+            self.decide(student, name, began=began, detail=detail)
+
+    def decide(self, student: Student, name: str, *, began: float, detail: dict) -> None:
+        """Take a treated student in place of the present one if the error is less with it."""
+        error = output_error(student, self.feed, self.feed.choosing, metric=self.metric)
+        if self.judge.note(student.index, name, before=self.error, after=error, began=began, detail=detail):
+            self.student, self.error, self.improved = student, error, True
 
 
-def _best_fit(student: Student, moments: HeadMoments, options: RecoveryOptions) -> Fit:
+def _best_fit(student: Student, moments: HeadMoments, treatment: ClosedForm, options: RecoveryOptions) -> Fit:
     """Return the predictors of the form that is worth its weights."""
     block = student.block
-    forms = predictor_fit.forms_up_to(options.max_rank, d_rank=block.d_rank)
+    forms = predictor_fit.forms_up_to(treatment.max_rank, d_rank=block.d_rank)
     weights = sum(linear.weight.numel() for linear in student.parts.linears) // block.comm.size
     return predictor_fit.choose(
         predictor_fit.fit(student, moments, forms=forms),
@@ -69,31 +114,33 @@ def _best_fit(student: Student, moments: HeadMoments, options: RecoveryOptions) 
     )
 
 
+@dataclass(frozen=True)
 class _Grouping:
-    """Places heads and neurons of an untreated student, the feed's present block."""
+    """Places heads and neurons of a student, the feed's present block. `moments` are of its own order of heads."""
 
-    def __init__(
-        self, untreated: Student, feed: Feed, moments: HeadMoments, options: RecoveryOptions, metric: Tensor | None
-    ):
-        self.untreated, self.feed, self.moments = untreated, feed, moments
-        self.options, self.metric = options, metric
+    student: Student
+    feed: Feed
+    moments: HeadMoments
+    treatment: ClosedForm
+    options: RecoveryOptions
+    metric: Tensor | None
 
     def best(self, predict: bool) -> tuple[Student, dict]:
         """Return a student with the order of heads that distorts the block least, and what the report says of it.
 
         Each order is measured with neurons placed for it and, if `predict`, with predictors of its own.
         """
-        orders = head_orders(self.untreated, self.moments.fitting, seed=self.options.seed)
+        orders = head_orders(self.student, self.moments.fitting, seed=self.options.seed)
         found = [self._placed(name, order, predict) for name, order in orders.items()]
         student, detail = min(found, key=lambda placed: placed[1]["distortion"])
         return student, detail | {"tried": {d["heads"]: d["distortion"] for _, d in found}}
 
     def _placed(self, name: str, order: Tensor, predict: bool) -> tuple[Student, dict]:
-        student, detail = self.untreated.copy(), {"heads": name}
+        student, detail = self.student.copy(), {"heads": name}
         permute_heads(student.parts, student.counts, order)
         if predict:
             z = entries(order, student.counts.head_dim).to(self.moments.fitting.mean.device)
-            fit = _best_fit(student, self.moments.permuted(z), self.options)
+            fit = _best_fit(student, self.moments.permuted(z), self.treatment, self.options)
             student, detail = student.with_predictors(fit.predictors), detail | fit.detail()
         group_neurons(student, self.feed, self.feed.fitting[:GROUPING_BATCHES], metric=self.metric)
         return student, detail | {"distortion": distortion(student, self.feed, self.feed.choosing)}

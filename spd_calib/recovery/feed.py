@@ -8,7 +8,7 @@ from torch import Tensor
 
 from spd_calib.formats.drops import NOTHING_DROPPED
 from spd_calib.parallel.comm import Comm, SimulatedComm
-from spd_calib.parallel.streams import Streams
+from spd_calib.parallel.streams import Streams, keep
 from spd_calib.sensitivity.measure import batches
 
 from .planned_model import PlannedModel
@@ -23,13 +23,15 @@ class Batch:
     kwargs: list[dict]  # of every block
     mask: Tensor  # [B, T], True at real tokens
     final: Tensor  # leaving the dense model's final norm
+    output: Tensor | None = None  # [B, T, d], leaving the present block of the dense model; once it was asked for
 
 
 class Feed:
     """The batches in front of the present block, `index`, of both models; moves on block by block.
 
-    Holds 3 hidden states a token (4 while a block is distilled), whatever the number of blocks. With `own_inputs` a
-    student is shown the planned model's own stream, errors of earlier blocks included, else the dense model's.
+    Holds 3 hidden states a token (4 while a block is refitted or distilled), whatever the number of blocks. With
+    `own_inputs` a student is shown the planned model's own stream, errors of earlier blocks included, else the dense
+    model's.
 
     Each of several `replicas` (processes that train together) holds its share of every batch: rows r, r + n, r + 2n ...
     of the r-th of n replicas, or, where none is left for it, one row without a real token.
@@ -77,16 +79,25 @@ class Feed:
 
     @torch.no_grad()
     def dense_output(self, batch: Batch) -> Tensor:
-        """Return what leaves the present block of the dense model, [B, T, d]."""
-        block = self.model.lm.blocks[self.index]
-        return block.run(Streams(batch.dense), NOTHING_DROPPED, **self.kwargs(batch)).shared
+        """Return what leaves the present block of the dense model, [B, T, d]; kept until the feed moves on."""
+        if batch.output is None:
+            block = self.model.lm.blocks[self.index]
+            batch.output = block.run(Streams(batch.dense), NOTHING_DROPPED, **self.kwargs(batch)).shared
+        return batch.output
+
+    @torch.no_grad()
+    def dense_read(self, batch: Batch) -> Tensor:
+        """Return what the MLP of the present block reads in the dense model, before its norm, [B, T, d]."""
+        block, s = self.model.lm.blocks[self.index], Streams(batch.dense)
+        partials, _ = block.attend(s, **self.kwargs(batch))
+        return keep(s, partials, block.o_bias, block.comm).shared
 
     @torch.no_grad()
     def advance(self) -> None:
         """Move all batches through the present block of both models."""
         for batch in self.batches:
-            batch.dense = self.dense_output(batch)
             batch.planned = self.model.run_block(self.index, batch.planned, **self.kwargs(batch))
+            batch.dense, batch.output = self.dense_output(batch), None
         self.index += 1
 
     def move_to(self, block: int) -> None:

@@ -21,9 +21,9 @@ Saved = tuple[dict[str, Tensor], dict]  # tensors, and a note
 
 @dataclass(frozen=True)
 class FinishedSteps:
-    """The finished steps of a recovery, as a journal holds them; without one (None) nothing is kept or taken over.
+    """What a journal holds of a recovery; without one (None) nothing is kept, and nothing taken over.
 
-    Where there are several replicas, the main one reads and writes the journal, and tells the others.
+    Of several replicas the main one reads and writes it, and tells the others.
     """
 
     model: PlannedModel
@@ -44,8 +44,11 @@ class FinishedSteps:
         """Return what stands under `name`, if anything does."""
         return None if self.journal is None else self.journal.load(name)
 
-    def take_over(self, saved: Saved | None) -> bool:
-        """Put the blocks that an interrupted run made in a step into the model; return False where there are none."""
+    def take_over(self, saved: Saved | None, *, measured: bool = True) -> bool:
+        """Give the model what an interrupted run had made of its blocks in a step; say whether it had.
+
+        `measured`: the step was judged by the whole.
+        """
         if saved is None:
             return False
         tensors, note = saved
@@ -55,7 +58,7 @@ class FinishedSteps:
             by_block.setdefault(int(index), {})[rest] = tensor
         for block, state in by_block.items():
             self.put_state(block, state)
-        self.judge.go_on_from([Attempt(**a) for a in note["attempts"]])
+        self.judge.go_on_from([Attempt(**a) for a in note["attempts"]], measured=measured)
         return True
 
     def keep(self, name: str, blocks: Sequence[int]) -> None:
@@ -75,9 +78,9 @@ class FinishedSteps:
         self.model.put(self.model.students[block].with_state(state))
 
     def training(self, name: str, what: str) -> TrainingHooks:
-        """Return the hooks of the training that is the step `name`; notes call it `what`.
+        """Return the hooks of the training that is step `name`; `what` it is, in the notes.
 
-        The main replica keeps the state of the training for all of them.
+        Its state, too, is kept, by the main replica for all.
         """
         name = f"training-{name}"
         saved = self.agreed(lambda: self.saved(name))

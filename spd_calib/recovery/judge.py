@@ -1,7 +1,10 @@
-"""Never worse: a treatment stays only where the whole plan is better for it."""
+"""Never worse: what is done to the model stays only where it is better for it, and everything tried is written down."""
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from spd_calib.sensitivity.metrics import Tally
 
 from .held_out import HeldOut, kl_fall
 from .planned_model import PlannedModel
@@ -12,41 +15,62 @@ from .student import Student
 class Judge:
     """Decides which treatments stay, on held-out text, and writes down all `attempts`.
 
-    A treatment stays where the KL of the whole plan falls by more than the standard error of that fall. `tally` is what
-    the planned model, with all that stayed, measures. `tick` is given a note after each decision.
+    A treatment that is judged by the whole stays where the KL of the whole plan falls by more than the standard error
+    of that fall. `tick` is given a note after each decision.
     """
 
     def __init__(self, model: PlannedModel, held_out: HeldOut, *, tick: Callable[[str], None]):
         self.model, self.held_out, self.tick = model, held_out, tick
         self.attempts: list[Attempt] = []
-        self.tally = held_out.measure()
+        self._tally: Tally | None = None
 
-    def try_out(self, student: Student, treatment: str, *, began: float, detail: dict) -> bool:
-        """Put a treated student into the planned model; return whether it stays there. See `decide`."""
-        before = self.model.put(student)
-        stays = self.decide(student.index, treatment, began=began, detail=detail)
-        if not stays:
-            self.model.put(before)
-        return stays
+    @property
+    def tally(self) -> Tally:
+        """Return what the planned model, with all that stayed, measures."""
+        if self._tally is None:
+            self._tally = self.held_out.measure()
+        return self._tally
+
+    def note(self, block: int, treatment: str, *, before: float, after: float, began: float, detail: dict) -> bool:
+        """Write down a treatment judged by the error at its block's output; return whether that fell."""
+        seconds, detail = time.monotonic() - began, {"error_before": before, "error_after": after, **detail}
+        kept = after < before
+        self.attempts.append(Attempt(block, treatment, None, None, None, None, kept, seconds, detail))
+        verdict = "kept" if kept else "refused"
+        self.tick(f"block {block}, {treatment}: error at its output {before:.4f} -> {after:.4f}, {verdict}")
+        return kept
 
     def decide(self, block: int | None, treatment: str, *, began: float, detail: dict) -> bool:
         """Return whether a treatment of `block` (None: of all treated blocks), which stands in the model, is to stay.
 
         `began` is when it was begun, by time.monotonic; `detail` is what the report says of it.
         """
-        tally = self.held_out.measure()
-        fell, error = kl_fall(self.tally, tally)
+        before, after = self.tally, self.held_out.measure()
+        fell, error = kl_fall(before, after)
         stays = fell > error
         seconds = time.monotonic() - began
-        self.attempts.append(
-            Attempt(block, treatment, self.tally.kl(), tally.kl(), fell, error, stays, seconds, detail)
-        )
+        self.attempts.append(Attempt(block, treatment, before.kl(), after.kl(), fell, error, stays, seconds, detail))
         where, verdict = "all treated blocks" if block is None else f"block {block}", "kept" if stays else "refused"
-        self.tick(f"{where}, {treatment}: KL {self.tally.kl():.4f} -> {tally.kl():.4f}, {verdict}")
+        self.tick(f"{where}, {treatment}: KL {before.kl():.4f} -> {after.kl():.4f}, {verdict}")
         if stays:
-            self.tally = tally
+            self._tally = after
         return stays
 
-    def go_on_from(self, attempts: Sequence[Attempt]) -> None:
-        """Take over the attempts of an interrupted run, whose students the model has by now."""
-        self.attempts, self.tally = list(attempts), self.held_out.measure()
+    def undo(self, students: Sequence[Student]) -> None:
+        """Give the model these students back, and write down that what was done to their blocks does not stay."""
+        blocks = {student.index for student in students}
+        for student in students:
+            self.model.put(student)
+        self.attempts = [
+            replace(a, kept=False, detail={**a.detail, "undone": True}) if a.block in blocks and a.kept else a
+            for a in self.attempts
+        ]
+
+    def go_on_from(self, attempts: Sequence[Attempt], *, measured: bool) -> None:
+        """Take over the attempts of an interrupted run, whose students the model has by now.
+
+        With `measured` the next judgement by the whole starts from what the model has by now.
+        """
+        self.attempts = list(attempts)
+        if measured:
+            self._tally = None

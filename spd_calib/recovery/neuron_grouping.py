@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from spd_calib.models.mlp import activations
-from spd_calib.parallel.streams import Streams, defer, keep
+from spd_calib.parallel.streams import keep
 
 from .assignment import balanced, order_of
 from .feed import Batch, Feed
 from .permute import permute_neurons
+from .reads import mlp_reads
 from .student import Student
 
 PAIRS = 4096  # ranks * neurons up to which errors are taken together, pair by pair; beyond, each neuron by itself
@@ -52,7 +53,7 @@ def neuron_errors(student: Student, feed: Feed, batches: Iterable[Batch]) -> Ite
     for batch in batches:
         s = feed.inputs(batch)
         partials, heads = block.attend(s, **feed.kwargs(batch))
-        whole, partly = keep(s, partials, block.o_bias, block.comm), _mlp_reads(student, s, partials, heads)
+        whole, partly = keep(s, partials, block.o_bias, block.comm), mlp_reads(student, s, partials, heads)
         right: Tensor | None = None
         errors = []
         for rank in range(block.comm.size):
@@ -102,14 +103,6 @@ def distortion(student: Student, feed: Feed, batches: Iterable[Batch]) -> float:
         wrong += (dropped - kept)[batch.mask].double().square().sum().item()
         right += (kept - s.shared)[batch.mask].double().square().sum().item()
     return wrong / max(right, 1e-30)
-
-
-def _mlp_reads(student: Student, s: Streams, partials: list[Tensor], heads: list[Tensor]) -> Streams:
-    """Return what each rank's MLP reads (before the norm) with the sync point dropped."""
-    drop = student.drops.at(student.block.attention_point)
-    if drop.predictors is None:
-        return defer(s, partials, student.block.o_bias)
-    return student.block.predicted(drop, s, partials, heads)
 
 
 def _neurons(student: Student, h: Tensor) -> Tensor:

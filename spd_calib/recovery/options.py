@@ -5,8 +5,10 @@ from typing import Literal
 
 from .distillation import Schedule
 
-RecoveryMethod = Literal["grouping", "compensation", "distillation"]
-METHODS: tuple[RecoveryMethod, ...] = ("grouping", "compensation", "distillation")
+RecoveryMethod = Literal["grouping", "compensation", "refit", "distillation"]
+METHODS: tuple[RecoveryMethod, ...] = ("grouping", "compensation", "refit", "distillation")
+RefitPart = Literal["attention", "mlp_in", "down"]
+REFIT_PARTS: tuple[RefitPart, ...] = ("attention", "mlp_in", "down")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +21,7 @@ class RecoveryOptions:
     """
 
     methods: tuple[RecoveryMethod, ...] = METHODS
+    refit_parts: tuple[RefitPart, ...] = REFIT_PARTS  # of those, where `refit` is a method
     max_rank: int | None = None
     exchange: float = 1.0
     own_inputs: bool = True

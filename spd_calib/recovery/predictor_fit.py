@@ -76,8 +76,9 @@ def fit(student: Student, moments: HeadMoments, *, forms: Sequence[PredictorForm
     for own in rank_columns(student):
         o_missing = o.clone()
         o_missing[own] = 0.0  # m = z o_missing
-        missed += _energy(moments.choosing, o_missing)
-        for form, row in _fit_rank(moments, o_missing, own=own, o_own=o[own], forms=forms).items():
+        fitting, choosing = (_Missing.of(m, o_missing, own=own) for m in (moments.fitting, moments.choosing))
+        missed += choosing.left(None, torch.zeros_like(choosing.mean))
+        for form, row in _fit_rank(fitting, choosing, o_own=o[own], forms=forms).items():
             rows[form].append(row)
     dtype = student.parts.o.weight.dtype
     return [
@@ -99,54 +100,63 @@ def choose(fits: Sequence[Fit], *, d_rank: int, d: int, block_weights: int, exch
     return min(fits, key=lambda f: f.left + exchange * f.form.weights(d_rank=d_rank, d=d) / block_weights)
 
 
+@dataclass(frozen=True)
+class _Missing:
+    """Moments of what a rank misses, m [d], and of its own head outputs z_S [d_rank]."""
+
+    mean: Tensor  # of m
+    own_mean: Tensor  # of z_S
+    spread: float  # E |m - mean|^2
+    own: Tensor  # covariance of z_S [d_rank, d_rank]
+    cross: Tensor  # covariance of z_S with m [d_rank, d]
+
+    @classmethod
+    def of(cls, m: Moments, o_missing: Tensor, *, own: Tensor) -> "_Missing":
+        with_all = m.covariance @ o_missing
+        spread = (o_missing * with_all).sum().item()
+        return cls(m.mean @ o_missing, m.mean[own], spread, m.covariance[own][:, own], with_all[own])
+
+    def left(self, slope: Tensor | None, bias: Tensor) -> float:
+        """Return E |m - z_S slope - bias|^2, without a slope E |m - bias|^2."""
+        spread, off = self.spread, self.mean - bias
+        if slope is not None:
+            spread += (slope * (self.own @ slope - 2 * self.cross)).sum().item()
+            off = off - self.own_mean @ slope
+        return spread + off.square().sum().item()
+
+
 def _fit_rank(
-    moments: HeadMoments, o_missing: Tensor, *, own: Tensor, o_own: Tensor, forms: Sequence[PredictorForm]
+    fitting: _Missing, choosing: _Missing, *, o_own: Tensor, forms: Sequence[PredictorForm]
 ) -> dict[PredictorForm, tuple[Predictor, float]]:
     """Return one rank's predictor of each form, and the mean square of what it leaves of what the rank misses."""
-    fitting, choosing = moments.fitting, moments.choosing
-    target = fitting.mean @ o_missing
+    target = fitting.mean
     found: dict[PredictorForm, tuple[Predictor, float]] = {}
-    full = [] if all(f.kind == "mean" for f in forms) else [_ridge(fitting, o_missing, own, ridge) for ridge in RIDGES]
+    full = [] if all(f.kind == "mean" for f in forms) else [_ridge(fitting, ridge) for ridge in RIDGES]
     for form in forms:
         if form.kind == "mean":
-            found[form] = Predictor(target.clone()), _left(choosing, o_missing, own=own, slope=None, bias=target)
+            found[form] = Predictor(target.clone()), choosing.left(None, target)
             continue
         tried = []
         for w, root in full:
             a, b = _project(w, root, form.rank) if form.kind == "low_rank" else (w, None)
             slope = a if b is None else a @ b
-            bias = target - fitting.mean[own] @ slope
-            tried.append((_left(choosing, o_missing, own=own, slope=slope, bias=bias), bias, a, b))
+            bias = target - fitting.own_mean @ slope
+            tried.append((choosing.left(slope, bias), bias, a, b))
         left, bias, a, b = min(tried, key=lambda t: t[0])
         predictor = Predictor(bias.clone(), w=o_own + a) if b is None else Predictor(bias.clone(), a=a, b=b)
         found[form] = predictor, left
     return found
 
 
-def _ridge(m: Moments, o_missing: Tensor, own: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Return W [d_rank, d] = (C_SS + r I)^-1 C_S. o_missing, and the Cholesky factor of C_SS + r I."""
-    c = m.covariance[own][:, own]
-    c = c + (ridge * c.diagonal().mean() + 1e-12) * torch.eye(len(own), dtype=c.dtype, device=c.device)
+def _ridge(missing: _Missing, ridge: float) -> tuple[Tensor, Tensor]:
+    """Return W [d_rank, d] = (C_SS + r I)^-1 C_Sm, and the Cholesky factor of C_SS + r I."""
+    c = missing.own
+    c = c + (ridge * c.diagonal().mean() + 1e-12) * torch.eye(len(c), dtype=c.dtype, device=c.device)
     root = torch.linalg.cholesky(c)
-    return torch.cholesky_solve(m.covariance[own] @ o_missing, root), root
+    return torch.cholesky_solve(missing.cross, root), root
 
 
 def _project(w: Tensor, root: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return W projected on the k directions in which its predictions vary most, as A [d_rank, k] and B [k, d]."""
     v = torch.linalg.svd(root.T @ w, full_matrices=False).Vh[:k]
     return w @ v.T, v
-
-
-def _energy(m: Moments, matrix: Tensor) -> float:
-    """Return E |z matrix|^2."""
-    return (torch.einsum("id,id->", matrix, m.covariance @ matrix) + (m.mean @ matrix).square().sum()).item()
-
-
-def _left(m: Moments, o_missing: Tensor, *, own: Tensor, slope: Tensor | None, bias: Tensor) -> float:
-    """Return E |m - z_S slope - bias|^2, without a slope E |m - bias|^2."""
-    matrix = o_missing
-    if slope is not None:
-        matrix = o_missing.clone()
-        matrix[own] -= slope
-    spread = torch.einsum("id,id->", matrix, m.covariance @ matrix)
-    return (spread + (m.mean @ matrix - bias).square().sum()).item()

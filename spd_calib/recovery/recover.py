@@ -1,7 +1,9 @@
 """Treating the blocks of a plan: what is tried, in which order, and what is kept.
 
-Never worse: a treatment stays only where the KL of the whole plan, on text that nothing was fitted on, falls by more
-than the standard error of that fall. Everything tried stands in the report.
+Without training, block after block in one pass over the text: a treatment stays where the error at its block's output
+falls (closed_form.py). Then, never worse: all of that, and each training, stays only where the KL of the whole plan, on
+text that nothing was fitted on, falls by more than the standard error of that fall. Everything tried stands in the
+report.
 """
 
 import time
@@ -13,7 +15,7 @@ from spd_calib.formats.drops import Strategy
 from spd_calib.parallel.comm import Comm, SimulatedComm
 from spd_calib.sensitivity.tiers import Tier
 
-from .closed_form import GROUPING_BATCHES, treat_block
+from .closed_form import METRIC_BATCHES, ClosedForm, treat_block
 from .distillation import distil_block, distil_together
 from .feed import Feed
 from .finished import FinishedSteps
@@ -23,7 +25,8 @@ from .judge import Judge
 from .moments import fits_in_memory, output_gradient_moments
 from .options import RecoveryOptions
 from .planned_model import PlannedModel
-from .report import RecoveryReport
+from .report import TOGETHER, RecoveryReport
+from .student import Student
 
 Sequences = Sequence[Sequence[int]]
 
@@ -59,18 +62,35 @@ def recover(
     text = HeldOut(model, held_out if is_main else [], batch_size=options.batch_size)
     judge = Judge(model, text, tick=tick or _ignore)
     before = judge.tally.kl() if is_main else 0.0
-    treated = {
-        i: tiers.get(i)
-        for i, student in sorted(model.students.items())
-        if student.strategy == Strategy.BLOCK_DROP and tiers.get(i) != "insensitive"
-    }
+    dropped = {i: tiers.get(i) for i, s in sorted(model.students.items()) if s.strategy == Strategy.BLOCK_DROP}
+    treatments = {i: t for i, tier in dropped.items() if (t := _closed_form(options, tier))}
+    trained = [i for i, tier in dropped.items() if tier != "insensitive"]
     run = _Run(model, fitting, options, FinishedSteps(model, judge, journal, replicas))
-    if is_main:
-        run.treat_in_closed_form(treated)
-    run.finished.share(list(treated))
-    if "distillation" in options.methods and treated:
-        run.distil(list(treated))
+    if is_main and treatments:
+        run.treat_in_closed_form(treatments)
+    run.finished.share(list(treatments))
+    if "distillation" in options.methods and trained:
+        run.distil(trained)
     return RecoveryReport(dict(tiers), before, judge.tally.kl() if is_main else 0.0, judge.attempts)
+
+
+def _closed_form(options: RecoveryOptions, tier: Tier | None) -> ClosedForm:
+    """Return what a block of this tier is given without training.
+
+    With `refit` among the methods every block is given what costs nothing at run time. Without it, the paper's tiers:
+    insensitive blocks are left alone, and the extremely sensitive ones regrouped; all but the insensitive ones where
+    none is trained.
+    """
+    methods, insensitive = options.methods, tier == "insensitive"
+    refit = "refit" in methods
+    if insensitive and not refit:
+        return ClosedForm(group=False, compensate=False, refit=False, max_rank=0)
+    return ClosedForm(
+        group="grouping" in methods and (refit or tier == "extremely sensitive" or "distillation" not in methods),
+        compensate="compensation" in methods,
+        refit=refit,
+        max_rank=0 if insensitive else options.max_rank,
+    )
 
 
 @dataclass(frozen=True)
@@ -82,28 +102,47 @@ class _Run:
     options: RecoveryOptions
     finished: FinishedSteps
 
-    def treat_in_closed_form(self, treated: Mapping[int, Tier | None]) -> None:
-        """Try predictors and groupings on one block after the other; on the main replica alone."""
-        methods = self.options.methods
-        if "grouping" not in methods and "compensation" not in methods:
+    def treat_in_closed_form(self, treatments: Mapping[int, ClosedForm]) -> None:
+        """Treat one block after the other without training, then judge the whole; on the main replica alone."""
+        steps, as_is = self.finished, dict(self.model.students)
+        if steps.take_over(steps.saved("closed-form")):
             return
-        feed, metrics = self._feed(SimulatedComm(1)), None
-        if "grouping" in methods and fits_in_memory(feed):
-            metrics = output_gradient_moments(feed, feed.fitting[:GROUPING_BATCHES], seed=self.options.seed)
-        for block, tier in treated.items():
+        began, feed, metrics = time.monotonic(), self._feed(SimulatedComm(1)), None
+        if fits_in_memory(feed):
+            metrics = output_gradient_moments(feed, feed.fitting[:METRIC_BATCHES], seed=self.options.seed)
+        for block, treatment in treatments.items():
             feed.move_to(block)
             name = f"closed-form-{block}"
-            if self.finished.take_over(self.finished.saved(name)):
+            if steps.take_over(steps.saved(name), measured=False):
                 continue
-            treat_block(
-                block,
-                feed=feed,
-                judge=self.finished.judge,
-                options=self.options,
-                group="grouping" in methods and (tier == "extremely sensitive" or "distillation" not in methods),
-                metric=metrics[block] if metrics else None,
-            )
-            self.finished.keep(name, [block])
+            metric = metrics[block] if metrics else None
+            treat_block(block, treatment, feed=feed, judge=steps.judge, options=self.options, metric=metric)
+            steps.keep(name, [block])
+        del feed  # the judgement needs room of its own
+        self._keep_as_far_as_it_helps(as_is, began=began)
+        steps.keep("closed-form", list(treatments))
+
+    def _keep_as_far_as_it_helps(self, as_is: Mapping[int, Student], *, began: float) -> None:
+        """Judge the whole, and where it is no better, keep the treatments of as many of the first blocks as are.
+
+        A block's treatment was fitted behind those before it, and knows nothing of those that follow: whichever were
+        the last may be taken back.
+        """
+        judge = self.finished.judge
+        made = [student for i, student in sorted(self.model.students.items()) if student is not as_is[i]]
+        good, bad, tried = 0, len(made) + 1, len(made)
+        while good < tried < bad:
+            for place, student in enumerate(made):
+                self.model.put(student if place < tried else as_is[student.index])
+            last = made[tried - 1].index
+            if judge.decide(None, TOGETHER, began=began, detail={"up_to_block": last}):
+                good = tried
+            else:
+                bad = tried
+            tried = (good + bad) // 2
+        for student in made[:good]:
+            self.model.put(student)
+        judge.undo([as_is[student.index] for student in made[good:]])
 
     def distil(self, blocks: Sequence[int]) -> None:
         """Train one block after the other, then all together; all replicas call this at once."""

@@ -8,18 +8,22 @@ from pathlib import Path
 from spd_calib.sensitivity.tiers import Tier
 
 REPORT_FILE = "recovery.json"  # in the checkpoint's folder
+TOGETHER = "all without training"  # what was done in closed form, to all blocks, as one treatment
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One treatment tried. `block` is None where all treated blocks were trained together."""
+    """One treatment tried. `block` is None where it is of all treated blocks.
+
+    What is done to a block without training is judged by the error at its output, in `detail`; it has no KL.
+    """
 
     block: int | None
     treatment: str
-    kl_before: float
-    kl_after: float
-    fell: float
-    fell_stderr: float
+    kl_before: float | None
+    kl_after: float | None
+    fell: float | None
+    fell_stderr: float | None
     kept: bool
     seconds: float
     detail: dict = field(default_factory=dict)
@@ -36,7 +40,11 @@ class RecoveryReport:
 
     def kept(self, block: int) -> list[str]:
         """Return the treatments of a block that stayed."""
-        return [a.treatment for a in self.attempts if a.kept and a.block in (block, None)]
+        return [
+            a.treatment
+            for a in self.attempts
+            if a.kept and (a.block == block or (a.block is None and a.treatment != TOGETHER))
+        ]
 
     def json(self) -> dict:
         """Return the report as JSON values, as recovery.json holds it."""

@@ -1,0 +1,162 @@
+"""Refitting weights: the regressions are those of raw activations, and outputs come nearer, on every rank alike."""
+
+import pytest
+import tiny
+import torch
+from planned_models import planned, sequences
+
+from spd_calib.formats.drops import Drops, Point, Strategy
+from spd_calib.recovery import refit, ridge
+from spd_calib.recovery.feed import Feed
+from spd_calib.recovery.planned_model import PlannedModel
+
+RIDGE = 1e-2
+
+
+@pytest.fixture
+def one_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ridge, "RIDGES", (RIDGE,))
+
+
+def lstsq(x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Ridge regression as a least-squares problem with more rows, on the activations themselves."""
+    root = weights.sqrt()[:, None]
+    scale = (RIDGE * (x * root).square().sum(0).mean()).sqrt()
+    rows = torch.cat([x * root, scale * torch.eye(x.shape[1], dtype=x.dtype)])
+    return torch.linalg.lstsq(rows, torch.cat([y * root, y.new_zeros(x.shape[1], y.shape[1])])).solution
+
+
+def by_hand(model: PlannedModel, feed: Feed, block: int) -> dict[str, torch.Tensor]:
+    """Stacked over the batches to fit on: what is read and should be read by q, k, v; by each rank's MLP; outputs."""
+    dense = model.lm.blocks[block]
+    parts, tp = model.students[block].parts, dense.comm.size
+    found: dict[str, list[torch.Tensor]] = {}
+    for batch in feed.fitting:
+        x, kwargs = feed.inputs(batch).shared, batch.kwargs[block]
+        partials, _ = model.students[block].block.attend(feed.inputs(batch), **kwargs)
+        bias = 0 if parts.o.bias is None else parts.o.bias
+        should, _ = dense.attend(type(feed.inputs(batch))(batch.dense), **kwargs)
+        rows = {
+            "attention": parts.norm1(x),
+            "attention should": parts.norm1(batch.dense),
+            "mlp should": parts.norm2(batch.dense + sum(should) + bias),
+            "before": x + sum(partials) + bias,
+            "output": feed.dense_output(batch),
+        }
+        rows |= {f"mlp {r}": parts.norm2(x + partials[r] + bias) for r in range(tp)}
+        for name, value in rows.items():
+            found.setdefault(name, []).append(value[batch.mask].detach())
+    return {name: torch.cat(rows).double() for name, rows in found.items()}
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_the_maps_are_regressions_on_raw_activations(one_ridge, family: str) -> None:
+    model = planned(family, tp=2, layers=2)
+    feed = Feed(model, sequences(40), batch_size=4)
+    feed.move_to(1)
+    student = model.students[1].copy()
+    rows, old = by_hand(model, feed, 1), model.students[1].parts
+    n = len(rows["output"])
+
+    def moved(x: torch.Tensor, should: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = x if family == "llama" else torch.cat([x, torch.ones(n, 1, dtype=x.dtype)], 1)
+        change = lstsq(features, (should - x) @ w.T, torch.ones(n, dtype=x.dtype))  # of pre-activations, one by one
+        return w + change[: x.shape[1]].T, change[x.shape[1] :].sum(0)
+
+    refit.refit_attention(student, feed)
+    for name in ("q", "k", "v"):
+        expected, bias = moved(rows["attention"], rows["attention should"], getattr(old, name).weight.double())
+        assert torch.allclose(getattr(student.parts, name).weight.double(), expected, atol=1e-5)
+        if family == "opt":
+            assert torch.allclose(getattr(student.parts, name).bias.double(), getattr(old, name).bias + bias, atol=1e-5)
+    student = model.students[1].copy()
+    detail = refit.refit_mlp_inputs(student, feed)
+    assert all(0 < d["left"] < 1 for d in detail.values())
+    half = old.down.in_features // 2
+    for layer, before in zip(student.parts.mlp_in, old.mlp_in, strict=True):
+        for rank in range(2):
+            own = slice(rank * half, (rank + 1) * half)
+            expected, bias = moved(rows[f"mlp {rank}"], rows["mlp should"], before.weight[own].double())
+            assert torch.allclose(layer.weight[own].double(), expected, atol=1e-5)
+            if family == "opt":
+                assert torch.allclose(layer.bias[own].double(), before.bias[own] + bias, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_down_is_a_weighted_regression_on_all_ranks_neurons(one_ridge, family: str) -> None:
+    model = planned(family, tp=4, layers=2)
+    feed = Feed(model, sequences(64), batch_size=4)
+    feed.move_to(1)
+    student, rows, old = model.students[1].copy(), by_hand(model, feed, 1), model.students[1].parts
+    part, neurons = old.down.in_features // 4, []
+    for rank in range(4):
+        u, own = rows[f"mlp {rank}"].float(), slice(rank * part, (rank + 1) * part)
+        z = [u @ m.weight[own].T + (0 if m.bias is None else m.bias[own]) for m in old.mlp_in]
+        neurons.append(old.activation(z[0]) * (z[1] if len(z) == 2 else 1))
+    x = torch.cat(neurons, -1).detach().double()
+    bias = 0 if old.down.bias is None else old.down.bias.double()
+    y = rows["output"] - rows["before"] - x @ old.down.weight.double().T - bias
+    features = x if family == "llama" else torch.cat([x, x.new_ones(len(x), 1)], 1)
+    change = lstsq(features, y, 1 / rows["output"].square().mean(-1))
+    before = refit.output_error(student, feed, feed.choosing)
+    (detail,) = refit.refit_down(student, feed).values()
+    assert torch.allclose(student.parts.down.weight.double(), old.down.weight + change[: x.shape[1]].T, atol=1e-4)
+    after = refit.output_error(student, feed, feed.choosing)
+    assert after == pytest.approx(before * detail["left"], rel=1e-3)  # moments foretell it
+
+
+def test_where_no_ridge_helps_the_weights_stay() -> None:
+    fitting, choosing = ridge.Products(), ridge.Products()
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(50, 6, generator=generator) for _ in range(2))
+    fitting.add(x, y)
+    choosing.add(x, -y)  # the other way round
+    assert ridge.Ridge(fitting, choosing).best() is None
+    choosing = ridge.Products()
+    choosing.add(x, y)
+    fit = ridge.Ridge(fitting, choosing).best()
+    assert fit is not None and fit.ridge == min(ridge.RIDGES)
+    left = (y.double() - x.double() @ fit.change).square().sum() / y.double().square().sum()
+    assert fit.left == pytest.approx(left.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("family", "tp"), [("llama", 8), ("qwen2", 4), ("gemma", 2), ("starcoder2", 2)])
+def test_each_rank_keeps_rows_of_its_own(family: str, tp: int) -> None:
+    """What the ranks run is the dense layer's slices, KV heads that ranks share included: it runs unsimulated too."""
+    model = planned(family, tp=tp, layers=2)
+    feed = Feed(model, sequences(40), batch_size=4)
+    feed.move_to(1)
+    before = model.students[1]
+    student = before.copy()
+    error = refit.output_error(before, feed, feed.choosing)
+    refit.refit_attention(student, feed)
+    refit.refit_mlp_inputs(student, feed)
+    refit.refit_down(student, feed)
+    assert refit.output_error(student, feed, feed.choosing) < error
+    assert not torch.equal(student.parts.q.weight, before.parts.q.weight)
+    assert not torch.equal(student.parts.down.weight, before.parts.down.weight)
+    for shared in ("norm1", "norm2"):
+        one, two = (getattr(s.parts, shared).state_dict() for s in (before, student))
+        assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_streams_that_differ_by_rank_are_settled_before_they_are_compared() -> None:
+    """Behind a deferred MLP q, k and v are left alone, and the rest still helps."""
+    drops = Drops.of(
+        {
+            Point(0, "attention"): Strategy.BLOCK_DROP,
+            Point(0, "mlp"): Strategy.BLOCK_DROP,
+            Point(1, "attention"): Strategy.BLOCK_DROP,
+        }
+    )
+    model = PlannedModel(tiny.build("llama", layers=3), 4, drops)
+    feed = Feed(model, sequences(40), batch_size=4)
+    for block in (0, 1):
+        feed.move_to(block)
+        student = model.students[block].copy()
+        error = refit.output_error(student, feed, feed.choosing)
+        assert bool(refit.refit_attention(student, feed)) == (block == 0)
+        refit.refit_mlp_inputs(student, feed)
+        refit.refit_down(student, feed)
+        assert refit.output_error(student, feed, feed.choosing) < error
+        model.put(student)
