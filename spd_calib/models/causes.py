@@ -15,7 +15,7 @@ QUANTISED = re.compile(
     r"(scales?|scale_inv|zero_points?|qweight|qzeros|g_idx|absmax|quant_map|quant_state\S*|weight_packed|SCB|\S*_scales?)$"
 )
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
-"""What torch.compile, FSDP, activation checkpointing and DataParallel put into the names of what they wrap."""
+"""Put by torch.compile, FSDP, activation checkpointing and DataParallel into the names of what they wrap."""
 FETCH = "fetch the model again, or convert it"
 ORIGINAL = "name the one it was made from, in float32, bfloat16 or float16"
 

@@ -10,7 +10,7 @@ from spd_calib.errors import InputError
 from .source import Source
 
 PARTS = ("text_config", "vision_config", "audio_config", "text_encoder", "decoder", "generator")
-"""What the configuration of a model of several parts has beside, or instead of, that of a language model."""
+"""Held by the configuration of a model of several parts beside, or instead of, that of a language model."""
 
 
 @contextmanager

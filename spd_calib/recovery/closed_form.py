@@ -1,4 +1,4 @@
-"""What is done to a block without training: predictors, other places for heads and neurons, weights refitted.
+"""Treating a block without training: predictors, other places for heads and neurons, weights refitted.
 
 A treatment stays where the error at the block's output falls, on tokens that nothing was fitted on and in the metric of
 what it costs in KL: so all blocks are treated in one pass over the text. What all of it together does to the model is
@@ -29,7 +29,7 @@ GROUPING_BATCHES = 8  # neurons are placed by as much of the text; everything el
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """Which treatments a block is given; `max_rank` bounds its predictors (predictor_fit.forms_up_to)."""
+    """The treatments that a block is given; `max_rank` bounds its predictors (predictor_fit.forms_up_to)."""
 
     group: bool
     compensate: bool

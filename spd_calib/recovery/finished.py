@@ -21,7 +21,7 @@ Saved = tuple[dict[str, Tensor], dict]  # tensors, and a note
 
 @dataclass(frozen=True)
 class FinishedSteps:
-    """What a journal holds of a recovery; without one (None) nothing is kept, and nothing taken over.
+    """The steps of a recovery that a journal holds; without one (None) nothing is kept, and nothing taken over.
 
     Of several replicas the main one reads and writes it, and tells the others.
     """

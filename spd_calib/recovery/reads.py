@@ -1,4 +1,4 @@
-"""What is read of the ranks' streams: by their MLPs with the attention's sync point dropped, and behind the block."""
+"""Reading the ranks' streams: by their MLPs with the attention's sync point dropped, and behind the block."""
 
 from torch import Tensor
 
