@@ -79,10 +79,10 @@ KEPT: dict[str, Callable[[Any, int], bool]] = {
     "repetition_penalty": _positive,
     "no_repeat_ngram_size": _count,
 }
-"""Fields that are taken over, and what tells whether a value can be used with a vocabulary of so many tokens: where text
-ends and which tokens are drawn. Left out is what asks for another search (beams, contrastive search, assistants), for more
-texts than one, for another form of the answer or of the cache: a command generates one text for each prompt, of the
-likeliest tokens or of drawn ones, as it says itself."""
+"""Fields that are taken over, and what tells whether a value can be used with a vocabulary of so many tokens:
+where text ends and which tokens are drawn. Left out is what asks for another search (beams, contrastive search,
+assistants), for more texts than one, for another form of the answer or of the cache: a command generates one
+text for each prompt, of the likeliest tokens or of drawn ones, as it says itself."""
 
 
 def set_generation_config(source: Source, model: PreTrainedModel) -> None:
