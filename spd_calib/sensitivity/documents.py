@@ -4,6 +4,7 @@ import glob
 import json
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
@@ -89,9 +90,22 @@ def _rows(read: Callable[..., Any], path: Path, **options: Any) -> Iterator[dict
     import datasets
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is said by us, once
-    with TemporaryDirectory() as cache:  # it puts a lock there; else into the user's home
+    with TemporaryDirectory() as cache, _without_shared_memory():  # it puts a lock there; else into the user's home
         rows = read(glob.escape(str(path.absolute())), streaming=True, cache_dir=cache, **options)
     yield from rows
+
+
+@contextmanager
+def _without_shared_memory() -> Iterator[None]:
+    """Keep `datasets` from sharing a counter with torch's data loaders: there are none, and the memory may be full."""
+    import datasets
+
+    before = datasets.config.TORCH_AVAILABLE
+    datasets.config.TORCH_AVAILABLE = False
+    try:
+        yield
+    finally:
+        datasets.config.TORCH_AVAILABLE = before
 
 
 def _lines(path: Path) -> Iterator[str]:
