@@ -18,6 +18,7 @@ import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from owned import owned
 from safetensors.torch import load_file, save_file
 from test_hypothesis import JSON, places
 from torch import Tensor
@@ -169,9 +170,7 @@ def check_ranks(made: dict, model: torch.nn.Module) -> None:
     for rank in (0, 1):
         own = own_slices(made[f"rank {rank}"], rank=rank, tp=2)
         for name, parameter in made[f"rank {rank}"].named_parameters():
-            rows, columns = own.get(name, (slice(None), slice(None)))
-            piece = whole[name][rows, columns] if whole[name].dim() == 2 else whole[name][rows]
-            assert torch.equal(parameter, piece), name
+            assert torch.equal(parameter, owned(whole[name], *own.get(name, ()))), name
         for name, buffer in model.named_buffers():
             assert same(made[f"rank {rank}"].get_buffer(name), buffer, 0), name
 
