@@ -91,10 +91,10 @@ def test_a_full_disk_leaves_no_half_written_checkpoint(tmp_path, llama, text, mo
     """What was found on the way stays in out.partial, for the run that goes on."""
     monkeypatch.setattr(checkpoint, "save_file", full_disk)
     with pytest.raises(SpdError, match="No space left on device; make room"):
-        recovered(tmp_path, llama, text, max_rank=0)
+        recovered(tmp_path, llama, text)
     assert [p.name for p in tmp_path.iterdir()] == ["out.partial"]
     monkeypatch.undo()
-    recovered(tmp_path, llama, text, max_rank=0)
+    recovered(tmp_path, llama, text)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
