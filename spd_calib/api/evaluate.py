@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from spd_calib.evaluation.options import EvalOptions
-from spd_calib.formats.files import dumps, sha256_of
+from spd_calib.formats.files import sha256_as_written, sha256_of
 from spd_calib.formats.plan import Plan
 from spd_calib.formats.results import LmEval, Results, Seeds
 from spd_calib.models.plan_files import load_drops
@@ -70,7 +70,7 @@ def evaluate(
             f"no few-shot examples are shown in {', '.join(own)}: lm-eval keeps to the 0 in a task's own configuration"
         )
     described = _describe(asked.options, session)
-    plan_sha256 = sha256_of(path) if path else hashlib.sha256(dumps(document).encode()).hexdigest()
+    plan_sha256 = sha256_of(path) if path else sha256_as_written(document)
     identity = _identity(
         suite, session, run=resolved, plan_sha256=plan_sha256, options=asked.options, lm_eval=described
     )

@@ -1,13 +1,12 @@
 """Winning back what a plan costs: from a plan and text to a checkpoint with a plan in it."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from spd_calib.errors import InputError
-from spd_calib.formats.files import dumps, sha256_of
+from spd_calib.formats.files import sha256_as_written, sha256_of
 from spd_calib.formats.plan import Plan
 from spd_calib.models.load import load_dense
 from spd_calib.parallel.comm import DistributedComm
@@ -99,7 +98,7 @@ def recover(
     dense = load_dense(source, session.config, device=run.device, dtype=str(run.dtype))
     planned = PlannedModel(dense, session.tp, drops_to_recover(document))
     identity = {
-        "plan": sha256_of(path) if path else hashlib.sha256(dumps(document).encode()).hexdigest(),
+        "plan": sha256_of(path) if path else sha256_as_written(document),
         "text": found.calibration_ref().sha256,
         "options": repr(options),
         "dtype": run.dtype,

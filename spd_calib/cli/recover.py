@@ -116,9 +116,9 @@ def recover(
         for a in attempts if a.kl_before is None
     ]  # fmt: skip
     whole = [
-        ["all" if a.block is None else str(a.block), a.treatment, nats(a.kl_before or 0.0), nats(a.kl_after or 0.0),
+        ["all" if a.block is None else str(a.block), a.treatment, nats(a.kl_before), nats(a.kl_after),
          f"{a.fell:+.4f} ± {a.fell_stderr:.4f}", "kept" if a.kept else "refused"]
-        for a in attempts if a.kl_before is not None
+        for a in attempts if a.kl_before is not None and a.kl_after is not None
     ]  # fmt: skip
     if alone:
         head = ["block", "treatment", "before", "after", ""]

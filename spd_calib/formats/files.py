@@ -146,6 +146,11 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def sha256_as_written(document: BaseModel) -> str:
+    """Return the sha256 of the file that `dumps` would fill, for a document that lies in none."""
+    return hashlib.sha256(dumps(document).encode()).hexdigest()
+
+
 def schema(name: str) -> str:
     """Return the JSON Schema of a format, by its name, as it is kept in docs/schemas/."""
     return json.dumps(FORMATS[name].model_json_schema(), indent=1) + "\n"

@@ -1,6 +1,5 @@
 """The documents of a run: a profile, and what was made from it."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +8,7 @@ from pydantic import BaseModel
 
 from spd_calib.errors import InputError
 from spd_calib.formats.common import ModelRef, TextRef
-from spd_calib.formats.files import FORMATS, F, dumps, read, sha256_of
+from spd_calib.formats.files import FORMATS, F, read, sha256_as_written, sha256_of
 from spd_calib.formats.hardware import Hardware
 from spd_calib.formats.pareto import Pareto
 from spd_calib.formats.plan import Plan, Verified
@@ -73,7 +72,7 @@ def run_of(
     """
     if plan is not None:
         _check_made_from(plan, profile, names=names)
-        plan_sha256 = plan_sha256 or hashlib.sha256(dumps(plan).encode()).hexdigest()
+        plan_sha256 = plan_sha256 or sha256_as_written(plan)
     stale = {}
     if results and results.plan_sha256 != plan_sha256:
         results, stale["results"] = None, "results.json is there, but of another plan."
