@@ -67,11 +67,11 @@ def test_another_tier_and_why():
     """Mean 0.1 on both sides, so the thresholds are 0.025 and 0.1."""
     a = profile_of([0.01, 0.02, 0.27, 0.1], 0.001)
     b = profile_of([0.01, 0.09, 0.2, 0.1], 0.001, "2")
-    (said,) = agreements(a, b, True)[0].changed
+    (said,) = agreements(a, b, tested=True)[0].changed
     assert said.startswith("block 1: insensitive in A, sensitive in B: KL 0.02 ± 0.001 against 0.09 ± 0.001;")
     assert "0.025 and 0.1" in said and said.endswith("49.5 standard errors apart")
     b = profile_of([0.01, 0.0201, 0.02, 0.01], 0.001, "2")  # mean 0.015: only the thresholds moved for block 1
-    said = next(s for s in agreements(a, b, True)[0].changed if s.startswith("block 1"))
+    said = next(s for s in agreements(a, b, tested=True)[0].changed if s.startswith("block 1"))
     assert "extremely sensitive in B" in said and "thresholds, shares of the mean KL, decide" in said
 
 

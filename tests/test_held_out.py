@@ -98,11 +98,11 @@ def test_further_lots_repeat_nothing_of_any_text(tmp_path, tokenizer):
     a = write(tmp_path / "a.jsonl", [*range(7), 20, 7, 3, 8, 9, 10, 11, 12, 13])
     b = write(tmp_path / "b.jsonl", [*range(20, 27), 9, 30, 31, 32, 33, 33, 34, 35])
     texts = load_texts([options(a), options(b)], tokenizer)
-    one, two = further(texts, 1, tokenizer), further(texts, 2, tokenizer)
+    one, two = further(texts, 1, tokenizer=tokenizer), further(texts, 2, tokenizer=tokenizer)
     assert [t.verification for t in one] == [ids(tokenizer, [7, 8, 9]), ids(tokenizer, [30, 31, 32])]
     assert [t.verification for t in two] == [ids(tokenizer, [10, 11, 12]), ids(tokenizer, [33, 34, 35])]
     assert [t.verification_ref().first for t in two] == [10, 10]
-    assert further(texts, 3, tokenizer) is None
+    assert further(texts, 3, tokenizer=tokenizer) is None
 
 
 @pytest.mark.parametrize("pack", [False, True])
@@ -124,7 +124,7 @@ def test_read_again_by_what_a_profile_says_the_sequences_are_the_same(tmp_path, 
     )
     for was, now in zip(texts, again, strict=True):
         assert (was.calibration_ref(), was.verification_ref()) == (now.calibration_ref(), now.verification_ref())
-    rounds = [further(which, 1, tokenizer) for which in (texts, again)]
+    rounds = [further(which, 1, tokenizer=tokenizer) for which in (texts, again)]
     assert (rounds[0] is None) == (rounds[1] is None)
     if rounds[0]:
         assert [t.verification for t in rounds[0]] == [t.verification for t in rounds[1]]

@@ -42,7 +42,7 @@ def test_a_rank_holds_its_slices_of_the_dense_weights(family, tp, tmp_path):
             assert torch.equal(model.get_buffer(name), buffer), name
         head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
         assert (head is embedding) == tied
-        rows = vocabulary_slice(131, rank, tp)
+        rows = vocabulary_slice(131, rank=rank, tp=tp)
         assert len(head) == (131 if tied else rows.stop - rows.start)
 
 

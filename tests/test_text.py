@@ -67,13 +67,13 @@ def test_further_lots_to_verify_on_follow_each_other(tmp_path, tokenizer, pack):
     path = tiny.write_jsonl(tmp_path / "t.jsonl", [doc(7, i) for i in range(10)])  # 8 tokens each, with the BOS
     everything = load_text(options(path, max_samples=8, verify_samples=2, pack=pack), tokenizer)
     text = load_text(options(path, pack=pack), tokenizer)
-    one, two = (further([text], times, tokenizer)[0] for times in (1, 2))
+    one, two = (further([text], times, tokenizer=tokenizer)[0] for times in (1, 2))
     assert (
         one.verification == everything.calibration[5:7]
         and two.verification == everything.calibration[7:8] + everything.verification[:1]
     )
     assert (one.verification_ref().first, two.verification_ref().first) == (5, 7)
-    assert further([text], 3, tokenizer) is None  # one sequence is left
+    assert further([text], 3, tokenizer=tokenizer) is None  # one sequence is left
     assert one.note is None and one.calibration == []
 
 

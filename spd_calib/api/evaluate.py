@@ -95,7 +95,7 @@ def evaluate(
         provenance=provenance(resolved),
     )
     if log_samples is not None:
-        for written in write_log(log_samples, dense, planned):
+        for written in write_log(log_samples, dense=dense, planned=planned):
             progress.say(f"written: {written}")
     if dense.truncated or planned.truncated:
         progress.say("some requests were longer than the model reads: their beginnings were cut off")

@@ -59,13 +59,13 @@ def latency_models(
     predictors = predictor_weights(recovered, sizes) if recovered else 0
     found = load(options.hardware)
     if isinstance(found, Hardware):
-        _check_fits(found, session, options)
+        _check_fits(found, session, options=options)
         models = {
             phase: as_measured(found, sizes, phase=phase, name=options.hardware, predictors=predictors)
             for phase in PHASES
         }
         _check_steps(options, models["decode"].step)
-        _say_held_against(found, models, progress)
+        _say_held_against(found, models, progress=progress)
     else:
         context = options.context or min(CONTEXT, session.max_length)
         steps = [Step(phase, options.batch or 1, context, ITEMSIZE["bfloat16"]) for phase in PHASES]
@@ -85,7 +85,7 @@ def _sizes(session: Session) -> ModelSizes:
     return ModelSizes.of(skeleton(session.source, session.config, dtype="bfloat16"))
 
 
-def _check_fits(hardware: Hardware, session: Session, options: LatencyOptions) -> None:
+def _check_fits(hardware: Hardware, session: Session, *, options: LatencyOptions) -> None:
     check_same_model(hardware.model, session.ref)
     if hardware.tensor_parallel.size != session.tp:
         raise InputError(
@@ -102,7 +102,7 @@ def _check_steps(options: LatencyOptions, timed: Step) -> None:
         )
 
 
-def _say_held_against(hardware: Hardware, models: dict[Phase, LatencyModel], progress: Progress) -> None:
+def _say_held_against(hardware: Hardware, models: dict[Phase, LatencyModel], *, progress: Progress) -> None:
     """Tell how the model fits the steps that `bench` timed with sync points dropped."""
     for phase, model in models.items():
         for dropped, (predicted, measured) in held_against(hardware, model).items():

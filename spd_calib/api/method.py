@@ -40,7 +40,7 @@ def checked_method(
     if name not in METHODS:
         raise InputError(f"`method` {name!r} is none of {', '.join(METHODS)}.")
     if name == "fisher":
-        _check_fisher(target_stderr, rank_by, tasks)
+        _check_fisher(target_stderr, rank_by=rank_by, tasks=tasks)
     elif target_stderr is not None:
         raise InputError(f"target_stderr belongs to `method` fisher, not to {name}; leave it out.")
     if confidence is not None and name != "single":
@@ -81,7 +81,7 @@ def _sync_points(names: Sequence[str], method: str) -> list[Sublayer]:
     return [sublayer for sublayer in SUBLAYERS if sublayer in names]
 
 
-def _check_fisher(target_stderr: float | None, rank_by: str | None, tasks: bool) -> None:
+def _check_fisher(target_stderr: float | None, *, rank_by: str | None, tasks: bool) -> None:
     if target_stderr is not None and not 0.001 <= target_stderr <= 1:
         raise InputError(f"target_stderr {target_stderr} is no relative error from 0.001 to 1; 0.08 is a good one.")
     if rank_by not in (None, "kl") or tasks:

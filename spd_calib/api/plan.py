@@ -236,7 +236,7 @@ def _open(
     return _Inputs(
         profile=measured,
         budget=budget,
-        reached=_as_drops(measured, budget, models[latency.phase]) if latency else budget,
+        reached=_as_drops(measured, budget, model=models[latency.phase]) if latency else budget,
         session=session,
         recovered=recovered,
         models=models,
@@ -254,7 +254,7 @@ def _check_tasks(budget: Budget, tasks: TaskOptions | None) -> None:
         raise InputError("`tasks` are of no text, so there is nothing to keep on each: leave `each_text` out.")
 
 
-def _as_drops(profile: Profile, budget: Budget, model: LatencyModel) -> Budget:
+def _as_drops(profile: Profile, budget: Budget, *, model: LatencyModel) -> Budget:
     """Return, for a share of time to save, the budget of the number of drops that saves it; any other unchanged."""
     if budget.kind != "min_speedup":
         return budget

@@ -104,5 +104,5 @@ def open_inputs(
                 "A recovered checkpoint is profiled by `method` single on one text of `data`, without `confidence` "
                 "and `tasks`: leave them out."
             )
-        skip, text = selection_beyond_fitted(recovered, names[0], text)
+        skip, text = selection_beyond_fitted(recovered, data=names[0], selection=text)
     return ProfileInputs(session, recovered, load_texts_for(session, names, text, skip=skip), skip, asked, resolved)

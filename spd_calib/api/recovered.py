@@ -96,7 +96,7 @@ def find_recovered(session: Session) -> RecoveredCheckpoint | None:
 
 
 def selection_beyond_fitted(
-    recovered: RecoveredCheckpoint, data: str, selection: TextSelection
+    recovered: RecoveredCheckpoint, *, data: str, selection: TextSelection
 ) -> tuple[int, TextSelection]:
     """Return how many sequences at the beginning of `data` it was fitted on, and the lengths: by default those of then.
 

@@ -95,7 +95,7 @@ def verification_rounds(session: Session, texts: Sequence[Text]) -> Iterator[Rou
     while found is not None:
         yield Round([t.verification for t in found], joint_ref([t.verification_ref() for t in found]))
         times += 1
-        found = further(texts, times, session.tokenizer)
+        found = further(texts, times, tokenizer=session.tokenizer)
 
 
 def resolve_data(data: str, path: Path | None = None) -> str:

@@ -14,6 +14,7 @@ def register(app: typer.Typer) -> None:
 
 def bench(
     plan: Annotated[Path, typer.Argument(help="Written by spd-calib plan.")],
+    *,
     output: Annotated[Path, typer.Option("--output", "-o")] = Path("hardware.json"),
     rounds: Annotated[int, typer.Option(min=1, help="Turns in which everything is measured once.")] = 20,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences in a forward.")] = 1,

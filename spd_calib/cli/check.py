@@ -14,6 +14,7 @@ def register(app: typer.Typer) -> None:
 
 def check(
     plan: Annotated[Path, typer.Argument(help="Written by spd-calib plan or recover.")],
+    *,
     runtime: Annotated[
         str | None, typer.Option(help="torchrun or vllm: start it, and compare it with the simulation.")
     ] = None,

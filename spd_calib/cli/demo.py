@@ -19,6 +19,7 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
+    *,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for what comes out.")] = Path("spd-demo"),
     json: Annotated[
         bool, typer.Option("--json", help="profile, plan and results on stdout", rich_help_panel=COMMON)
@@ -36,11 +37,11 @@ def demo(
     say("1/5 profile: what does dropping each sync point cost?")
     with working("profile") as work:
         profiled = profile("demo", tp=4, data="demo", text=TextSelection(seq_len=96), progress=work.progress)
-    _show(output / "profile.json", profiled, tables.rankings(profiled))
+    _show(output / "profile.json", profiled, shown=tables.rankings(profiled))
     say("\n2/5 plan: which can go, if perplexity may rise by 1 %?")
     with working("measure whole plans") as work:
         planned = plan(profiled, max_ppl_increase="1%", progress=work.progress)
-    _show(output / "plan.json", planned, [tables.blocks(planned), tables.whole_plan(planned)])
+    _show(output / "plan.json", planned, shown=[tables.blocks(planned), tables.whole_plan(planned)])
     say(f"{tables.saving(planned)}\n\n3/5 check: is the plan valid, and of this model?")
     for row in check(output / "plan.json").rows:
         say(f"{row.what}: {row.found}, {'ok' if row.ok else 'NO'}")
@@ -48,7 +49,7 @@ def demo(
     with working("lm-eval") as work:
         tasks, run = TaskOptions(["demo"]).with_batch_size(32), RunOptions()
         results = evaluate(output / "plan.json", tasks=tasks, run=run, progress=work.progress)
-    _show(output / "results.json", results, [tables.tasks(results)])
+    _show(output / "results.json", results, shown=[tables.tasks(results)])
     say("\n5/5 report")
     made = report(output)
     write_text(output / "report.html", made.html)
@@ -67,7 +68,7 @@ def _make(folder: Path) -> None:
         raise InputError(f"The folder {folder} cannot be made: {e.strerror}; choose another with -o.") from None
 
 
-def _show(path: Path, document: "BaseModel", shown: "Sequence[Table]") -> None:
+def _show(path: Path, document: "BaseModel", *, shown: "Sequence[Table]") -> None:
     from spd_calib.formats.files import dumps, write_text
 
     from .terminal import say, table

@@ -15,6 +15,7 @@ def register(app: typer.Typer) -> None:
 def diff(
     a: Annotated[Path, typer.Argument(help="A profile or a plan.")],
     b: Annotated[Path, typer.Argument(help="Another of the same kind.")],
+    *,
     json: Annotated[bool, typer.Option("--json", help="all of it on stdout", rich_help_panel=COMMON)] = False,
     recipe: Recipe = None,
 ) -> None:

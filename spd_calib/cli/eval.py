@@ -26,6 +26,7 @@ def dashed(option: str) -> str:
 
 def evaluate(
     plan: Annotated[Path, typer.Argument(help="Written by spd-calib plan.")],
+    *,
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, comma-separated; 'demo' for the three shipped ones.")],
     output: Annotated[Path, typer.Option("--output", "-o")] = Path("results.json"),
     include_path: Annotated[Path | None, typer.Option(metavar="DIR", help="Folder with further lm-eval tasks.")] = None,

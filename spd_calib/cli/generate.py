@@ -14,6 +14,7 @@ def register(app: typer.Typer) -> None:
 
 def generate(
     plan: Annotated[Path, typer.Argument(help="Written by spd-calib plan.")],
+    *,
     prompt: Annotated[list[str], typer.Option(help="Text to go on from; repeatable.")],
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens written, at most.")] = 64,
     sample: Annotated[bool, typer.Option("--sample", help="Draw tokens at random, rather than the likeliest.")] = False,

@@ -54,14 +54,14 @@ def section(path: Path, command: str, ctx: typer.Context) -> dict[str, Any]:
     if unknown := sorted(set(values) - known):
         raise InputError(f"{path}: {command} takes no {unknown[0]!r}; it takes {', '.join(sorted(map(str, known)))}.")
     for key, value in values.items():
-        _check_value(path, key, value)
+        _check_value(path, key, value=value)
     for p in ctx.command.params:
         if getattr(p, "multiple", False) and p.name in values and not isinstance(values[p.name], list):
             values[p.name] = [values[p.name]]
     return {k: str(v) if isinstance(v, int | float) and not isinstance(v, bool) else v for k, v in values.items()}
 
 
-def _check_value(recipe: Path, key: str, value: Any) -> None:
+def _check_value(recipe: Path, key: str, *, value: Any) -> None:
     """Refuse what only a person at the command line may ask for: running code, writing somewhere else."""
     plain = str | int | float | None
     if not isinstance(value, plain) and not (isinstance(value, list) and all(isinstance(v, plain) for v in value)):

@@ -19,6 +19,7 @@ def register(app: typer.Typer) -> None:
 
 def plan(
     profile: Annotated[Path, typer.Argument(help="Written by spd-calib profile.")],
+    *,
     output: Annotated[Path, typer.Option("--output", "-o", help="The plan.")] = Path("plan.json"),
     max_kl: Annotated[
         str | None, typer.Option(metavar="X", help="KL(dense || planned), nats per token.", rich_help_panel=BUDGET)

@@ -21,6 +21,7 @@ def register(app: typer.Typer) -> None:
 
 def profile(
     model: Annotated[str, typer.Argument(help="Hub id, local folder, or 'demo'.")],
+    *,
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel size: the number of ranks.")],
     data: Annotated[
         list[str],

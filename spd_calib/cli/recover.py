@@ -18,6 +18,7 @@ def register(app: typer.Typer) -> None:
 
 def recover(
     plan: Annotated[Path, typer.Argument(help="Written by spd-calib plan.")],
+    *,
     data: Annotated[
         str,
         typer.Option(metavar="TEXT", help="'demo', a file, a folder or a hub data set."),

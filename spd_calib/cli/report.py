@@ -14,6 +14,7 @@ def register(app: typer.Typer) -> None:
 
 def report(
     run: Annotated[Path, typer.Argument(help="Folder with profile.json and what was made from it, or a profile.")],
+    *,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The page, one HTML file.")] = None,
     png: Annotated[Path | None, typer.Option(help="The sensitivity figure alone.")] = None,
     plan: Annotated[Path | None, typer.Option(help="The plan made from the profile [plan.json in RUN].")] = None,

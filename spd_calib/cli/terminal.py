@@ -90,8 +90,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], lef
     console.print(f"\n{title}", style="bold", markup=False)
     gap = 1 if console.width < NARROW else 2
     t = Table(box=None, pad_edge=False, header_style="dim", padding=(0, gap, 0, 0))
-    numbers = numeric(columns, rows, left)
-    widths = _widths(columns, rows, numbers, console.width - gap * (len(columns) - 1))
+    numbers = numeric(columns, rows, left=left)
+    widths = _widths(columns, rows, numbers=numbers, room=console.width - gap * (len(columns) - 1))
     for column, number, width in zip(columns, numbers, widths, strict=True):
         t.add_column(column, justify="right" if number else "left", overflow="fold", width=width)
     for row in rows:
@@ -100,7 +100,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], lef
 
 
 def _widths(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[bool], room: int
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[bool], room: int
 ) -> Sequence[int | None]:
     """Return each column's width, in all at most `room`; None for all where there is not enough.
 

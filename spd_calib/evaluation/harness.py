@@ -108,9 +108,9 @@ class TaskSuite:
             )
         scores: dict[Key, Score] = {}
         for name, task in tasks.items():
-            scores.update(task_scores(name, task, found))
+            scores.update(task_scores(name, task, found=found))
         for name, group in groups.items():
-            scores.update(group_scores(name, group, found))
+            scores.update(group_scores(name, group, found=found))
         return Outcome(scores, found["samples"], bool(long))
 
     def run_dense_and_planned(

@@ -48,23 +48,24 @@ def keep_answers(model: Any, kept: Kept | None, *, warnings: list[str], step: St
     that the memory holds, found once: a run that is resumed must go on with it.
     """
     for kind in KINDS:
-        setattr(model, kind, partial(_answer, model, getattr(model, kind), kind, kept, warnings, step))
+        ask = partial(_answer, model, getattr(model, kind), kind=kind, kept=kept, warnings=warnings, step=step)
+        setattr(model, kind, ask)
 
 
 def _answer(
-    model: Any, ask: Any, kind: str, kept: Kept | None, warnings: list[str], step: Step, requests: Sequence[Any]
+    model: Any, ask: Any, requests: Sequence[Any], *, kind: str, kept: Kept | None, warnings: list[str], step: Step
 ) -> list[Any]:
     """Return the answers to lm-eval's `requests`, all of one kind, which `ask` would compute."""
     automatic = model.batch_size_per_gpu == "auto"
     if automatic:
-        model.batch_size_per_gpu = _batch_size(model, kind, kept, requests)
+        model.batch_size_per_gpu = _batch_size(model, kind, kept=kept, requests=requests)
     try:
         if kept is None:
             return ask(requests)
-        portions = _portions(kind, requests, max(LEAST, BATCHES * model.batch_size_per_gpu))
+        portions = _portions(kind, requests, size=max(LEAST, BATCHES * model.batch_size_per_gpu))
         answers: list[Any] = []
         for number, portion in enumerate(portions):
-            answers += _of_portion(kept, (kind, number), ask, portion, warnings, step)
+            answers += _of_portion(kept, (kind, number), ask=ask, portion=portion, warnings=warnings, step=step)
         return [tuple(answer) for answer in answers] if kind == "loglikelihood" else answers
     finally:
         if automatic:
@@ -72,7 +73,7 @@ def _answer(
 
 
 def _of_portion(
-    kept: Kept, key: tuple[str, int], ask: Any, portion: Sequence[Any], warnings: list[str], step: Step
+    kept: Kept, key: tuple[str, int], *, ask: Any, portion: Sequence[Any], warnings: list[str], step: Step
 ) -> list[Any]:
     before, computed = len(warnings), False
 
@@ -90,7 +91,7 @@ def _of_portion(
     return found["answers"]
 
 
-def _portions(kind: str, requests: Sequence[Any], size: int) -> list[Sequence[Any]]:
+def _portions(kind: str, requests: Sequence[Any], *, size: int) -> list[Sequence[Any]]:
     """Cut `requests` into runs of at least `size`, those of one document together.
 
     Answers that are sampled stay together: each draws from where the one before it left the random numbers.
@@ -112,7 +113,7 @@ def _sampled(request: Any) -> bool:
     return bool(arguments.get("do_sample", arguments.get("temperature", 0.0) != 0.0))
 
 
-def _batch_size(model: Any, kind: str, kept: Kept | None, requests: Sequence[Any]) -> int:
+def _batch_size(model: Any, kind: str, *, kept: Kept | None, requests: Sequence[Any]) -> int:
     """Return the largest batch that the memory holds, as lm-eval finds it.
 
     Of log-likelihoods the longest request is tried, of everything else as many tokens as the model reads. Raises

@@ -23,7 +23,7 @@ def check_log_writable(path: Path) -> None:
         check_writable(path.absolute().parent / f".{path.name}.jsonl" if not path.exists() else path / "x.jsonl")
 
 
-def write_log(path: Path, dense: Outcome, planned: Outcome) -> list[Path]:
+def write_log(path: Path, *, dense: Outcome, planned: Outcome) -> list[Path]:
     """Write one JSON line a document and filter of lm-eval; return the files written.
 
     To `path` where it ends in .jsonl, else to a file a task in the folder `path`, samples_TASK.jsonl. A line holds the
@@ -31,7 +31,7 @@ def write_log(path: Path, dense: Outcome, planned: Outcome) -> list[Path]:
     metrics of each model under "dense" and "planned". Raises what write_bytes raises.
     """
     lines = {
-        task: [_line(task, d, p) for d, p in zip(samples, planned.samples[task], strict=True)]
+        task: [_line(task, dense=d, planned=p) for d, p in zip(samples, planned.samples[task], strict=True)]
         for task, samples in dense.samples.items()
     }
     if path.suffix == ".jsonl":
@@ -47,7 +47,7 @@ def write_log(path: Path, dense: Outcome, planned: Outcome) -> list[Path]:
     return found
 
 
-def _line(task: str, dense: Mapping[str, Any], planned: Mapping[str, Any]) -> bytes:
+def _line(task: str, *, dense: Mapping[str, Any], planned: Mapping[str, Any]) -> bytes:
     from lm_eval.utils import handle_non_serializable
 
     assert (dense["doc_id"], dense["filter"]) == (planned["doc_id"], planned["filter"])

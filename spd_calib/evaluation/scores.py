@@ -81,7 +81,7 @@ def _group_stderr(parts: Mapping[Key, float], errors: Mapping[Key, float | None]
     return math.sqrt(math.fsum((weight * error) ** 2 for weight, error in found if error is not None))
 
 
-def task_scores(name: str, task: Any, found: Any) -> dict[Key, Score]:
+def task_scores(name: str, task: Any, *, found: Any) -> dict[Key, Score]:
     """Return a task's scores, by task and metric, out of what lm-eval's evaluate() returns."""
     from lm_eval.api.metrics import mean
 
@@ -98,7 +98,7 @@ def task_scores(name: str, task: Any, found: Any) -> dict[Key, Score]:
     return scores
 
 
-def group_scores(name: str, group: Any, found: Any) -> dict[Key, Score]:
+def group_scores(name: str, group: Any, *, found: Any) -> dict[Key, Score]:
     """Return the scores that a group aggregates from its tasks': a mean, weighted by documents where it says so."""
     scores: dict[Key, Score] = {}
     results = found["results"]

@@ -56,16 +56,16 @@ def load_tasks(
     chat = _chat_template(tokenizer, options.model_args) if options.apply_chat_template else None
     found: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}}
     with quiet():
-        manager = _manager(names, include_path, options.metadata)
+        manager = _manager(names, include_path=include_path, metadata=options.metadata)
         for name in _known(names, manager):
             for kind, of_kind in _load(manager, name).items():
                 if kind in found:
                     found[kind].update(of_kind)
         tasks, groups = found["tasks"], found["groups"]
-        documents = _documents(tasks, options, half)
+        documents = _documents(tasks, options, half=half)
         shown = {name: _configure(task, options) for name, task in tasks.items()}
         for name, task in tasks.items():
-            _build_requests(name, task, options, documents.get(name), chat)
+            _build_requests(name, task, options=options, documents=documents.get(name), chat=chat)
     return Loaded(tasks, groups, documents, shown)
 
 
@@ -81,7 +81,7 @@ def _chat_template(tokenizer: PreTrainedTokenizerBase | None, model_args: Mappin
     return partial(HFLM.apply_chat_template, SimpleNamespace(tokenizer=tokenizer, chat_template_args=arguments))
 
 
-def _manager(names: Sequence[str], include_path: Path | None, metadata: Mapping[str, Any]) -> Any:
+def _manager(names: Sequence[str], *, include_path: Path | None, metadata: Mapping[str, Any]) -> Any:
     """Return lm-eval's task manager; its own 14,000 tasks take seconds to read: left out where none is named."""
     from lm_eval.tasks import TaskManager
 
@@ -120,7 +120,7 @@ def _load(manager: Any, name: str) -> Any:
         raise InputError(f"The task {name} cannot be loaded: {first_line(e)}; correct it or leave it out.") from e
 
 
-def _documents(tasks: Mapping[str, Any], options: EvalOptions, half: int | None) -> dict[str, list[int]]:
+def _documents(tasks: Mapping[str, Any], options: EvalOptions, *, half: int | None) -> dict[str, list[int]]:
     """Return the indices of the documents evaluated, of each task where they are not simply the first."""
     if options.samples is not None:
         if missing := [name for name in options.samples if name not in tasks]:
@@ -158,7 +158,7 @@ def _configure(task: Any, options: EvalOptions) -> int:
 
 
 def _build_requests(
-    name: str, task: Any, options: EvalOptions, documents: list[int] | None, chat: Callable[..., str] | None
+    name: str, task: Any, *, options: EvalOptions, documents: list[int] | None, chat: Callable[..., str] | None
 ) -> None:
     """Build a task's requests, for good: lm-eval would draw other few-shot examples each time it is asked."""
     if getattr(task, "UNSAFE_CODE", False):

@@ -36,7 +36,7 @@ def digest_of_all(digests: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
 
 
-def tensor_digest(name: str, dtype: str, shape: Sequence[int], content: bytes | memoryview) -> str:
+def tensor_digest(name: str, *, dtype: str, shape: Sequence[int], content: bytes | memoryview) -> str:
     """Return the sha256 of a tensor under the name, the kind of number and the shape that safetensors gives it."""
     h = hashlib.sha256(json.dumps([name, dtype, list(shape)]).encode())
     h.update(content)  # hashlib lets other threads run meanwhile
@@ -63,7 +63,7 @@ def _digest(data: memoryview, header_end: int, item: tuple[str, dict]) -> str:
     begin, end = (header_end + offset for offset in info["data_offsets"])
     if not header_end <= begin <= end <= len(data):
         raise ValueError("tensor beyond the end of the file")
-    return tensor_digest(name, info["dtype"], info["shape"], data[begin:end])
+    return tensor_digest(name, dtype=info["dtype"], shape=info["shape"], content=data[begin:end])
 
 
 def config_hash(config: dict) -> str:

@@ -102,4 +102,4 @@ def _state_fingerprint(model: PreTrainedModel) -> str:
 
 def _digest(name: str, tensor: Tensor) -> str:
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return tensor_digest(name, KINDS[tensor.dtype], list(tensor.shape), content.numpy().data)
+    return tensor_digest(name, dtype=KINDS[tensor.dtype], shape=list(tensor.shape), content=content.numpy().data)

@@ -34,7 +34,7 @@ def load_drops(plan: Plan, path: Path | None, *, ranks: Iterable[int] | None = N
 
     A plan that comes from no file (`path` None) can have none: raises InputError where it has.
     """
-    predictors = _load_predictors(plan, path, ranks)
+    predictors = _load_predictors(plan, plan_path=path, ranks=ranks)
     return plan.drops | Drops(
         {Point(i, "attention"): Drop(plan.blocks[i].strategy, of_ranks) for i, of_ranks in predictors.items()}
     )
@@ -43,19 +43,19 @@ def load_drops(plan: Plan, path: Path | None, *, ranks: Iterable[int] | None = N
 def predictor_tensors(drops: Drops) -> dict[str, Tensor]:
     """Return all predictors of `drops` as they are written beside a plan, float32 on the CPU; empty without any."""
     return {
-        _tensor_name(point.block, rank, part): tensor.detach().to("cpu", torch.float32).contiguous()
+        _tensor_name(point.block, rank=rank, part=part): tensor.detach().to("cpu", torch.float32).contiguous()
         for point in drops
         for rank, predictor in (drops.at(point).predictors or {}).items()
         for part, tensor in predictor.named_parameters()
     }
 
 
-def _tensor_name(block: int, rank: int, part: str) -> str:
+def _tensor_name(block: int, *, rank: int, part: str) -> str:
     """Return the name of a tensor in the file beside the plan; part: bias, a, b or w."""
     return f"blocks.{block}.ranks.{rank}.{part}"
 
 
-def _load_predictors(plan: Plan, plan_path: Path | None, ranks: Iterable[int] | None) -> OfBlocks:
+def _load_predictors(plan: Plan, *, plan_path: Path | None, ranks: Iterable[int] | None) -> OfBlocks:
     if plan.compensation is None:
         return {}
     if plan_path is None:
@@ -85,7 +85,9 @@ def _read_predictors(plan: Plan, plan_path: Path, *, path: Path, file: Any, rank
             continue
         found[block.index] = {}
         for rank in range(plan.tensor_parallel.size):
-            named = {p: _tensor_name(block.index, rank, p) for p in predictor_shapes(form.kind, 1, d_rank=1, d=1)}
+            named = {
+                p: _tensor_name(block.index, rank=rank, part=p) for p in predictor_shapes(form.kind, 1, d_rank=1, d=1)
+            }
             if rank not in ranks:
                 names -= set(named.values())
                 continue

@@ -59,7 +59,7 @@ def _moved(rows: slice, by: int) -> slice:
     return slice(rows.start + by, rows.stop + by)
 
 
-def vocabulary_slice(vocab_size: int, rank: int, tp: int) -> slice:
+def vocabulary_slice(vocab_size: int, *, rank: int, tp: int) -> slice:
     """Return the rows of the output head that a rank owns: equal, contiguous parts, the last ones shorter or empty."""
     part = -(-vocab_size // tp)
     return slice(min(rank * part, vocab_size), min((rank + 1) * part, vocab_size))

@@ -56,7 +56,7 @@ def own_slices(model: PreTrainedModel, *, rank: int, tp: int) -> Own:
             own[f"{names[linear]}.bias"] = (rows, ALL)
     head = model.get_output_embeddings()
     if head.weight is not model.get_input_embeddings().weight:
-        rows = (vocabulary_slice(head.out_features, rank, tp),)
+        rows = (vocabulary_slice(head.out_features, rank=rank, tp=tp),)
         own[f"{names[head]}.weight"] = (rows, ALL)
         own[f"{names[head]}.bias"] = (rows, ALL)
     return own

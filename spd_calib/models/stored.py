@@ -93,7 +93,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
                 )
             found[tensor.name] = tensor
     if index is not None:
-        _check_index(folder, index, found)
+        _check_index(folder, index, found=found)
     return found
 
 
@@ -118,7 +118,7 @@ def _plain(name: object) -> bool:
     return isinstance(name, str) and name != "" and name.isprintable()
 
 
-def _check_index(folder: Path, index: dict[str, str], found: dict[str, StoredTensor]) -> None:
+def _check_index(folder: Path, index: dict[str, str], *, found: dict[str, StoredTensor]) -> None:
     """Raise InputError unless the index names every tensor, each in the file that holds it."""
     lost = [n for n, file in index.items() if n not in found or found[n].file.name != file]
     if lost:

@@ -40,7 +40,7 @@ class VocabParallelHead(nn.Module):
         super().__init__()
         self.weight, self.bias, self.comm = head.weight, head.bias, comm
         self.vocab_size = head.out_features
-        own = [vocabulary_slice(self.vocab_size, rank, comm.size) for rank in comm.ranks]
+        own = [vocabulary_slice(self.vocab_size, rank=rank, tp=comm.size) for rank in comm.ranks]
         self.rows = [ALL] if is_cut(head) else own  # of the weight held here: a slice for each rank of this process
         self.width = -(-self.vocab_size // comm.size)
 

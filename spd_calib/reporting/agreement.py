@@ -58,24 +58,31 @@ class Agreement:
     changed: list[str]  # blocks of another tier, a sentence each
 
 
-def agreements(a: Profile, b: Profile, tested: bool) -> list[Agreement]:
+def agreements(a: Profile, b: Profile, *, tested: bool) -> list[Agreement]:
     """Return how two profiles agree, for every kind of sync point and strategy that both hold.
 
     `tested`: their standard errors can tell whether a difference is one.
     """
     kinds: list[tuple[Strategy, Sublayer]] = [(s, kind) for kind in a.sync_points for s in a.strategies]
-    return [_agreement(a, b, s, kind, tested) for s, kind in kinds if set(a.kl(s, kind)) & set(b.kl(s, kind))]
+    return [
+        _agreement(a, b, strategy=s, kind=kind, tested=tested)
+        for s, kind in kinds
+        if set(a.kl(s, kind)) & set(b.kl(s, kind))
+    ]
 
 
-def _agreement(a: Profile, b: Profile, strategy: Strategy, kind: Sublayer, tested: bool) -> Agreement:
+def _agreement(a: Profile, b: Profile, *, strategy: Strategy, kind: Sublayer, tested: bool) -> Agreement:
     left, right = a.kl(strategy, kind), b.kl(strategy, kind)
     blocks = sorted(set(left) & set(right))
     lefts, rights = {i: left[i] for i in blocks}, {i: right[i] for i in blocks}
     orders = [sorted(blocks, key=lambda i: (found[i][0], i)) for found in (lefts, rights)]
     rows, by_chance = [], 0.0
     for block in blocks:
-        n = (_sequences(a, strategy, kind, block), _sequences(b, strategy, kind, block))
-        apart, p, chance = _welch(left[block], right[block], n) if tested else (None, None, 0.0)
+        n = (
+            _sequences(a, strategy=strategy, kind=kind, block=block),
+            _sequences(b, strategy=strategy, kind=kind, block=block),
+        )
+        apart, p, chance = _welch(left[block], right[block], sequences=n) if tested else (None, None, 0.0)
         ranks = [order.index(block) + 1 for order in orders]
         rows.append(Row(block, *left[block], *right[block], apart, p, ranks[0], ranks[1]))
         by_chance += chance
@@ -95,12 +102,12 @@ def _agreement(a: Profile, b: Profile, strategy: Strategy, kind: Sublayer, teste
     )
 
 
-def _sequences(profile: Profile, strategy: Strategy, kind: Sublayer, block: int) -> int:
+def _sequences(profile: Profile, *, strategy: Strategy, kind: Sublayer, block: int) -> int:
     return profile.text.sequences if profile.fisher else profile.of(strategy, kind)[block].sequences
 
 
 def _welch(
-    a: tuple[float, float | None], b: tuple[float, float | None], sequences: tuple[int, int]
+    a: tuple[float, float | None], b: tuple[float, float | None], *, sequences: tuple[int, int]
 ) -> tuple[float | None, float | None, float]:
     """Return b - a in its standard error, its two-sided p, and the chance of a value beyond BEYOND where a equals b."""
     difference = b[0] - a[0]

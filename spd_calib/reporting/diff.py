@@ -68,7 +68,7 @@ def diff_profiles(a: Profile, b: Profile) -> ProfileDiff:
     """
     _check_blocks(a, b)
     untested = _untested(a, b)
-    found = agreements(a, b, not untested)
+    found = agreements(a, b, tested=not untested)
     if not found:
         raise InputError(
             "The two profiles measured no sync point under the same strategy; profile again with the same sync points "
@@ -171,7 +171,7 @@ def diff_plans(a: Plan, b: Plan) -> PlanDiff:
         if was[0] != was[1]
     ]
     differing = _differing(aspects)
-    return PlanDiff(differing, _whole(a, b), others, [_why(a, b, others)])
+    return PlanDiff(differing, _whole(a, b), others, [_why(a, b, others=others)])
 
 
 def _whole(a: Plan, b: Plan) -> list[Differing]:
@@ -201,7 +201,7 @@ def _latencies(latency: Sequence[Latency]) -> dict[str, str]:
     }
 
 
-def _why(a: Plan, b: Plan, others: Sequence[OtherStrategy]) -> str:
+def _why(a: Plan, b: Plan, *, others: Sequence[OtherStrategy]) -> str:
     if not others:
         return "Both plans drop the same sync points in the same way."
     kls = [

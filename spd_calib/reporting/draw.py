@@ -35,7 +35,7 @@ def png(build: Callable[[], Figure]) -> bytes:
     return image.getvalue()
 
 
-def svg(build: Callable[[], Figure], name: str, title: str, description: str) -> str:
+def svg(build: Callable[[], Figure], name: str, *, title: str, description: str) -> str:
     """Return an <svg> element with text as text and the page's colours; `name` begins its ids, which must be unique."""
     drawn = io.BytesIO()
     with _styled():

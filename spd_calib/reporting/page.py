@@ -77,7 +77,7 @@ def _summary(run: Run) -> list[str]:
 def _plan(run: Run) -> Section:
     heading = "What was decided, predicted and verified"
     if run.plan is None:
-        return _left_out("plan", heading, "spd-calib plan profile.json --max-ppl-increase 1% -o plan.json")
+        return _left_out("plan", heading, command="spd-calib plan profile.json --max-ppl-increase 1% -o plan.json")
     said = [
         "Predicted is what the profile says of the whole set; verified is the whole set, run on held-out "
         "text. The budget is held against the second.",
@@ -113,7 +113,7 @@ def _sensitivity_figure(run: Run) -> tuple[str, str]:
     drawn = _svg(
         "sensitivity",
         partial(figures.sensitivity, run.profile, run.plan),
-        f"KL of dropping each of {run.profile.model.num_blocks} blocks' sync points",
+        title=f"KL of dropping each of {run.profile.model.num_blocks} blocks' sync points",
     )
     return drawn, f"One bar a block and strategy with two standard errors{coloured}. Lower is safer to drop."
 
@@ -130,7 +130,7 @@ def _pareto(run: Run) -> Section:
         "pareto",
         "The Pareto front",
         said,
-        _svg("pareto", partial(figures.pareto, run.pareto, run.plan), "KL by the number of sync points dropped"),
+        _svg("pareto", partial(figures.pareto, run.pareto, run.plan), title="KL by the number of sync points dropped"),
         f"KL by the number of sync points dropped.{chosen}",
         [tables.pareto(run.pareto)],
     )
@@ -142,15 +142,15 @@ def _evaluation(run: Run) -> Section:
         return _left_out(
             "evaluation",
             heading,
-            "spd-calib eval plan.json --tasks arc_easy,hellaswag -o results.json",
-            run.stale.get("results", ""),
+            command="spd-calib eval plan.json --tasks arc_easy,hellaswag -o results.json",
+            why=run.stale.get("results", ""),
         )
     limit = f"the first {run.results.limit} documents of each task" if run.results.limit else "all documents"
     return Section(
         "evaluation",
         heading,
         [f"Both models answer the same documents ({limit}); the error is of the difference, over documents."],
-        _svg("tasks", partial(figures.tasks, run.results), "Planned less dense score of each task"),
+        _svg("tasks", partial(figures.tasks, run.results), title="Planned less dense score of each task"),
         "The difference of each task's score with two standard errors; a loss is to the left.",
         [tables.tasks(run.results)],
     )
@@ -163,7 +163,7 @@ def _latency(run: Run) -> Section:
     if found:
         ceilings = ", ".join(f"{100 * m.ceiling:.1f} % of a {m.phase} step" for m in found)
         said.append(f"Dropping every sync point would save {ceilings}: no plan saves more. Modelled, no promise.")
-        drawn = _svg("latency", partial(figures.latency, found), "Time of a step as planned, and the ceiling")
+        drawn = _svg("latency", partial(figures.latency, found), title="Time of a step as planned, and the ceiling")
         shown.append(tables.latencies(found))
     if run.hardware:
         said.append(
@@ -172,7 +172,7 @@ def _latency(run: Run) -> Section:
         shown += tables.hardware(run.hardware)
     if not shown:
         command = "spd-calib plan profile.json --max-ppl-increase 1% --hardware h100-nvlink -o plan.json"
-        return _left_out("latency", heading, command, run.stale.get("hardware", ""))
+        return _left_out("latency", heading, command=command, why=run.stale.get("hardware", ""))
     return Section("latency", heading, said, drawn, "A step's time, as a share of the dense model's.", shown)
 
 
@@ -238,9 +238,9 @@ def _hashes(run: Run) -> list[list[str]]:
     return rows + [[f"{what}: {text.source}", text.sha256] for what, ref in texts.items() for text in ref.each]
 
 
-def _svg(name: str, build: Callable[[], Figure], title: str) -> str:
-    return svg(build, f"figure-{name}", title, SAME)
+def _svg(name: str, build: Callable[[], Figure], *, title: str) -> str:
+    return svg(build, f"figure-{name}", title=title, description=SAME)
 
 
-def _left_out(name: str, heading: str, command: str, why: str = "") -> Section:
+def _left_out(name: str, heading: str, *, command: str, why: str = "") -> Section:
     return Section(name, heading, [f"{why} Left out: `{command}` makes this part.".strip()], left_out=True)

@@ -77,9 +77,9 @@ def run_of(
     if results and results.plan_sha256 != plan_sha256:
         results, stale["results"] = None, "results.json is there, but of another plan."
     models = [profile.model, *([plan.model] if plan else [])]
-    if pareto and not _of_one_of(pareto, models, profile):
+    if pareto and not _of_one_of(pareto, models, profile=profile):
         pareto, stale["pareto"] = None, "pareto.json is there, but of another model."
-    if hardware and not _of_one_of(hardware, models, profile):
+    if hardware and not _of_one_of(hardware, models, profile=profile):
         hardware, stale["hardware"] = None, "hardware.json is there, but of another model."
     made = pareto or pareto_of(profile, provenance=profile.provenance)
     return Run(profile, plan, results, made, hardware, stale)
@@ -128,5 +128,5 @@ def _same(a: ModelRef, b: ModelRef) -> bool:
     return (a.config_hash, a.weight_fingerprint) == (b.config_hash, b.weight_fingerprint)
 
 
-def _of_one_of(found: Pareto | Hardware, models: Sequence[ModelRef], profile: Profile) -> bool:
+def _of_one_of(found: Pareto | Hardware, models: Sequence[ModelRef], *, profile: Profile) -> bool:
     return any(_same(found.model, ref) for ref in models) and found.tensor_parallel == profile.tensor_parallel

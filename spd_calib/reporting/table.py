@@ -14,7 +14,7 @@ class Table(NamedTuple):
     left: int = 1
 
 
-def numeric(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> list[bool]:
+def numeric(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int) -> list[bool]:
     """Return for each column whether it holds numbers, which are aligned right."""
     return [i >= left and any(row[i][:1] in "+-0123456789" for row in rows if row[i]) for i, _ in enumerate(columns)]
 

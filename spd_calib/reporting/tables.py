@@ -18,10 +18,15 @@ NAMES = {"attention": "attention", "mlp": "MLP"}
 def rankings(profile: Profile) -> list[Table]:
     """Return a table for each strategy and kind of sync point that was profiled, the least sensitive block first."""
     one = _predicted if profile.fisher else _ranking
-    return [one(profile, s, kind) for s in profile.strategies for kind in profile.sync_points if profile.kl(s, kind)]
+    return [
+        one(profile, strategy=s, kind=kind)
+        for s in profile.strategies
+        for kind in profile.sync_points
+        if profile.kl(s, kind)
+    ]
 
 
-def _predicted(profile: Profile, strategy: Strategy, kind: Sublayer) -> Table:
+def _predicted(profile: Profile, *, strategy: Strategy, kind: Sublayer) -> Table:
     kl = profile.kl(strategy, kind)
     return Table(
         f"{NAMES[kind]}: {strategy}, least sensitive block first, predicted",
@@ -30,7 +35,7 @@ def _predicted(profile: Profile, strategy: Strategy, kind: Sublayer) -> Table:
     )
 
 
-def _ranking(profile: Profile, strategy: Strategy, kind: Sublayer) -> Table:
+def _ranking(profile: Profile, *, strategy: Strategy, kind: Sublayer) -> Table:
     by_block = profile.of(strategy, kind)
     value = profile.sensitivity(strategy, sync_point=kind)
     unit = {"accuracy": "accuracy lost", "kl": "KL added", "ppl": "perplexity"}[profile.rank_by]

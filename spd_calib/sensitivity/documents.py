@@ -137,7 +137,7 @@ def _json_lines(path: Path, column: str) -> Iterator[Document]:
     """
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
-            yield _of_json(_loads(line), column, f"{path}, line {number}")
+            yield _of_json(_loads(line), column=column, place=f"{path}, line {number}")
 
 
 def _json(path: Path, column: str) -> Iterator[Document]:
@@ -152,7 +152,7 @@ def _json(path: Path, column: str) -> Iterator[Document]:
         raise InputError(f"{path}{where} is not valid JSON; write an array of documents, or one a line.") from None
     for number, entry in enumerate(entries, 1):
         row = {column: entry} if isinstance(entry, str) else entry
-        yield _of_json(row, column, f"{path}, entry {number}")
+        yield _of_json(row, column=column, place=f"{path}, entry {number}")
 
 
 def _loads(line: str) -> Any:
@@ -163,17 +163,17 @@ def _loads(line: str) -> Any:
         return None
 
 
-def _of_json(row: Any, column: str, place: str) -> Document:
+def _of_json(row: Any, *, column: str, place: str) -> Document:
     """Return the document in a JSON object. Raises InputError for anything else."""
     if not isinstance(row, dict) or (name := _column(row, column)) is None:
         raise InputError(
             f'{place}, is not of the form {{"{column}": "..."}}; write one document a line, or name its key with '
             "`column`."
         )
-    return _document(row[name], name, place)
+    return _document(row[name], column=name, place=place)
 
 
-def _csv(path: Path, column: str, separator: str) -> Iterator[Document]:
+def _csv(path: Path, column: str, *, separator: str) -> Iterator[Document]:
     import pandas
 
     rows = _csv_rows(path, column, separator)
@@ -184,7 +184,7 @@ def _csv(path: Path, column: str, separator: str) -> Iterator[Document]:
             row = next(rows, None)
         if row is None:
             return
-        yield _document(row[column], column, f"{path}, row {number}")
+        yield _document(row[column], column=column, place=f"{path}, row {number}")
 
 
 def _csv_rows(path: Path, column: str, separator: str) -> Iterator[dict[str, Any]]:
@@ -213,7 +213,7 @@ def _parquet(path: Path, column: str) -> Iterator[Document]:
     if (name := _column(columns, column)) is None:
         raise InputError(f"{path} has no column {column!r}; name another as `column`: {', '.join(columns)}.")
     for number, row in enumerate(_rows(datasets.Dataset.from_parquet, path, columns=[name]), 1):
-        yield _document(row[name], name, f"{path}, row {number}")
+        yield _document(row[name], column=name, place=f"{path}, row {number}")
 
 
 def _hub(source: str, column: str) -> Iterator[Document]:
@@ -232,7 +232,7 @@ def _hub(source: str, column: str) -> Iterator[Document]:
                 raise InputError(
                     f"The dataset {source} has no column {column!r}; name another as `column`: {', '.join(row)}."
                 )
-            document = _document(row[found], found, f"{source}, row {number}")
+            document = _document(row[found], column=found, place=f"{source}, row {number}")
             if not isinstance(document.content, str) or document.content.strip():
                 yield document
     except InputError:
@@ -251,7 +251,7 @@ def _column(columns: Any, column: str) -> str | None:
     return MESSAGES if column == TEXT and MESSAGES in columns else None
 
 
-def _document(value: Any, column: str, place: str) -> Document:
+def _document(value: Any, *, column: str, place: str) -> Document:
     """Return a document whose content is `value`. Raises InputError where that is neither text nor a chat."""
     if not isinstance(value, str) and not _is_chat(value):
         raise InputError(f"{place}: {column!r} holds neither text nor a list of chat messages.")

@@ -68,10 +68,10 @@ def load_texts(options: Sequence[TextOptions], tokenizer: PreTrainedTokenizerBas
     the text is too short for both, a fifth (at least one) is set aside. Raises InputError for text that cannot be used.
     """
     seen = _Seen()
-    return [_split(_Reading(o, number, tokenizer), o, seen) for number, o in enumerate(options)]
+    return [_split(_Reading(o, number, tokenizer), o, seen=seen) for number, o in enumerate(options)]
 
 
-def further(texts: Sequence[Text], times: int, tokenizer: PreTrainedTokenizerBase) -> list[Text] | None:
+def further(texts: Sequence[Text], times: int, *, tokenizer: PreTrainedTokenizerBase) -> list[Text] | None:
     """Return the `times`-th (from 1) further verification sequences of each of `texts`, as many as it has of those.
 
     They follow everything before them in the source, and repeat nothing of any text. None where one of the sources
@@ -158,11 +158,11 @@ class _Reading:
             self.documents += 1
             key, occurrence = _hash(json.dumps(document.content)), (number, self.documents)
             if not options.pack:
-                ids = token_ids(document, tokenizer, n)
+                ids = token_ids(document, tokenizer=tokenizer, at_most=n)
                 if len(ids) >= options.min_len:
                     yield _Candidate(ids, [_Part(key, occurrence, len(ids))])
                 continue
-            ids, done = token_ids(document, tokenizer), 0
+            ids, done = token_ids(document, tokenizer=tokenizer), 0
             while done < len(ids):
                 piece = ids[done : done + n - len(held)]
                 held += piece
@@ -173,7 +173,7 @@ class _Reading:
                     held, parts = [], []
 
 
-def token_ids(document: Document, tokenizer: PreTrainedTokenizerBase, at_most: int | None = None) -> Tokens:
+def token_ids(document: Document, *, tokenizer: PreTrainedTokenizerBase, at_most: int | None = None) -> Tokens:
     """Return a document's token ids, the first `at_most` of them: those of a chat by the tokenizer's chat template.
 
     Raises InputError for a chat where the tokenizer has no template, or one that refuses the messages.
@@ -199,7 +199,7 @@ def token_ids(document: Document, tokenizer: PreTrainedTokenizerBase, at_most: i
     return tokenizer(text, add_special_tokens=special, **cut)["input_ids"]
 
 
-def _split(reading: _Reading, options: TextOptions, seen: _Seen) -> Text:
+def _split(reading: _Reading, options: TextOptions, *, seen: _Seen) -> Text:
     """Read a text, and divide it. Raises InputError for too little of it."""
     sequences = reading.take(options.skip + options.max_samples + options.verify_samples, seen)[options.skip :]
     source, notes = options.name or options.source, list[str]()
@@ -234,7 +234,7 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _ref(options: TextOptions, sequences: list[Tokens], first: int) -> TextRef:
+def _ref(options: TextOptions, sequences: list[Tokens], *, first: int) -> TextRef:
     digest = hashlib.sha256()
     for ids in sequences:
         digest.update(json.dumps(ids).encode())
