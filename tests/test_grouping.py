@@ -7,15 +7,18 @@ import torch
 from planned_models import planned, sequences
 from scipy.optimize import linear_sum_assignment
 
+from spd_calib.formats.drops import Drops
 from spd_calib.models.architecture import HeadCounts
 from spd_calib.models.probe import find_layers
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.recovery import neuron_grouping
 from spd_calib.recovery.assignment import balanced, order_of
+from spd_calib.recovery.error_cost import PRIOR, QUANTILES, ErrorCost, error_costs
 from spd_calib.recovery.feed import Feed
 from spd_calib.recovery.head_grouping import placeable_units
-from spd_calib.recovery.moments import output_gradient_moments
 from spd_calib.recovery.permute import permute_heads, permute_neurons
+from spd_calib.recovery.planned_model import PlannedModel
+from spd_calib.recovery.ridge import RidgeFit
 
 
 @pytest.mark.parametrize("family", tiny.SUPPORTED)
@@ -74,28 +77,78 @@ def test_swapping_neurons_finds_errors_that_cancel() -> None:
             assert total(swapped) >= total(found) - 1e-6
 
 
-def test_neuron_costs_are_the_formula() -> None:
+@pytest.mark.parametrize("refitted", [False, True])
+def test_neuron_costs_are_the_formula(refitted: bool) -> None:
     model = planned("starcoder2", tp=2, layers=1)
     student, feed = model.students[0], Feed(model, sequences(3), batch_size=2)
-    costs = neuron_grouping.neuron_costs(student, feed, feed.batches)
+    parts, block, d = student.parts, student.block, student.block.width
+    generator, fits, cost = torch.Generator().manual_seed(0), None, None
+    if refitted:
+        fits = [RidgeFit(torch.randn(d + 1, d, generator=generator) / d, 0.0, 0.0), None]
+        cost = ErrorCost(torch.diag(torch.arange(1.0, d + 1)), torch.zeros(1), torch.tensor([1.0, 2.0, 3.0]))
+    costs = neuron_grouping.neuron_costs(student, feed, feed.batches, cost=cost, fits=fits)
     expected = np.zeros_like(costs)
-    parts, block = student.parts, student.block
     for batch in feed.batches:
         partials, _ = block.attend(batch.planned, **batch.kwargs[0])
-        right = batch.dense + sum(partials) + parts.o.bias
+        right = parts.norm2(batch.dense + sum(partials) + parts.o.bias)
+        weights = torch.full(batch.mask.shape, 2.0 if refitted else 1.0)  # norms above the edge
+        weights[:, 0] = 3.0 if refitted else 1.0
         for rank in range(2):
-            wrong = batch.dense + partials[rank] + parts.o.bias
-            act = [parts.activation(parts.mlp_in[0](parts.norm2(h))) for h in (wrong, right)]
-            error = (act[0] - act[1]).detach().double().square().sum((0, 1))
-            expected[rank] += (error * parts.down.weight.double().square().sum(0)).numpy()
+            wrong = parts.norm2(batch.dense + partials[rank] + parts.o.bias)
+            if fits is not None and fits[rank] is not None:
+                wrong = wrong + wrong @ fits[rank].change[:d] + fits[rank].change[d]
+            act = [parts.activation(parts.mlp_in[0](u)) for u in (wrong, right)]
+            error = ((act[0] - act[1]).detach().double().square() * weights[..., None])[batch.mask].sum(0)
+            lengths = parts.down.weight.double().square()
+            if cost is not None:
+                lengths = lengths * torch.arange(1.0, d + 1)[:, None]
+            expected[rank] += (error * lengths.sum(0)).numpy()
     assert np.allclose(costs, expected, rtol=1e-5)
 
 
-def test_the_gradients_moments_are_a_metric_at_every_block() -> None:
+def test_tokens_weigh_what_an_error_there_costs() -> None:
+    """Against gradients at transformers' own layers, on the same drawn tokens, averaged class by class."""
+    dense, ids, seed = tiny.build("llama", layers=2), sequences(6), 3
+    outputs: list[torch.Tensor] = []
+
+    def hold(_: torch.nn.Module, args: tuple, out: torch.Tensor) -> None:
+        out.retain_grad()
+        outputs.append(out)
+
+    hooks = [layer.register_forward_hook(hold) for layer in dense.model.layers]
+    generator, found = torch.Generator().manual_seed(seed), [list[tuple[float, float, bool]]() for _ in range(2)]
+    for text in ids:
+        outputs.clear()
+        logits = dense(torch.tensor([text]), use_cache=False).logits[0]
+        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
+        torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
+        for rows, y in zip(found, outputs, strict=True):
+            for t in range(len(text)):
+                rows.append((y[0, t].square().mean().sqrt().item(), y.grad[0, t].square().sum().item(), t == 0))
+    for hook in hooks:
+        hook.remove()
+    model = PlannedModel(dense, 2, Drops())
+    feed = Feed(model, ids, batch_size=1)
+    for block, (cost, rows) in enumerate(zip(error_costs(feed, feed.batches, seed=seed), found, strict=True)):
+        later = [norm for norm, _, first in rows if not first]
+        edges = np.quantile(later, QUANTILES)
+        assert np.allclose(cost.edges, edges, rtol=1e-4)
+        mean = np.mean([g for _, g, _ in rows])
+        of_class = [len(edges) + 1 if first else int((edges < norm).sum()) for norm, _, first in rows]
+        sizes = []
+        for c in range(len(edges) + 2):
+            own = [g for (_, g, _), k in zip(rows, of_class, strict=True) if k == c]
+            sizes.append((sum(own) + PRIOR * mean) / (len(own) + PRIOR))
+        feed.move_to(block)
+        weights = torch.cat([cost.token_weights(feed.dense_output(b), b.mask) for b in feed.batches])
+        assert np.allclose(weights, [sizes[c] / sizes[0] for c in of_class], rtol=1e-3)
+
+
+def test_the_direction_of_the_error_cost_is_a_metric_at_every_block() -> None:
     model = planned(layers=2)
     feed = Feed(model, sequences(4), batch_size=4)
-    found = output_gradient_moments(feed, feed.batches)
+    found = error_costs(feed, feed.batches)
     assert len(found) == 2
-    for f in found:
+    for f in (cost.direction for cost in found):
         assert torch.allclose(f, f.T) and torch.linalg.eigvalsh(f).min() > 0
         assert f.diagonal().mean().item() == pytest.approx(1)

@@ -7,6 +7,7 @@ from planned_models import planned, sequences
 
 from spd_calib.formats.drops import Drops, Point, Strategy
 from spd_calib.recovery import refit, ridge
+from spd_calib.recovery.error_cost import ErrorCost
 from spd_calib.recovery.feed import Feed
 from spd_calib.recovery.planned_model import PlannedModel
 
@@ -33,13 +34,16 @@ def by_hand(model: PlannedModel, feed: Feed, block: int) -> dict[str, torch.Tens
     found: dict[str, list[torch.Tensor]] = {}
     for batch in feed.fitting:
         x, kwargs = feed.inputs(batch).shared, batch.kwargs[block]
-        partials, _ = model.students[block].block.attend(feed.inputs(batch), **kwargs)
+        partials, heads = model.students[block].block.attend(feed.inputs(batch), **kwargs)
         bias = 0 if parts.o.bias is None else parts.o.bias
         should, _ = dense.attend(type(feed.inputs(batch))(batch.dense), **kwargs)
         rows = {
             "attention": parts.norm1(x),
             "attention should": parts.norm1(batch.dense),
             "mlp should": parts.norm2(batch.dense + sum(should) + bias),
+            "dense": batch.dense,
+            "heads": torch.cat(heads, -1),
+            "h": batch.dense + sum(should) + bias,
             "before": x + sum(partials) + bias,
             "output": feed.dense_output(batch),
         }
@@ -49,37 +53,57 @@ def by_hand(model: PlannedModel, feed: Feed, block: int) -> dict[str, torch.Tens
     return {name: torch.cat(rows).double() for name, rows in found.items()}
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
-def test_the_maps_are_regressions_on_raw_activations(one_ridge, family: str) -> None:
+@pytest.mark.parametrize(("family", "weighted"), [("llama", True), ("llama", False), ("opt", True)])
+def test_the_maps_are_regressions_on_raw_activations(one_ridge, family: str, weighted: bool) -> None:
     model = planned(family, tp=2, layers=2)
     feed = Feed(model, sequences(40), batch_size=4)
     feed.move_to(1)
     student = model.students[1].copy()
     rows, old = by_hand(model, feed, 1), model.students[1].parts
-    n = len(rows["output"])
+    n, d = rows["output"].shape
+    median = 1.001 * rows["output"].square().mean(-1).sqrt().median()  # no token lies on it
+    cost = ErrorCost(torch.eye(d), median[None], torch.tensor([2.0, 6.0, 10.0])) if weighted else None
+    first = torch.cat([torch.arange(b.mask.shape[1]).expand_as(b.mask)[b.mask] == 0 for b in feed.fitting])
 
-    def moved(x: torch.Tensor, should: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def weights(y: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+        if not weighted:
+            return torch.ones(n, dtype=y.dtype)
+        size = torch.where(y.square().mean(-1).sqrt() > median, 3.0, 1.0)
+        return torch.where(first, 5.0, size) * part.square().mean(-1)
+
+    def moved(
+        x: torch.Tensor, should: torch.Tensor, w: torch.Tensor, by: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         features = x if family == "llama" else torch.cat([x, torch.ones(n, 1, dtype=x.dtype)], 1)
-        change = lstsq(features, (should - x) @ w.T, torch.ones(n, dtype=x.dtype))  # of pre-activations, one by one
+        change = lstsq(features, (should - x) @ w.T, by)  # of pre-activations, one by one
         return w + change[: x.shape[1]].T, change[x.shape[1] :].sum(0)
 
-    refit.refit_attention(student, feed)
+    refit.refit_attention(student, feed, cost=cost)
+    by = weights(rows["dense"], rows["dense"])
     for name in ("q", "k", "v"):
-        expected, bias = moved(rows["attention"], rows["attention should"], getattr(old, name).weight.double())
+        expected, bias = moved(rows["attention"], rows["attention should"], getattr(old, name).weight.double(), by)
         assert torch.allclose(getattr(student.parts, name).weight.double(), expected, atol=1e-5)
         if family == "opt":
             assert torch.allclose(getattr(student.parts, name).bias.double(), getattr(old, name).bias + bias, atol=1e-5)
     student = model.students[1].copy()
-    detail = refit.refit_mlp_inputs(student, feed)
-    assert all(0 < d["left"] < 1 for d in detail.values())
+    detail = refit.refit_mlp_inputs(student, feed, cost=cost)
+    assert all(0 < fit["left"] < 1 for fit in detail.values())
+    by = weights(rows["output"], rows["output"] - rows["h"])
     half = old.down.in_features // 2
     for layer, before in zip(student.parts.mlp_in, old.mlp_in, strict=True):
         for rank in range(2):
             own = slice(rank * half, (rank + 1) * half)
-            expected, bias = moved(rows[f"mlp {rank}"], rows["mlp should"], before.weight[own].double())
+            expected, bias = moved(rows[f"mlp {rank}"], rows["mlp should"], before.weight[own].double(), by)
             assert torch.allclose(layer.weight[own].double(), expected, atol=1e-5)
             if family == "opt":
                 assert torch.allclose(layer.bias[own].double(), before.bias[own] + bias, atol=1e-5)
+    student = model.students[1].copy()
+    if refit.refit_o(student, feed, cost=cost)["o"] is None:
+        assert not weighted and torch.equal(student.parts.o.weight, old.o.weight)  # no gain on the tokens to choose by
+        return
+    x = rows["heads"] if family == "llama" else torch.cat([rows["heads"], torch.ones(n, 1, dtype=torch.float64)], 1)
+    change = lstsq(x, rows["h"] - rows["before"], weights(rows["output"], torch.ones(n, 1)))
+    assert torch.allclose(student.parts.o.weight.double(), old.o.weight + change[: old.o.in_features].T, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -130,6 +154,7 @@ def test_each_rank_keeps_rows_of_its_own(family: str, tp: int) -> None:
     student = before.copy()
     error = refit.output_error(before, feed, feed.choosing)
     refit.refit_attention(student, feed)
+    refit.refit_o(student, feed)
     refit.refit_mlp_inputs(student, feed)
     refit.refit_down(student, feed)
     assert refit.output_error(student, feed, feed.choosing) < error
@@ -156,6 +181,7 @@ def test_streams_that_differ_by_rank_are_settled_before_they_are_compared() -> N
         student = model.students[block].copy()
         error = refit.output_error(student, feed, feed.choosing)
         assert bool(refit.refit_attention(student, feed)) == (block == 0)
+        refit.refit_o(student, feed)
         refit.refit_mlp_inputs(student, feed)
         refit.refit_down(student, feed)
         assert refit.output_error(student, feed, feed.choosing) < error

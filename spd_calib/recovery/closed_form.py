@@ -6,12 +6,14 @@ for recover.py to judge.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from . import predictor_fit
+from .error_cost import ErrorCost
 from .feed import Feed
 from .head_grouping import head_orders
 from .judge import Judge
@@ -20,10 +22,19 @@ from .neuron_grouping import distortion, group_neurons
 from .options import RecoveryOptions
 from .permute import entries, permute_heads
 from .predictor_fit import Fit
-from .refit import output_error, refit_attention, refit_down, refit_mlp_inputs
+from .refit import (
+    Detail,
+    fit_mlp_reads,
+    output_error,
+    put_into_mlp_inputs,
+    refit_attention,
+    refit_down,
+    refit_mlp_inputs,
+    refit_o,
+)
 from .student import Student
 
-METRIC_BATCHES = 8  # to see by what an error costs; the gradients' moments are shrunk for so few tokens
+COST_BATCHES = 8  # to see what an error costs; its direction is shrunk for so few tokens
 GROUPING_BATCHES = 8  # neurons are placed by as much of the text; everything else is fitted on all of it
 
 
@@ -47,18 +58,22 @@ def treat_block(
     feed: Feed,
     judge: Judge,
     options: RecoveryOptions,
-    metric: Tensor | None = None,
+    costs: Sequence[ErrorCost] | None = None,
 ) -> None:
     """Give the feed's present block its treatments, one upon the other; the model has it afterwards.
 
-    First its attention is refitted, then come predictors, then heads and neurons are placed under the predictors,
-    which are fitted anew, and last the MLP is refitted, its first layers before down_proj. `metric` [d, d] weighs
-    errors at the block's output (moments.output_gradient_moments).
+    First its attention is refitted, then come predictors, then heads and neurons are placed under the predictors
+    (fitted anew) and as the refitted first layers of the MLP will read, and last down_proj is refitted. `costs` are
+    those of errors at the output of every block.
     """
-    trial = _Trial(feed.model.students[block], feed, judge, metric)
+    cost = costs[block] if costs else None
+    trial = _Trial(feed.model.students[block], feed, judge, cost)
     parts = options.refit_parts if treatment.refit else ()
     if "attention" in parts:
-        trial.refit("refit of q, k, v", refit_attention)
+        before = costs[block - 1] if costs and block else None
+        trial.refit("refit of q, k, v", refit_attention, cost=before)
+    if "o" in parts:
+        trial.refit("refit of o", refit_o, cost=cost)
     if treatment.compensate or treatment.group:
         moments = HeadMoments.of(trial.student, feed)  # of its order of heads
     if treatment.compensate:
@@ -66,15 +81,17 @@ def treat_block(
         fit = _best_fit(trial.student, moments, treatment, options)
         predicting = trial.student.copy().with_predictors(fit.predictors)
         trial.decide(predicting, "compensation", began=began, detail=fit.detail())
+    reads_refitted = False
     if treatment.group:
         began = time.monotonic()
-        grouping = _Grouping(trial.student, feed, moments, treatment, options, metric)
+        grouping = _Grouping(trial.student, feed, moments, treatment, options, cost)
         grouped, detail = grouping.best(trial.student.predictors is not None)
-        trial.decide(grouped, "grouping", began=began, detail=detail)
-    if "mlp_in" in parts:
-        trial.refit("refit of the MLP's first layers", refit_mlp_inputs)
+        grouped_kept = trial.decide(grouped, "grouping", began=began, detail=detail)
+        reads_refitted = grouped_kept and "mlp_in" in parts
+    if "mlp_in" in parts and not reads_refitted:
+        trial.refit("refit of the MLP's first layers", refit_mlp_inputs, cost=cost)
     if "down" in parts:
-        trial.refit("refit of down", refit_down)
+        trial.refit("refit of down", refit_down, cost=cost)
     if trial.improved:
         feed.model.put(trial.student)
 
@@ -82,22 +99,24 @@ def treat_block(
 class _Trial:
     """A block under treatment: the student as it is by now, and the error at its output."""
 
-    def __init__(self, student: Student, feed: Feed, judge: Judge, metric: Tensor | None):
-        self.student, self.feed, self.judge, self.metric = student, feed, judge, metric
-        self.error, self.improved = output_error(student, feed, feed.choosing, metric=metric), False
+    def __init__(self, student: Student, feed: Feed, judge: Judge, cost: ErrorCost | None):
+        self.student, self.feed, self.judge, self.cost = student, feed, judge, cost
+        self.error, self.improved = output_error(student, feed, feed.choosing, cost=cost), False
 
-    def refit(self, name: str, refit: Callable[[Student, Feed], dict]) -> None:
+    def refit(self, name: str, refit: Callable[..., Detail], *, cost: ErrorCost | None) -> None:
         """Try one of the refits on a copy of the student."""
         began, student = time.monotonic(), self.student.copy()
-        detail = refit(student, self.feed)
+        detail = refit(student, self.feed, cost=cost)
         if any(detail.values()):
             self.decide(student, name, began=began, detail=detail)
 
-    def decide(self, student: Student, name: str, *, began: float, detail: dict) -> None:
-        """Take a treated student in place of the present one if the error is less with it."""
-        error = output_error(student, self.feed, self.feed.choosing, metric=self.metric)
-        if self.judge.note(student.index, name, before=self.error, after=error, began=began, detail=detail):
+    def decide(self, student: Student, name: str, *, began: float, detail: dict) -> bool:
+        """Take a treated student in place of the present one if the error is less with it; say whether it is."""
+        error = output_error(student, self.feed, self.feed.choosing, cost=self.cost)
+        kept = self.judge.note(student.index, name, before=self.error, after=error, began=began, detail=detail)
+        if kept:
             self.student, self.error, self.improved = student, error, True
+        return kept
 
 
 def _best_fit(student: Student, moments: HeadMoments, treatment: ClosedForm, options: RecoveryOptions) -> Fit:
@@ -123,12 +142,13 @@ class _Grouping:
     moments: HeadMoments
     treatment: ClosedForm
     options: RecoveryOptions
-    metric: Tensor | None
+    cost: ErrorCost | None
 
     def best(self, predict: bool) -> tuple[Student, dict]:
         """Return a student with the order of heads that distorts the block least, and what the report says of it.
 
-        Each order is measured with neurons placed for it and, if `predict`, with predictors of its own.
+        Each order is measured with neurons placed for it and, if `predict`, with predictors of its own. Where the
+        MLP's first layers are to be refitted, they are.
         """
         orders = head_orders(self.student, self.moments.fitting, seed=self.options.seed)
         found = [self._placed(name, order, predict) for name, order in orders.items()]
@@ -136,11 +156,17 @@ class _Grouping:
         return student, detail | {"tried": {d["heads"]: d["distortion"] for _, d in found}}
 
     def _placed(self, name: str, order: Tensor, predict: bool) -> tuple[Student, dict]:
-        student, detail = self.student.copy(), {"heads": name}
+        student, detail = self.student.copy(), dict[str, Any](heads=name)
         permute_heads(student.parts, student.counts, order)
         if predict:
             z = entries(order, student.counts.head_dim).to(self.moments.fitting.mean.device)
             fit = _best_fit(student, self.moments.permuted(z), self.treatment, self.options)
             student, detail = student.with_predictors(fit.predictors), detail | fit.detail()
-        group_neurons(student, self.feed, self.feed.fitting[:GROUPING_BATCHES], metric=self.metric)
-        return student, detail | {"distortion": distortion(student, self.feed, self.feed.choosing)}
+        fits = None
+        if self.treatment.refit and "mlp_in" in self.options.refit_parts:
+            fits = fit_mlp_reads(student, self.feed, cost=self.cost)
+        group_neurons(student, self.feed, self.feed.fitting[:GROUPING_BATCHES], cost=self.cost, fits=fits)
+        detail["distortion"] = distortion(student, self.feed, self.feed.choosing)
+        if fits is not None:
+            detail["reads"] = put_into_mlp_inputs(student, fits)
+        return student, detail

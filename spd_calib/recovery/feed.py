@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spd_calib.formats.drops import NOTHING_DROPPED
 from spd_calib.parallel.comm import Comm, SimulatedComm
 from spd_calib.parallel.streams import Streams, keep
 from spd_calib.sensitivity.measure import batches
@@ -23,13 +22,14 @@ class Batch:
     kwargs: list[dict]  # of every block
     mask: Tensor  # [B, T], True at real tokens
     final: Tensor  # leaving the dense model's final norm
-    output: Tensor | None = None  # [B, T, d], leaving the present block of the dense model; once it was asked for
+    read: Tensor | None = None  # [B, T, d], what the dense model's MLP reads in the present block, before its norm
+    output: Tensor | None = None  # [B, T, d], leaving the present block of the dense model; both once asked for
 
 
 class Feed:
     """The batches in front of the present block, `index`, of both models; moves on block by block.
 
-    Holds 3 hidden states a token (4 while a block is refitted or distilled), whatever the number of blocks. With
+    Holds 3 hidden states a token (5 while a block is refitted or distilled), whatever the number of blocks. With
     `own_inputs` a student is shown the planned model's own stream, errors of earlier blocks included, else the dense
     model's.
 
@@ -77,27 +77,34 @@ class Feed:
         """Return what the present block takes beside the streams."""
         return batch.kwargs[self.index]
 
-    @torch.no_grad()
     def dense_output(self, batch: Batch) -> Tensor:
         """Return what leaves the present block of the dense model, [B, T, d]; kept until the feed moves on."""
-        if batch.output is None:
-            block = self.model.lm.blocks[self.index]
-            batch.output = block.run(Streams(batch.dense), NOTHING_DROPPED, **self.kwargs(batch)).shared
+        self._run_dense(batch)
+        assert batch.output is not None
         return batch.output
 
-    @torch.no_grad()
     def dense_read(self, batch: Batch) -> Tensor:
-        """Return what the MLP of the present block reads in the dense model, before its norm, [B, T, d]."""
+        """Return what the MLP of the present block reads in the dense model, before its norm, [B, T, d]; kept, too."""
+        self._run_dense(batch)
+        assert batch.read is not None
+        return batch.read
+
+    @torch.no_grad()
+    def _run_dense(self, batch: Batch) -> None:
+        if batch.output is not None:
+            return
         block, s = self.model.lm.blocks[self.index], Streams(batch.dense)
         partials, _ = block.attend(s, **self.kwargs(batch))
-        return keep(s, partials, block.o_bias, block.comm).shared
+        read = keep(s, partials, block.o_bias, block.comm)
+        output = keep(read, block.feed(read), block.down_bias, block.comm)
+        batch.read, batch.output = read.shared, output.shared
 
     @torch.no_grad()
     def advance(self) -> None:
         """Move all batches through the present block of both models."""
         for batch in self.batches:
             batch.planned = self.model.run_block(self.index, batch.planned, **self.kwargs(batch))
-            batch.dense, batch.output = self.dense_output(batch), None
+            batch.dense, batch.read, batch.output = self.dense_output(batch), None, None
         self.index += 1
 
     def move_to(self, block: int) -> None:

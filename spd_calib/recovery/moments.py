@@ -1,4 +1,4 @@
-"""Second moments at a block, over the text that is fitted on: of its head outputs, and of gradients at its output.
+"""Second moments of a block's head outputs, over the text that is fitted on.
 
 Let z [D] be the outputs of all heads at one token, O [D, d] o_proj's weight (transposed, and times what the block
 scales its branches by). The attention output is a = z O, a rank's partial sum z_S O_S over its own columns S; every
@@ -12,13 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spd_calib.formats.drops import NOTHING_DROPPED
-from spd_calib.parallel.streams import Streams
-
 from .feed import Batch, Feed
 from .student import Student
-
-METRIC_BYTES = 4 * 2**30  # of the gradients' moments: at d = 8192 half a gigabyte a block, float64
 
 
 @dataclass(frozen=True)
@@ -79,41 +74,3 @@ def rank_columns(student: Student) -> list[Tensor]:
     """Return, rank by rank, the entries of z that the rank owns, contiguous."""
     width = student.parts.o.in_features
     return list(torch.arange(width, device=student.parts.o.weight.device).chunk(student.block.comm.size))
-
-
-def output_gradient_moments(feed: Feed, batches: Iterable[Batch], *, seed: int = 0) -> list[Tensor]:
-    """Return E[g g^T] [d, d] at every block's output, g the gradient of -log p of a token drawn from the model itself.
-
-    An error e there costs KL 1/2 E<g, e>^2 (docs/design.md, section 4): the metric in which neurons' errors should be
-    small. Each is scaled to a mean diagonal of 1 and shrunk by a tenth towards the identity, for few tokens; float64.
-    The feed must not have moved yet.
-    """
-    lm = feed.model.lm
-    generator = torch.Generator().manual_seed(seed)
-    sums: list[Tensor | float] = [0.0] * lm.num_blocks
-    for batch in batches:
-        outputs: list[Tensor] = []
-        with torch.enable_grad():
-            x = batch.dense
-            for block, kwargs in zip(lm.blocks, batch.kwargs, strict=True):
-                x = block.run(Streams(x), NOTHING_DROPPED, **kwargs).shared
-                x = x if outputs else x.detach().requires_grad_()
-                outputs.append(x)
-            logits = lm.logits_with_gradients(lm.final_norm(Streams(x)))[batch.mask].float()
-            drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-            nll = torch.nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
-            for i, g in enumerate(torch.autograd.grad(nll, outputs)):
-                g = g[batch.mask].double()
-                sums[i] = sums[i] + g.T @ g
-    return [_shrunk(f) for f in sums if isinstance(f, Tensor)]
-
-
-def fits_in_memory(feed: Feed) -> bool:
-    """Say whether the gradients' moments of all blocks may be held."""
-    d, n = feed.batches[0].dense.shape[-1], feed.model.lm.num_blocks
-    return d * d * 8 * n <= METRIC_BYTES
-
-
-def _shrunk(f: Tensor) -> Tensor:
-    f = f / f.diagonal().mean().clamp(min=1e-300)
-    return 0.9 * f + 0.1 * torch.eye(len(f), dtype=f.dtype, device=f.device)

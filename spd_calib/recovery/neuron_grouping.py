@@ -1,8 +1,8 @@
 """Deciding which rank gets which MLP neurons. The dense function stays the same; what dropping does to it does not.
 
 Neuron n costs E[(act_n(u_r) - act_n(u))^2] |down_n|^2 on rank r, with u what the MLP should read and u_r what rank r
-reads. The assignment is the balanced one of least cost (assignment.py). Up to PAIRS, swaps then take into account that
-errors of neurons add up or cancel.
+reads: as it is, or as a refit of its first layers will correct it. The assignment is the balanced one of least cost
+(assignment.py). Up to PAIRS, swaps then take into account that errors of neurons add up or cancel.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,55 +12,89 @@ import torch
 from torch import Tensor
 
 from spd_calib.models.mlp import activations
-from spd_calib.parallel.streams import keep
+from spd_calib.parallel.streams import Streams, keep
 
 from .assignment import balanced, order_of
+from .error_cost import ErrorCost
 from .feed import Batch, Feed
 from .permute import permute_neurons
 from .reads import mlp_reads
+from .refit import Fits
+from .ridge import RidgeFit
 from .student import Student
 
 PAIRS = 4096  # ranks * neurons up to which errors are taken together, pair by pair; beyond, each neuron by itself
 
 
-def group_neurons(student: Student, feed: Feed, batches: Sequence[Batch], *, metric: Tensor | None = None) -> None:
+def group_neurons(
+    student: Student,
+    feed: Feed,
+    batches: Sequence[Batch],
+    *,
+    cost: ErrorCost | None = None,
+    fits: Fits | None = None,
+) -> None:
     """Reorder the student's neurons: each rank gets those it distorts least, over some of the feed's batches.
 
-    `metric` [d, d] is the one in which an error of the MLP's output is measured; by default the plain one.
+    `cost` is that of an error at the block's output; by default all are alike. With `fits` (refit.fit_mlp_reads) ranks
+    read what these make of it, and should read what the dense model does.
     """
     ranks, n = student.block.comm.size, student.counts.neurons
     if ranks == 1:
         return
     if ranks * n <= PAIRS:
-        gram = _error_gram(student, feed, batches, metric)
+        gram = _error_gram(student, feed, batches, cost, fits)
         owner = swap_neurons(gram, balanced(np.diagonal(gram).reshape(ranks, n)))
     else:
-        owner = balanced(neuron_costs(student, feed, batches, metric=metric))
+        owner = balanced(neuron_costs(student, feed, batches, cost=cost, fits=fits))
     permute_neurons(student.parts, torch.from_numpy(order_of(owner, ranks)).to(student.parts.down.weight.device))
 
 
-def neuron_costs(student: Student, feed: Feed, batches: Iterable[Batch], *, metric: Tensor | None = None) -> np.ndarray:
-    """Return the cost [R, neurons] of each neuron on each rank: E[error^2] |down_n|^2, the norm taken in `metric`."""
-    total = sum(e.double().square().sum(1) for e in neuron_errors(student, feed, batches))
+def neuron_costs(
+    student: Student,
+    feed: Feed,
+    batches: Iterable[Batch],
+    *,
+    cost: ErrorCost | None = None,
+    fits: Fits | None = None,
+) -> np.ndarray:
+    """Return the cost [R, neurons] of each neuron on each rank: E[error^2] |down_n|^2, as in group_neurons."""
+    errors = neuron_errors(student, feed, batches, cost=cost, fits=fits)
+    total = sum(e.double().square().sum(1) for e in errors)
     assert isinstance(total, Tensor)
-    return (total * _down_products(student, metric).diagonal()).cpu().numpy()
+    return (total * _down_products(student, cost).diagonal()).cpu().numpy()
 
 
 @torch.no_grad()
-def neuron_errors(student: Student, feed: Feed, batches: Iterable[Batch]) -> Iterator[Tensor]:
-    """Yield act(u_r) - act(u) of each neuron on each rank, [R, N, neurons] a batch, under the student's predictors."""
-    block = student.block
+def neuron_errors(
+    student: Student,
+    feed: Feed,
+    batches: Iterable[Batch],
+    *,
+    cost: ErrorCost | None = None,
+    fits: Fits | None = None,
+) -> Iterator[Tensor]:
+    """Yield act(u_r) - act(u) of each neuron on each rank, [R, N, neurons] a batch, under the student's predictors.
+
+    With `cost` each token's is multiplied by the root of its weight.
+    """
+    block, norm = student.block, student.parts.norm2
     for batch in batches:
         s = feed.inputs(batch)
         partials, heads = block.attend(s, **feed.kwargs(batch))
-        whole, partly = keep(s, partials, block.o_bias, block.comm), mlp_reads(student, s, partials, heads)
+        partly = mlp_reads(student, s, partials, heads)
+        whole = keep(s, partials, block.o_bias, block.comm) if fits is None else Streams(feed.dense_read(batch))
         right: Tensor | None = None
         errors = []
         for rank in range(block.comm.size):
             if right is None or not whole.agree:
-                right = _neurons(student, whole.read(rank)[batch.mask])
-            errors.append(_neurons(student, partly.read(rank)[batch.mask]) - right)
-        yield torch.stack(errors)
+                right = _neurons(student, norm(whole.read(rank)[batch.mask]))
+            u = norm(partly.read(rank)[batch.mask])
+            errors.append(_neurons(student, u if fits is None else _mapped(u, fits[rank])) - right)
+        found = torch.stack(errors)
+        if cost is not None:
+            found *= cost.token_weights(feed.dense_output(batch), batch.mask).sqrt()[:, None]
+        yield found
 
 
 def swap_neurons(gram: np.ndarray, owner: np.ndarray, *, most: int = 1000) -> np.ndarray:
@@ -105,24 +139,35 @@ def distortion(student: Student, feed: Feed, batches: Iterable[Batch]) -> float:
     return wrong / max(right, 1e-30)
 
 
-def _neurons(student: Student, h: Tensor) -> Tensor:
-    """Return all neurons' activations [N, neurons] where the MLP's norm reads h [N, d]."""
+def _neurons(student: Student, u: Tensor) -> Tensor:
+    """Return all neurons' activations [N, neurons] where the MLP reads u [N, d], behind its norm."""
     parts = student.parts
-    return activations(parts.mlp_in, parts.activation, parts.norm2(h), neurons=parts.down.in_features)
+    return activations(parts.mlp_in, parts.activation, u, neurons=parts.down.in_features)
 
 
-def _down_products(student: Student, metric: Tensor | None) -> Tensor:
+def _mapped(u: Tensor, fit: RidgeFit | None) -> Tensor:
+    """Return what a fit makes of u [N, d]."""
+    if fit is None:
+        return u
+    change = fit.change.to(u)
+    moved = u + u @ change[: u.shape[1]]
+    return moved if len(change) == u.shape[1] else moved + change[-1]
+
+
+def _down_products(student: Student, cost: ErrorCost | None) -> Tensor:
     """Return <down_n, down_m> for all pairs of neurons, float64."""
     down = student.parts.down.weight.double()
-    return down.T @ (down if metric is None else metric.to(down) @ down)
+    return down.T @ (down if cost is None else cost.direction.to(down) @ down)
 
 
-def _error_gram(student: Student, feed: Feed, batches: Iterable[Batch], metric: Tensor | None) -> np.ndarray:
+def _error_gram(
+    student: Student, feed: Feed, batches: Iterable[Batch], cost: ErrorCost | None, fits: Fits | None
+) -> np.ndarray:
     """Return E<e_{r,n}, e_{s,m}>, [R * neurons] squared, of the errors that neurons bring into the MLP's output."""
     ranks = student.block.comm.size
     gram: Tensor | float = 0.0
-    for errors in neuron_errors(student, feed, batches):
+    for errors in neuron_errors(student, feed, batches, cost=cost, fits=fits):
         x = errors.transpose(1, 2).flatten(0, 1)
         gram = gram + (x @ x.T).double()
     assert isinstance(gram, Tensor)
-    return (gram * _down_products(student, metric).repeat(ranks, ranks)).cpu().numpy()
+    return (gram * _down_products(student, cost).repeat(ranks, ranks)).cpu().numpy()

@@ -7,8 +7,8 @@ from .distillation import Schedule
 
 RecoveryMethod = Literal["grouping", "compensation", "refit", "distillation"]
 METHODS: tuple[RecoveryMethod, ...] = ("grouping", "compensation", "refit", "distillation")
-RefitPart = Literal["attention", "mlp_in", "down"]
-REFIT_PARTS: tuple[RefitPart, ...] = ("attention", "mlp_in", "down")
+RefitPart = Literal["attention", "o", "mlp_in", "down"]
+REFIT_PARTS: tuple[RefitPart, ...] = ("attention", "o", "mlp_in", "down")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,14 +15,14 @@ from spd_calib.formats.drops import Strategy
 from spd_calib.parallel.comm import Comm, SimulatedComm
 from spd_calib.sensitivity.tiers import Tier
 
-from .closed_form import METRIC_BATCHES, ClosedForm, treat_block
+from .closed_form import COST_BATCHES, ClosedForm, treat_block
 from .distillation import distil_block, distil_together
+from .error_cost import error_costs, fits_in_memory
 from .feed import Feed
 from .finished import FinishedSteps
 from .held_out import HeldOut
 from .journal import TensorJournal
 from .judge import Judge
-from .moments import fits_in_memory, output_gradient_moments
 from .options import RecoveryOptions
 from .planned_model import PlannedModel
 from .report import TOGETHER, RecoveryReport
@@ -107,16 +107,15 @@ class _Run:
         steps, as_is = self.finished, dict(self.model.students)
         if steps.take_over(steps.saved("closed-form")):
             return
-        began, feed, metrics = time.monotonic(), self._feed(SimulatedComm(1)), None
+        began, feed, costs = time.monotonic(), self._feed(SimulatedComm(1)), None
         if fits_in_memory(feed):
-            metrics = output_gradient_moments(feed, feed.fitting[:METRIC_BATCHES], seed=self.options.seed)
+            costs = error_costs(feed, feed.fitting[:COST_BATCHES], seed=self.options.seed)
         for block, treatment in treatments.items():
             feed.move_to(block)
             name = f"closed-form-{block}"
             if steps.take_over(steps.saved(name), measured=False):
                 continue
-            metric = metrics[block] if metrics else None
-            treat_block(block, treatment, feed=feed, judge=steps.judge, options=self.options, metric=metric)
+            treat_block(block, treatment, feed=feed, judge=steps.judge, options=self.options, costs=costs)
             steps.keep(name, [block])
         del feed  # the judgement needs room of its own
         self._keep_as_far_as_it_helps(as_is, began=began)

@@ -2,12 +2,12 @@
 
 What a layer behind a norm reads in the planned model, u_r on rank r, is not what it reads in the dense one, u. The map
 u_r -> u_r (I + M_r) that comes nearest to u (ridge regression) is put into the rank's rows of q, k, v, and of the MLP's
-first layers: W <- W (I + M_r)^T. What is missing at the block's output after that is put into down_proj, all ranks'
-slices in one regression on the neurons as each rank computes them. Ranks' rows and columns do not overlap, so they
-remain one dense layer.
+first layers: W <- W (I + M_r)^T. What is missing in the residual stream is put into o_proj, as far as the heads tell
+it, and, at the block's output, into down_proj, all ranks' slices in one regression on the neurons as each rank computes
+them. Ranks' rows and columns do not overlap, so they remain one dense layer.
 
-Tokens are weighed by 1 / |y|^2, y the dense block's output, for the norms that read it: a few tokens (the first of a
-sequence above all) carry a norm hundreds of times that of the rest, and would be all that a plain fit sees.
+Each token counts by what an error there costs in KL (error_cost.py): the few that all others read, and that are hardest
+to get right, would else be lost among the rest.
 """
 
 from collections.abc import Sequence
@@ -20,20 +20,22 @@ from spd_calib.models.mlp import activations
 from spd_calib.models.shard import ALL_ROWS, RankLinear, Rows
 from spd_calib.parallel.streams import keep
 
+from .error_cost import ErrorCost, token_weights
 from .feed import Batch, Feed
 from .reads import mlp_reads, settled
-from .ridge import Products, Ridge
+from .ridge import Products, Ridge, RidgeFit
 from .student import Student
 
-OUTLIER = 4.0  # times the median |y|^2: a token above it counts as much as one with that
 Detail = dict[str, dict | None]
+Fits = Sequence[RidgeFit | None]
 
 
 @torch.no_grad()
-def refit_attention(student: Student, feed: Feed) -> Detail:
+def refit_attention(student: Student, feed: Feed, *, cost: ErrorCost | None = None) -> Detail:
     """Refit q, k and v of the feed's present block in place; return what the report says of each.
 
-    One map for all ranks, so a KV head that ranks share stays shared. Nothing is done where ranks' streams differ.
+    `cost` is that of errors at the output of the block before, which they read. One map for all ranks, so a KV head
+    that ranks share stays shared. Nothing is done where ranks' streams differ.
     """
     parts, dense = student.parts, feed.model.lm.blocks[feed.index]
     layers = {"q": parts.q, "k": parts.k, "v": parts.v}
@@ -45,80 +47,97 @@ def refit_attention(student: Student, feed: Feed) -> Detail:
         for batch in batches:
             read = student.block.norm1(feed.inputs(batch).shared)[batch.mask]
             should = dense.norm1(batch.dense)[batch.mask]
-            products.add(_features(read, constant), should - read)
+            weights = _weights_of_reads(cost, batch, output=batch.dense, part=batch.dense)
+            products.add(_features(read, constant), should - read, weights=weights)
     ridge = Ridge(fitting, choosing)
-    return {name: _refit_inputs([layer], ALL_ROWS, ridge) for name, layer in layers.items()}
+    return {name: _put([layer], ALL_ROWS, _fit_for([layer], ridge)) for name, layer in layers.items()}
 
 
 @torch.no_grad()
-def refit_mlp_inputs(student: Student, feed: Feed) -> Detail:
-    """Refit each rank's rows of gate and up (or of the one first layer) in place; return what the report says."""
+def refit_o(student: Student, feed: Feed, *, cost: ErrorCost | None = None) -> Detail:
+    """Refit o_proj in place, so that the MLP's residual stream is the dense model's; return what the report says."""
+    parts = student.parts
+    fitting, choosing = Products(), Products()
+    for products, batches in ((fitting, feed.fitting), (choosing, feed.choosing)):
+        for batch in batches:
+            block, s = student.block, feed.inputs(batch)
+            partials, heads = block.attend(s, **feed.kwargs(batch))
+            before = settled(keep(s, partials, block.o_bias, block.comm))
+            missing = (feed.dense_read(batch) - before)[batch.mask] / parts.scale
+            features = _features(torch.cat(heads, -1)[batch.mask], parts.o.bias is not None)
+            products.add(features, missing, weights=token_weights(cost, feed.dense_output(batch), batch.mask))
+    return {"o": _add(parts.o, Ridge(fitting, choosing).best())}
+
+
+@torch.no_grad()
+def fit_mlp_reads(student: Student, feed: Feed, *, cost: ErrorCost | None = None) -> Fits:
+    """Return, for each rank, the change M_r of what its MLP reads; None where none is a gain."""
     parts, block, dense = student.parts, student.block, feed.model.lm.blocks[feed.index]
     constant = all(layer.bias is not None for layer in parts.mlp_in)
     ranks = range(block.comm.size)
     fitting, choosing = [Products() for _ in ranks], [Products() for _ in ranks]
     for products, batches in ((fitting, feed.fitting), (choosing, feed.choosing)):
         for batch in batches:
-            should = dense.norm2(feed.dense_read(batch))[batch.mask]
+            h, y = feed.dense_read(batch), feed.dense_output(batch)
+            should, weights = dense.norm2(h)[batch.mask], _weights_of_reads(cost, batch, output=y, part=y - h)
             s = feed.inputs(batch)
             reads = mlp_reads(student, s, *block.attend(s, **feed.kwargs(batch)))
             for rank in ranks:
                 read = block.norm2(reads.read(rank))[batch.mask]
-                products[rank].add(_features(read, constant), should - read)
-    return {
-        f"rank {rank}": _refit_inputs(parts.mlp_in, _rows(student, rank), Ridge(fitting[rank], choosing[rank]))
-        for rank in ranks
-    }
+                products[rank].add(_features(read, constant), should - read, weights=weights)
+    return [_fit_for(parts.mlp_in, Ridge(fitting[rank], choosing[rank])) for rank in ranks]
 
 
 @torch.no_grad()
-def refit_down(student: Student, feed: Feed) -> Detail:
+def put_into_mlp_inputs(student: Student, fits: Fits) -> Detail:
+    """Put each rank's change into its rows of gate and up (or of the one first layer), in place."""
+    return {f"rank {rank}": _put(student.parts.mlp_in, _rows(student, rank), fit) for rank, fit in enumerate(fits)}
+
+
+def refit_mlp_inputs(student: Student, feed: Feed, *, cost: ErrorCost | None = None) -> Detail:
+    """Refit each rank's rows of gate and up in place; return what the report says of each."""
+    return put_into_mlp_inputs(student, fit_mlp_reads(student, feed, cost=cost))
+
+
+@torch.no_grad()
+def refit_down(student: Student, feed: Feed, *, cost: ErrorCost | None = None) -> Detail:
     """Refit down_proj in place, to leave the block where the dense model does; return what the report says."""
     parts = student.parts
     fitting, choosing = Products(), Products()
     for products, batches in ((fitting, feed.fitting), (choosing, feed.choosing)):
         for batch in batches:
-            should = feed.dense_output(batch)[batch.mask]
+            should = feed.dense_output(batch)
             before, neurons = _before_down(student, feed, batch)
-            missing = (should - before) / parts.scale - parts.down(neurons)
-            products.add(_features(neurons, parts.down.bias is not None), missing, weights=token_weights(should))
-    fit = Ridge(fitting, choosing).best()
-    if fit is None:
-        return {"down": None}
-    change = fit.change.to(parts.down.weight.dtype)
-    parts.down.weight += change[: parts.down.in_features].T
-    if parts.down.bias is not None:
-        parts.down.bias += change[-1]  # type: ignore[misc]
-    return {"down": fit.detail()}
+            missing = (should[batch.mask] - before) / parts.scale - parts.down(neurons)
+            features = _features(neurons, parts.down.bias is not None)
+            products.add(features, missing, weights=token_weights(cost, should, batch.mask))
+    return {"down": _add(parts.down, Ridge(fitting, choosing).best())}
 
 
 @torch.no_grad()
-def output_error(student: Student, feed: Feed, batches: Sequence[Batch], *, metric: Tensor | None = None) -> float:
-    """Return E |planned - dense|^2 / E |dense|^2 at the output of the feed's present block.
-
-    `metric` [d, d] is the one in which both are measured (moments.output_gradient_moments), tokens alike but for those
-    with a norm far above the median's; by default the plain one, with token_weights.
-    """
+def output_error(student: Student, feed: Feed, batches: Sequence[Batch], *, cost: ErrorCost | None = None) -> float:
+    """Return E |planned - dense|^2 / E |dense|^2 at the output of the feed's present block, under `cost`."""
     wrong = size = 0.0
+    direction = None if cost is None else cost.direction
     for batch in batches:
-        should = feed.dense_output(batch)[batch.mask]
-        error = settled(student.run(feed.inputs(batch), **feed.kwargs(batch)))[batch.mask] - should
-        weights = token_weights(should)
-        if metric is not None:
-            weights = weights.clamp(max=weights.median() / OUTLIER)
-        wrong += (_squares(error, metric) * weights).sum().item()
-        size += (_squares(should, metric) * weights).sum().item()
+        should = feed.dense_output(batch)
+        error = (settled(student.run(feed.inputs(batch), **feed.kwargs(batch))) - should)[batch.mask]
+        weights = token_weights(cost, should, batch.mask)
+        wrong += (_squares(error, direction) * weights).sum().item()
+        size += (_squares(should[batch.mask], direction) * weights).sum().item()
     return wrong / max(size, 1e-30)
 
 
-def _squares(x: Tensor, metric: Tensor | None) -> Tensor:
-    """Return |x|^2 [N] in the metric."""
-    return (x * (x if metric is None else x @ metric.to(x))).sum(-1)
+def _squares(x: Tensor, direction: Tensor | None) -> Tensor:
+    """Return |x|^2 [N] in the metric `direction` [d, d]."""
+    return (x * (x if direction is None else x @ direction.to(x))).sum(-1)
 
 
-def token_weights(y: Tensor) -> Tensor:
-    """Return 1 / mean(y^2) of each token [N], y [N, d]."""
-    return 1 / y.square().mean(-1).clamp(min=1e-12)
+def _weights_of_reads(cost: ErrorCost | None, batch: Batch, *, output: Tensor, part: Tensor) -> Tensor | None:
+    """Return by what a share of error in `part` of the output costs, [N]: a read is of unit size behind its norm."""
+    if cost is None:
+        return None
+    return cost.token_weights(output, batch.mask) * part[batch.mask].square().mean(-1)
 
 
 def _before_down(student: Student, feed: Feed, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -133,18 +152,33 @@ def _before_down(student: Student, feed: Feed, batch: Batch) -> tuple[Tensor, Te
     return settled(keep(s, partials, block.o_bias, block.comm))[batch.mask], torch.cat(neurons, -1)
 
 
-def _refit_inputs(layers: Sequence[nn.Linear | LinearRows], rows: Rows, ridge: Ridge) -> dict | None:
-    """Put the map that these rows of `layers` lose least with into them; None where it is no gain."""
-    weights = torch.cat([layer.weight[r].double() for layer in layers for r in rows])
-    fit = ridge.best(weights.T @ weights)
+def _fit_for(layers: Sequence[nn.Linear | LinearRows], ridge: Ridge) -> RidgeFit | None:
+    """Return the change of what `layers` read that they lose least with; None where it is no gain."""
+    weights = torch.cat([layer.weight.double() for layer in layers])
+    return ridge.best(weights.T @ weights)
+
+
+def _put(layers: Sequence[nn.Linear | LinearRows], rows: Rows, fit: RidgeFit | None) -> dict | None:
+    """Put a change of what is read into these rows of `layers`; return what the report says."""
     if fit is None:
         return None
-    d = weights.shape[1]
+    d = layers[0].in_features
     for layer, r in ((layer, r) for layer in layers for r in rows):
         w = layer.weight[r].double()
         if len(fit.change) > d and layer.bias is not None:
             layer.bias[r] += (w @ fit.change[d]).to(layer.bias.dtype)
         layer.weight[r] += (w @ fit.change[:d].T).to(layer.weight.dtype)
+    return fit.detail()
+
+
+def _add(layer: nn.Linear, fit: RidgeFit | None) -> dict | None:
+    """Add a change to a layer, [in_features (+ 1), out_features]; return what the report says."""
+    if fit is None:
+        return None
+    change = fit.change.to(layer.weight.dtype)
+    layer.weight += change[: layer.in_features].T
+    if layer.bias is not None:
+        layer.bias += change[-1]  # type: ignore[misc]
     return fit.detail()
 
 
