@@ -215,10 +215,10 @@ def test_every_recipe_is_understood_by_every_command_it_names():
 def test_a_quantised_checkpoint_is_refused_by_its_configuration(spd, text, tmp_path):
     folder = tiny.save(tiny.build("llama"), tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = {"quant_method": "bitsandbytes"}
     (folder / "config.json").write_text(json.dumps(config))
     outcome = spd("profile", folder, "--tp", 2, "--data", text, "--seq-len", 16, "-o", tmp_path / "p.json")
-    assert outcome.code == 2 and "quantised (gptq)" in outcome.err and outcome.err.count("\n") == 1
+    assert outcome.code == 2 and "quantised (bitsandbytes)" in outcome.err and outcome.err.count("\n") == 1
     assert not (tmp_path / "p.json").exists()
 
 

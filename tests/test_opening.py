@@ -162,7 +162,7 @@ def broken(how: str) -> nn.Module:
         ("double", "are float64"),
         ("meta", "lie on meta"),
         ("nan", "NaN or Inf, first in block 2"),
-        ("quantised", "quantised .gptq."),
+        ("quantised", "in memory are quantised"),
         ("wrapped", "A Sequential is no causal language model"),
         ("lora", "holds model.layers.0.self_attn.o_proj.0.weight, otherwise"),
         ("pruned", "lacks model.layers.3.self_attn.q_proj.weight, otherwise"),

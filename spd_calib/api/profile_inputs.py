@@ -53,6 +53,8 @@ class ProfileInputs:
             subject = Subject(self.session.load(run.device, str(run.dtype), seed=run.seed, stream=run.stream))
         if subject.lm.streamed:
             progress.say("the weights are read from disk, block by block, as they are needed")
+        if self.session.ref.quantised:
+            progress.say(f"the checkpoint is quantised, {self.session.ref.quantised}")
         calibration, verification = self.refs
         progress.say(
             f"{self.session.ref.architecture}, {subject.lm.num_blocks} blocks, TP {self.session.tp}: "

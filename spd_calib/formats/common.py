@@ -29,6 +29,11 @@ class ModelRef(Part):
     num_blocks: int = Field(gt=0, description="Number of decoder blocks")
     config_hash: Sha256 = Field(description="sha256 of the model's configuration, sorted JSON")
     weight_fingerprint: Sha256 = Field(description="sha256 over name, dtype, shape and bytes of every tensor on disk")
+    quantised: str | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="How its weights are quantised, and what of that was measured",
+    )
 
 
 class TextRef(Part):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import Tensor
 
+from .quantised import ORIGINAL, QuantisedTensor
 from .stored import StoredTensor
 
 BLOCK = re.compile(r"\.layers\.(\d+)\.")
@@ -17,11 +18,18 @@ QUANTISED = re.compile(
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
 """Put by torch.compile, FSDP, activation checkpointing and DataParallel into the names of what they wrap."""
 FETCH = "fetch the model again, or convert it"
-ORIGINAL = "name the one it was made from, in float32, bfloat16 or float16"
 
 
-def foreign_number(model: str, tensors: Sequence[StoredTensor]) -> str:
-    """Return the sentence for tensors of a kind of number that no weight is read from."""
+def foreign_number(model: str, tensors: Sequence[StoredTensor], *, scheme: str | None) -> str:
+    """Return the sentence for tensors of a kind of number that no weight is read from.
+
+    `scheme` is the one by which the configuration says that the weights are quantised, if it does.
+    """
+    if scheme is not None:
+        return (
+            f"{model} holds {_counted(tensors)} as {tensors[0].dtype} without what the scheme of its configuration "
+            f"({scheme}) has beside it; {FETCH}."
+        )
     return (
         f"{model} holds {_counted(tensors)} as {tensors[0].dtype}, as in a quantised checkpoint, though its "
         f"configuration does not say so; {ORIGINAL}."
@@ -33,7 +41,7 @@ def missing(
     lost: Sequence[str],
     *,
     wanted: Mapping[str, Tensor],
-    unread: Sequence[StoredTensor],
+    unread: Sequence[StoredTensor | QuantisedTensor],
     rename: Callable[[str], str],
 ) -> str:
     """Return the sentence for parameters `lost`, of all those `wanted`, that no stored tensor is for.
@@ -49,7 +57,7 @@ def _why_missing(
     lost: Sequence[str],
     wanted: Mapping[str, Tensor],
     *,
-    unread: Sequence[StoredTensor],
+    unread: Sequence[StoredTensor | QuantisedTensor],
     rename: Callable[[str], str],
 ) -> str:
     """Return the likely cause of missing tensors, and the way out."""
@@ -84,7 +92,7 @@ def _why_missing(
     return f"no weight file holds it; {FETCH}" if len(lost) == 1 else f"no weight file holds them; {FETCH}"
 
 
-def left_over(model: str, unread: Sequence[StoredTensor], *, wanted: Collection[str]) -> str:
+def left_over(model: str, unread: Sequence[StoredTensor | QuantisedTensor], *, wanted: Collection[str]) -> str:
     """Return the sentence for stored tensors that no parameter of `wanted` takes."""
     said = f"{model} holds {_counted(unread)}, which the model of its configuration does not read"
     names = [t.name for t in unread]
@@ -120,6 +128,6 @@ def _blocks(names: Collection[str]) -> set[int]:
     return {int(found[1]) for name in names if (found := BLOCK.search(f".{name}"))}
 
 
-def _counted(tensors: Sequence[StoredTensor]) -> str:
+def _counted(tensors: Sequence[StoredTensor | QuantisedTensor]) -> str:
     """Return the first tensor's name, and how many come with it."""
     return tensors[0].name + (f" and {len(tensors) - 1} more" if len(tensors) > 1 else "")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -18,8 +18,11 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from spd_calib.errors import InputError
 
 from .causes import foreign_number, left_over, missing
+from .quantised import QuantisedTensor, Scheme, gathered, scheme_of
 from .source import Source
 from .stored import StoredTensor, stored_tensors
+
+AnyTensor = StoredTensor | QuantisedTensor
 
 ALL = slice(None)
 NUMBERS = ("F32", "BF16", "F16", "F64")
@@ -28,21 +31,24 @@ ROTARY = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # old checkpoints hold it f
 COMPARED_BYTES = 2**26  # of each of two tied tensors at a time
 
 
-def account(source: Source, model: PreTrainedModel) -> dict[str, StoredTensor]:
+def account(source: Source, model: PreTrainedModel) -> dict[str, AnyTensor]:
     """Return the stored tensor of each parameter and persistent buffer of `model`, by its name in the model.
 
     `model` may be on the meta device. Names that are tied (an output head and its embedding) get the same tensor.
     Stored names may be spelled as transformers allows: with or without the prefix of the base model, or in the older
-    spellings it knows of the class. Raises InputError, one sentence with the likely cause, unless the folder holds
-    exactly what `model` needs.
+    spellings it knows of the class; what a quantised weight is made of is one tensor. Raises InputError, one sentence
+    with the likely cause, unless the folder holds exactly what `model` needs.
     """
-    stored = stored_tensors(source.folder)
+    scheme = scheme_of(model.config)
+    on_disk = stored_tensors(source.folder)
+    stored: dict[str, AnyTensor] = {**on_disk} if scheme is None else gathered(source, on_disk, scheme)
     wanted: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
-    if odd := [t for t in stored.values() if t.dtype not in NUMBERS and not _harmless(t.name, model)]:
-        raise InputError(foreign_number(source.id, odd))
+    whole = [t for t in stored.values() if isinstance(t, StoredTensor)]
+    if odd := [t for t in whole if t.dtype not in NUMBERS and not _harmless(t.name, model)]:
+        raise InputError(foreign_number(source.id, odd, scheme=scheme.method if scheme else None))
     rename = _renaming(source, model, wanted=wanted)
-    found: dict[str, StoredTensor] = {}
-    unread: list[StoredTensor] = []
+    found: dict[str, AnyTensor] = {}
+    unread: list[AnyTensor] = []
     for tensor in stored.values():
         name = rename(tensor.name)
         if name not in wanted:
@@ -61,6 +67,8 @@ def account(source: Source, model: PreTrainedModel) -> dict[str, StoredTensor]:
         raise InputError(left_over(source.id, unread, wanted=wanted))
     for name, tensor in found.items():
         _check_shape(source, tensor, wanted=wanted[name])
+    if scheme is not None:
+        _check_left_alone(source, model, scheme=scheme, found=found)
     return _share(source, tied, found=found)
 
 
@@ -98,7 +106,24 @@ def _tied(wanted: Mapping[str, Tensor]) -> list[list[str]]:
     return list(groups.values())
 
 
-def _check_shape(source: Source, tensor: StoredTensor, *, wanted: Tensor) -> None:
+def _check_left_alone(
+    source: Source, model: PreTrainedModel, *, scheme: Scheme, found: Mapping[str, AnyTensor]
+) -> None:
+    """Raise InputError unless exactly those linear layers are quantised that the configuration says are."""
+    for module, linear in model.named_modules():
+        tensor = found.get(f"{module}.weight")
+        if not isinstance(linear, nn.Linear) or tensor is None:
+            continue
+        stored_as = tensor.name.removesuffix(".weight")
+        alone = scheme.leaves_alone(module) or scheme.leaves_alone(stored_as)
+        if alone == isinstance(tensor, QuantisedTensor):
+            raise InputError(
+                f"{source.id} holds {stored_as} {'quantised' if alone else 'as it was'}, and its configuration "
+                f"({scheme.method}) says that it is {'not' if alone else 'quantised'}; fetch the model again."
+            )
+
+
+def _check_shape(source: Source, tensor: AnyTensor, *, wanted: Tensor) -> None:
     """Raise InputError unless a stored tensor has the shape that the model has for it."""
     if tensor.shape != tuple(wanted.shape):
         raise InputError(
@@ -107,9 +132,9 @@ def _check_shape(source: Source, tensor: StoredTensor, *, wanted: Tensor) -> Non
         )
 
 
-def _share(source: Source, tied: list[list[str]], *, found: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _share(source: Source, tied: list[list[str]], *, found: Mapping[str, AnyTensor]) -> dict[str, AnyTensor]:
     """Return `found` with one stored tensor for all names of a parameter. Raises InputError where two differ."""
-    shared: dict[str, StoredTensor] = {}
+    shared: dict[str, AnyTensor] = {}
     for names in tied:
         first, *copies = [found[n] for n in names if n in found]
         for copy in copies:
@@ -123,9 +148,9 @@ def _share(source: Source, tied: list[list[str]], *, found: Mapping[str, StoredT
     return shared
 
 
-def same_bytes(a: StoredTensor, b: StoredTensor) -> bool:
+def same_bytes(a: AnyTensor, b: AnyTensor) -> bool:
     """Tell whether two stored tensors are the same numbers in the same form; reads both, a piece at a time."""
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
+    if (a.dtype, a.shape) != (b.dtype, b.shape) or isinstance(a, QuantisedTensor):
         return False
     rows = max(1, COMPARED_BYTES // max(1, 8 * torch.Size(a.shape[1:]).numel()))
     with safe_open(a.file, framework="pt") as f, safe_open(b.file, framework="pt") as g:
@@ -151,10 +176,15 @@ class Checkpoint:
     ) -> Tensor:
         """Return a piece of the parameter `name` in memory of its own, in `dtype` (default: as stored).
 
+        A quantised weight is dequantised, whole, and then cut.
+
         `rows` are one range of its rows, or several, which are put one behind the other.
         Raises InputError for NaN or Inf in what is read for the first time, and for a file that has gone.
         """
         stored = self.tensors[name]
+        if isinstance(stored, QuantisedTensor):
+            pieces = [stored.read()[r, columns] for r in rows]
+            return self._checked(name, pieces, dtype=dtype)
         try:
             # opened anew each time: what was read of a file that stays open counts as this process's memory
             with safe_open(stored.file, framework="pt") as f:
@@ -165,14 +195,18 @@ class Checkpoint:
                     pieces = [whole[(r, columns)[: len(stored.shape)]] for r in rows]
                 else:
                     pieces = [f.get_tensor(stored.name)]  # a single number has no rows
-                piece = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-                piece = piece.to(dtype or piece.dtype)
-                if name not in self.checked:
-                    check_weight(name, piece, model=self.id)
-                    self.checked.add(name)
-                return piece.clone(memory_format=torch.contiguous_format)
+                return self._checked(name, pieces, dtype=dtype)
         except (SafetensorError, OSError):
             raise InputError(f"{stored.file} cannot be read any more; fetch the model again.") from None
+
+    def _checked(self, name: str, pieces: list[Tensor], *, dtype: torch.dtype | None) -> Tensor:
+        """Return the pieces of a parameter's rows as one. Raises InputError for NaN or Inf in what is new."""
+        piece = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        piece = piece.to(dtype or piece.dtype)
+        if name not in self.checked:
+            check_weight(name, piece, model=self.id)
+            self.checked.add(name)
+        return piece.clone(memory_format=torch.contiguous_format)
 
 
 @torch.no_grad()

@@ -20,11 +20,13 @@ from spd_calib.errors import InputError
 from spd_calib.formats.common import ModelRef
 
 from .architecture import HeadCounts, check_divides
-from .checkpoint import account, check_weight, refuse_not_finite
+from .checkpoint import Checkpoint, account, check_weight, refuse_not_finite
 from .config_checks import first_line, one_line, refuse_other_kinds, refuse_what_it_calls_in, warnings_of_rope
+from .fill import fill
 from .fingerprint import config_hash, weight_fingerprint
 from .generation import set_generation_config
 from .probe import find_layers
+from .quantised import scheme_of
 from .source import Source
 from .tokens import guard_embedding
 
@@ -122,6 +124,7 @@ def model_ref(source: Source, config: Any) -> ModelRef:
         num_blocks=config.num_hidden_layers,
         config_hash=config_hash(config.to_dict()),
         weight_fingerprint=checked_fingerprint(source, config),
+        quantised=scheme.words if (scheme := scheme_of(config)) else None,
     )
 
 
@@ -135,13 +138,11 @@ def checked_fingerprint(source: Source, config: Any) -> str:
 
 
 def check_config(config: Any, tp: int) -> None:
-    """Raise InputError, before any weight is read, for a form that is not supported or that `tp` does not divide."""
-    if quantised := getattr(config, "quantization_config", None):
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
-        raise InputError(
-            f"This checkpoint is quantised ({method or 'its configuration says so'}), which is not supported; "
-            "name the one it was made from, in float32, bfloat16 or float16."
-        )
+    """Raise InputError, before any weight is read, for a form that is not supported or that `tp` does not divide.
+
+    A scheme of quantisation that cannot be read exactly is such a form.
+    """
+    scheme_of(config)
     for parts in find_layers(_on_meta(config, torch.float32)):
         check_divides(HeadCounts.of(parts), tp)
 
@@ -180,13 +181,18 @@ def _prepared(source: Source, model: PreTrainedModel) -> PreTrainedModel:
 def load_dense(source: Source, config: Any, *, device: str, dtype: str) -> PreTrainedModel:
     """Return the dense model in eval mode, its weights in `dtype` (a name of DTYPES) on `device`.
 
-    Raises InputError where the folder's tensors are not the model's, do not fit, or the device is not there.
+    Quantised weights are dequantised. Raises InputError where the folder's tensors are not the model's, do not fit, or
+    the device is not there.
     """
     check_device(device)
-    account(source, skeleton(source, config))
-    with refusing_unreadable(
-        source, f"{source.id} does not fit on {device} in {dtype}; use more ranks or a narrower dtype."
-    ):
+    model = skeleton(source, config, dtype=dtype)
+    stored = Checkpoint(source, model)
+    too_large = f"{source.id} does not fit on {device} in {dtype}; use more ranks or a narrower dtype."
+    if scheme_of(config) is not None:  # transformers would run kernels, or dequantise, of its own
+        with refusing_unreadable(source, too_large):
+            fill(model, stored, own={}, device=device, dtype=DTYPES[dtype])
+        return model
+    with refusing_unreadable(source, too_large):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder,
             config=config,

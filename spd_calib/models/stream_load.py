@@ -11,8 +11,8 @@ from spd_calib.errors import InputError
 
 from .architecture import find_decoder
 from .checkpoint import Checkpoint
+from .fill import fill_buffers, set_tensor
 from .load import DTYPES, check_device, refusing_unreadable, skeleton
-from .shard_load import fill_buffers, set_tensor
 from .source import Source
 
 

@@ -82,6 +82,7 @@ def write_checkpoint(
         for path in source.folder.iterdir():  # configuration and tokenizer as they were
             if path.is_file() and not path.name.endswith(WEIGHTS) and path.name not in ("plan.json", REPORT_FILE):
                 shutil.copyfile(path, folder / path.name)
+        _forget_quantisation(folder / "config.json")
         beside = None
         if predictors:
             save_file(predictors, folder / COMPENSATION_FILE)
@@ -93,6 +94,14 @@ def write_checkpoint(
         for path in folder.iterdir():  # safetensors keeps what it writes to its owner
             path.chmod((folder / "plan.json").stat().st_mode)
     return plan
+
+
+def _forget_quantisation(config: Path) -> None:
+    """Take the quantisation out of a config.json that came from a quantised model: what is written is dequantised."""
+    said = json.loads(config.read_text(encoding="utf-8"))
+    kept = {k: v for k, v in said.items() if k not in ("quantization_config", "compression_config")}
+    if kept != said:
+        config.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
