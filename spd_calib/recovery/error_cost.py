@@ -53,14 +53,14 @@ def fits_in_memory(feed: Feed) -> bool:
 
 
 def error_costs(feed: Feed, batches: Iterable[Batch], *, seed: int = 0) -> list[ErrorCost]:
-    """Return the cost of errors at every block's output; all gradients of `batches` are held meanwhile.
+    """Return the cost of errors at every block's output; the first batch says where the classes of tokens part.
 
     A direction has a mean diagonal of 1 and is shrunk by a tenth towards the identity, for few tokens; float64.
     The feed must not have moved yet.
     """
     lm = feed.model.lm
     generator = torch.Generator().manual_seed(seed)
-    found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(lm.num_blocks)]
+    sums: list[_Sums] = []
     for batch in batches:
         outputs: list[Tensor] = []
         with torch.enable_grad():
@@ -73,28 +73,45 @@ def error_costs(feed: Feed, batches: Iterable[Batch], *, seed: int = 0) -> list[
             drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
             nll = torch.nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
             gradients = torch.autograd.grad(nll, outputs)
-        first = torch.zeros_like(batch.mask)
-        first[:, 0] = True
-        for of_block, y, g in zip(found, outputs, gradients, strict=True):
-            of_block.append((_norms(y.detach())[batch.mask], g[batch.mask].float(), first[batch.mask]))
-    return [_cost(*(torch.cat(column) for column in zip(*of_block, strict=True))) for of_block in found]
+        sums = sums or [_Sums.between(_edges(y.detach(), batch.mask), y) for y in outputs]
+        for of_block, y, g in zip(sums, outputs, gradients, strict=True):
+            of_block.add(_classes(y.detach(), of_block.edges)[batch.mask], g[batch.mask].double())
+    return [of_block.cost() for of_block in sums]
 
 
-def _cost(norms: Tensor, gradients: Tensor, first: Tensor) -> ErrorCost:
-    """Return the cost for tokens' norms [N], gradients [N, d], and which are first ones [N]."""
-    later = norms[~first]
-    edges = torch.quantile(later[: 2**24], norms.new_tensor(QUANTILES)) if len(later) else norms.new_zeros(1)
-    classes = torch.bucketize(norms, edges)
-    classes[first] = len(edges) + 1
-    squares = gradients.double().square().sum(-1)
-    number = torch.bincount(classes, minlength=len(edges) + 2)
-    sums = torch.zeros(len(number), dtype=squares.dtype, device=squares.device).index_add(0, classes, squares)
-    mean = squares.mean().clamp(min=1e-300)
-    g = gradients[classes <= ORDINARY].double()
-    direction = g.T @ g
-    direction = direction / direction.diagonal().mean().clamp(min=1e-300)
-    shrunk = 0.9 * direction + 0.1 * torch.eye(len(direction), dtype=direction.dtype, device=direction.device)
-    return ErrorCost(shrunk, edges, (sums + PRIOR * mean) / (number + PRIOR))
+@dataclass
+class _Sums:
+    """Sums over tokens at one block's output: |g|^2 and the number of tokens by class, and g g^T of ordinary ones."""
+
+    edges: Tensor
+    squares: Tensor  # [classes]
+    number: Tensor  # [classes]
+    products: Tensor  # [d, d]
+
+    @classmethod
+    def between(cls, edges: Tensor, y: Tensor) -> "_Sums":
+        d, zeros = y.shape[-1], torch.zeros(len(edges) + 2, dtype=torch.float64, device=y.device)
+        return cls(edges, zeros, zeros.clone(), zeros.new_zeros(d, d))
+
+    def add(self, classes: Tensor, g: Tensor) -> None:
+        """Add tokens: their classes [N] and gradients [N, d]."""
+        self.squares.index_add_(0, classes, g.square().sum(-1))
+        self.number += torch.bincount(classes, minlength=len(self.number))
+        ordinary = g[classes <= ORDINARY]
+        self.products += ordinary.T @ ordinary
+
+    def cost(self) -> ErrorCost:
+        mean = (self.squares.sum() / self.number.sum()).clamp(min=1e-300)
+        direction = self.products / self.products.diagonal().mean().clamp(min=1e-300)
+        identity = torch.eye(len(direction), dtype=direction.dtype, device=direction.device)
+        sizes = (self.squares + PRIOR * mean) / (self.number + PRIOR)
+        return ErrorCost(0.9 * direction + 0.1 * identity, self.edges, sizes)
+
+
+def _edges(y: Tensor, mask: Tensor) -> Tensor:
+    """Return the norms at QUANTILES of the real tokens of y [B, T, d] that are not the first of their sequence."""
+    norms = _norms(y)[:, 1:][mask[:, 1:]]
+    return torch.quantile(norms, norms.new_tensor(QUANTILES)) if len(norms) else norms.new_zeros(1)
 
 
 def _norms(y: Tensor) -> Tensor:
