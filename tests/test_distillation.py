@@ -8,8 +8,10 @@ import tiny
 import torch
 from planned_models import planned, sequences
 
-from spd_calib.recovery.distillation import Schedule, TrainingHooks, distil_block
+from spd_calib.recovery import distillation
+from spd_calib.recovery.distillation import Schedule, TrainingHooks, distil_block, distil_together
 from spd_calib.recovery.feed import Feed
+from spd_calib.recovery.held_out import HeldOut
 
 
 def test_distillation_lessens_the_error_and_goes_on_after_a_kill() -> None:
@@ -28,6 +30,20 @@ def test_distillation_lessens_the_error_and_goes_on_after_a_kill() -> None:
         assert torch.allclose(a, b, atol=1e-6)
     dense, ids = model.lm, tiny.tokens(1, 8)
     assert torch.equal(dense(ids), planned("llama", tp=4, layers=1).lm(ids)), "the dense model is left alone"
+
+
+def test_a_step_on_some_positions_of_a_large_vocabulary_still_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = planned("llama", tp=4, layers=2)
+    feed = Feed(model, sequences(32), batch_size=4)
+    kl = HeldOut(model, [[*t, 0] for t in sequences(32)[-4:]]).measure().kl()  # no next token of the last is counted
+    monkeypatch.setattr(distillation, "LOGITS", 4 * 3 * model.lm.head.vocab_size)  # three positions of a batch
+    students = [model.students[i].copy() for i in (0, 1)]
+    for student in students:
+        model.put(student)
+    drawn = distillation._draw(8, 3, 0), distillation._draw(8, 3, 1)
+    assert all(len(set(at.tolist())) == 3 for at in drawn) and not torch.equal(*drawn)
+    outcome = distil_together(students, feed, schedule=Schedule(steps=20, check_every=10), hooks=TrainingHooks())
+    assert outcome.before == pytest.approx(kl, rel=1e-4) and outcome.after < 0.9 * outcome.before
 
 
 def test_replicas_share_every_batch() -> None:

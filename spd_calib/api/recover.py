@@ -66,7 +66,8 @@ def recover(
         max_rank: bound on the predictors' rank; 0 allows the mean alone (default: the full predictor, too).
         exchange: what one per cent more weights of a block must explain, in per cent of what its ranks miss.
         tau1, tau2: blocks up to tau1 of KL are left alone, blocks above tau2 regrouped (default: see block_tiers).
-        steps, final_steps: of training a block, and of training all treated blocks together at the end.
+        steps, final_steps: of training a block (0: none is trained alone), and of training all treated blocks together
+            at the end.
         rate: of training, relative to each weight's size.
         run: device, dtype (default: the plan's), batch size, seed.
         progress: callbacks, told how far it is.
@@ -173,7 +174,11 @@ def _steps_at_most(tiers: Mapping[int, Tier], options: RecoveryOptions) -> int:
     """Return how many steps there will be: training may end early, and treatments that do nothing are left out."""
     treated = sum(tier != "insensitive" for tier in tiers.values())
     steps, end = (-(-s.steps // s.check_every) + 1 for s in (options.block_schedule, options.whole_schedule))
-    trained = treated * steps + end if treated and "distillation" in options.methods else 0
+    trained = (
+        treated * (steps if options.block_schedule.steps else 0) + end
+        if treated and "distillation" in options.methods
+        else 0
+    )
     dropped = len(tiers) if "refit" in options.methods else treated
     without_training = [m for m in options.methods if m != "distillation"]
     per_block = len(without_training) + (len(options.refit_parts) - 1 if "refit" in options.methods else 0)

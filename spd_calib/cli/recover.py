@@ -61,7 +61,9 @@ def recover(
     column: Annotated[
         str, typer.Option(metavar="NAME", help="Field with the text, or with chat messages.", rich_help_panel=TEXT)
     ] = "text",
-    steps: Annotated[int, typer.Option(min=1, help="Of training, a block.", rich_help_panel=TREAT)] = 200,
+    steps: Annotated[
+        int, typer.Option(min=0, help="Of training, a block; 0: all blocks together only.", rich_help_panel=TREAT)
+    ] = 200,
     final_steps: Annotated[
         int, typer.Option(min=1, help="Of training all blocks together, at the end.", rich_help_panel=TREAT)
     ] = 200,

@@ -3,7 +3,8 @@
 Block by block: the student block (its own weights, and the predictors) learns the dense block's output by mean
 squared error, from the dense block's input or from the planned model's own. Then, shortly, all treated blocks
 together on KL(dense || planned). AdamW, linear warm-up, cosine decay, early stop on the text to choose by. What is
-held: one block (or, at the end, the treated ones), its optimizer's state, and the feed.
+held: one block (or, at the end, the treated ones), its optimizer's state, and the feed. Logits are held of LOGITS
+numbers at once: with a large vocabulary each step learns from some positions of its batch.
 """
 
 import math
@@ -18,7 +19,9 @@ from spd_calib.parallel.comm import Comm
 from .feed import Batch, Feed
 from .student import Student
 
-Loss = Callable[[Batch], Tensor]  # [2]: the sum over this replica's tokens, and their number
+LOGITS = 2**25  # float32, 128 MiB a tensor
+# [2]: the sum over this replica's tokens, and their number; of those that a step learns from, or, for None, of all
+Loss = Callable[[Batch, int | None], Tensor]
 State = dict[str, Tensor]
 
 
@@ -78,7 +81,7 @@ def distil_block(
         size, tokens = feed.replicas.all_reduce([sum(added, torch.zeros(2, device=added[0].device))]).tolist()
         scale = tokens / max(size, 1e-30)  # the error is a share of what the block adds
 
-    def loss(batch: Batch) -> Tensor:
+    def loss(batch: Batch, _: int | None) -> Tensor:
         y = student.run(feed.inputs(batch), **feed.kwargs(batch))
         whole = y.shared if y.debt is None else y.shared + sum(y.debt)  # a deferred MLP is settled later, in full
         difference = (whole - targets[id(batch)])[batch.mask]
@@ -96,13 +99,21 @@ def distil_together(
     """
     model = feed.model
 
-    def loss(batch: Batch) -> Tensor:
+    def loss(batch: Batch, step: int | None) -> Tensor:
         s = batch.planned
         for index, kwargs in enumerate(batch.kwargs):
             s = model.run_block(index, s, **kwargs)
+        final = model.lm.final_norm(s)
+        pieces = _positions(batch.mask, model.lm.head.vocab_size)
+        if step is not None and len(pieces) > 1:
+            pieces = [_draw(batch.mask.shape[1], len(pieces[0]), step)]
+        return sum((kl(batch, final, at) for at in pieces), torch.zeros(2, device=final.device))
+
+    def kl(batch: Batch, final: Tensor, at: Tensor) -> Tensor:
+        mask = batch.mask[:, at]
         with torch.no_grad():
-            log_p = model.lm.logits_with_gradients(batch.final)[batch.mask].float().log_softmax(-1)
-        log_q = model.lm.logits_with_gradients(model.lm.final_norm(s))[batch.mask].float().log_softmax(-1)
+            log_p = model.lm.logits_with_gradients(batch.final[:, at])[mask].float().log_softmax(-1)
+        log_q = model.lm.logits_with_gradients(final[:, at])[mask].float().log_softmax(-1)
         return _total((log_p.exp() * (log_p - log_q)).sum(-1))
 
     return _train(students, feed, loss=loss, schedule=schedule, hooks=hooks)
@@ -136,7 +147,8 @@ def _train(students: Sequence[Student], feed: Feed, *, loss: Loss, schedule: Sch
         while step < schedule.steps and step - progress.best_at < schedule.patience * schedule.check_every:
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * schedule.at(step)
-            _descend(parameters, loss(batches[_pick(step, len(batches), schedule.seed)]), optimizer, replicas=replicas)
+            batch = batches[_pick(step, len(batches), schedule.seed)]
+            _descend(parameters, loss(batch, step), optimizer, replicas=replicas)
             step += 1
             if step % schedule.check_every and step != schedule.steps:
                 continue
@@ -185,8 +197,19 @@ def _total(of_tokens: Tensor) -> Tensor:
 @torch.no_grad()
 def _error(replicas: Comm, loss: Loss, batches: Sequence[Batch]) -> float:
     """Return the mean, over batches, of the loss per token."""
-    sums, tokens = replicas.all_reduce([torch.stack([loss(b) for b in batches])]).unbind(1)
+    sums, tokens = replicas.all_reduce([torch.stack([loss(b, None) for b in batches])]).unbind(1)
     return (sums / tokens).mean().item()
+
+
+def _positions(mask: Tensor, vocabulary: int) -> Sequence[Tensor]:
+    """Return the positions of a batch, mask [B, T], in pieces whose logits are at most LOGITS numbers each."""
+    rows, length = mask.shape
+    return torch.arange(length, device=mask.device).split(max(1, LOGITS // (rows * vocabulary)))
+
+
+def _draw(length: int, number: int, step: int) -> Tensor:
+    """Return `number` of the positions of sequences, others at each step."""
+    return torch.randperm(length, generator=torch.Generator().manual_seed(step))[:number]
 
 
 def _pick(step: int, n: int, seed: int) -> int:

@@ -145,10 +145,12 @@ class _Run:
 
     def distil(self, blocks: Sequence[int]) -> None:
         """Train one block after the other, then all together; all replicas call this at once."""
-        feed = self._feed(self.finished.replicas)
-        for block in blocks:
-            feed.move_to(block)
-            self._distil_block(block, feed)
+        if self.options.block_schedule.steps:
+            feed = self._feed(self.finished.replicas)
+            for block in blocks:
+                feed.move_to(block)
+                self._distil_block(block, feed)
+            del feed
         self._distil_together(blocks)
 
     def _distil_block(self, block: int, feed: Feed) -> None:
