@@ -65,7 +65,8 @@ def architectures_page() -> str:
     for row in LAYERS.values():
         form = ["scaled" if row.scale else "pre-norm"]
         form += ["q, k and v in one layer"] if len(row.qkv) == 1 else []
-        form += ["gate and up in one layer"] if "gate_up" in row.mlp_in[0] else []
+        form += ["mixture of experts"] if row.experts else []
+        form += ["gate and up in one layer"] if any("gate_up" in name for name in row.mlp_in) else []
         for name in row.classes:
             vllm = "both sync points" if name in FORMS else "refused"
             lines.append(f"| {name} | {'; '.join(form)} | both sync points | {vllm} |\n")

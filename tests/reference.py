@@ -10,8 +10,9 @@ kept apart (section 2 of the design):
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import experts
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -72,6 +73,9 @@ NAMES: dict[str, dict] = {
     "hyperclovax": LLAMA_NAMES,
     "phi3": LLAMA_NAMES,
     "glm": LLAMA_NAMES,
+    "mixtral": LLAMA_NAMES,
+    "qwen2_moe": LLAMA_NAMES,
+    "qwen3_moe": LLAMA_NAMES,
 }
 """Model type -> what the parts are called in its state dict; `gate` is None where the MLP has no gate."""
 
@@ -89,10 +93,12 @@ def logits(
     strategies: Sequence[str],
     mlp_strategies: Sequence[str] | None = None,
     attention_mask: Tensor | None = None,
+    routers: Mapping[int, tuple[Tensor, Tensor]] | None = None,
 ) -> Tensor:
     """Logits [batch, length, vocabulary] in float64, one strategy a block; zero where `attention_mask` is 0.
 
-    A row with padding is the same row without it: positions count from its first real token.
+    A row with padding is the same row without it: positions count from its first real token. `routers` are, by block,
+    the matrix and the bias by which a router expects what a deferred attention will bring (experts.py).
     """
     config = model.config
     weights = {name: tensor.detach().double().cpu() for name, tensor in model.state_dict().items()}
@@ -103,7 +109,7 @@ def logits(
     out = torch.zeros(*input_ids.shape, head.shape[0], dtype=torch.float64)
     for row in range(input_ids.shape[0]):
         real = [t for t in range(input_ids.shape[1]) if attention_mask is None or attention_mask[row, t] != 0]
-        streams = _streams(weights, config, input_ids[row, real], tp, strategies, mlp_strategies)
+        streams = _streams(weights, config, input_ids[row, real], tp, strategies, mlp_strategies, routers or {})
         for rank in range(tp):
             words = slice(rank * part, (rank + 1) * part)
             out[row, real, words] = streams[rank] @ head[words].T
@@ -148,6 +154,7 @@ def _streams(
     tp: int,
     strategies: Sequence[str],
     mlp_strategies: Sequence[str],
+    routers: Mapping[int, tuple[Tensor, Tensor]],
 ) -> list[Tensor]:
     """The last norm's output for one sequence, [length, hidden], as each rank has it."""
     names = NAMES[config.model_type]
@@ -160,6 +167,7 @@ def _streams(
         part = _taken_apart(part, config)
         times = config.residual_multiplier if config.model_type in SCALED else 1.0
 
+        shared_before = _norm(part, config, names["n1"], x)
         attn = []
         for rank in range(tp):
             read = _norm(part, config, names["n1"], x + w[rank] + p[rank])
@@ -174,9 +182,19 @@ def _streams(
             w = [w[rank] + attn[rank] for rank in range(tp)]
             x = x + b_o
 
+        routed = None
+        if experts.are_in(part):
+            expected = torch.zeros_like(x)
+            if block in routers:
+                slope, bias = routers[block]
+                expected = shared_before @ slope + bias
+            routed = experts.choose(part, config, _norm(part, config, names["n2"], x + expected))
         mlp = []
         for rank in range(tp):
             read = _norm(part, config, names["n2"], x + w[rank] + p[rank])
+            if routed is not None:
+                mlp.append(times * experts.partial(part, config, rank, tp, read, routed))
+                continue
             mlp.append(times * _mlp(part, config, rank, tp, read))
         b_d = times * part.get(names["down"] + ".bias", torch.zeros_like(x[0]))
         if mlp_strategies[block] == "keep_sync":
@@ -257,7 +275,7 @@ def _attention(part: dict[str, Tensor], config: PreTrainedConfig, block: int, ra
         q = _rows(part, names["q"], x, head * size, (head + 1) * size)
         k = _rows(part, names["k"], x, served_by * size, (served_by + 1) * size)
         v = _rows(part, names["v"], x, served_by * size, (served_by + 1) * size)
-        if config.model_type in ("qwen3", "apertus"):
+        if config.model_type in ("qwen3", "qwen3_moe", "apertus"):
             q = _norm(part, config, "self_attn.q_norm", q)
             k = _norm(part, config, "self_attn.k_norm", k)
         if config.model_type != "opt" and (config.model_type != "smollm3" or config.no_rope_layers[block]):

@@ -108,6 +108,18 @@ FAMILIES: dict[str, tuple[str, dict]] = {
 
 SUPPORTED: tuple[str, ...] = tuple(FAMILIES)
 
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+MIXTURES: dict[str, tuple[str, dict]] = {
+    "mixtral": ("mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 64}),
+    "qwen2_moe": (  # a shared expert behind a gate; block 1 is dense
+        "qwen2_moe",
+        {**_EXPERTS, "shared_expert_intermediate_size": 48, "mlp_only_layers": [1], "norm_topk_prob": False},
+    ),
+    "qwen3_moe": ("qwen3_moe", {**_EXPERTS, "head_dim": 8, "norm_topk_prob": True}),
+}
+"""Mixtures of experts: family -> as in FAMILIES. No part of SUPPORTED: their streams may not differ for good."""
+
 _REFUSED: dict[str, tuple[str, dict, tuple[str, ...]]] = {
     "gemma2": ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 32}, ("sandwich",)),
     "gemma3": ("gemma3_text", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 32}, ("sandwich",)),
@@ -129,16 +141,10 @@ _REFUSED: dict[str, tuple[str, dict, tuple[str, ...]]] = {
     "gptj": ("gptj", {"rotary_dim": 4}, ("parallel",)),
     "phi": ("phi", {}, ("parallel",)),
     "cohere": ("cohere", {"logit_scale": 1.0}, ("parallel",)),
-    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, ("mixture of experts",)),
-    "qwen2_moe": (
-        "qwen2_moe",
-        {
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 64,
-            "shared_expert_intermediate_size": 64,
-        },
-        ("mixture of experts",),
+    "llama4": (
+        "llama4_text",
+        {"num_local_experts": 4, "head_dim": 8, "attn_temperature_tuning": False, "intermediate_size_mlp": 64},
+        ("mixture of experts", "lie otherwise"),
     ),
 }
 
@@ -147,8 +153,11 @@ REFUSED: dict[str, tuple[str, ...]] = {name: words for name, (_, _, words) in _R
 
 
 def build(family: str, *, seed: int = 0, **overrides) -> PreTrainedModel:
-    """A tiny random model of one of SUPPORTED, float32, in eval mode; `overrides` by ALIASES or configuration names."""
-    model_type, extra = FAMILIES[family]
+    """A tiny random model of one of SUPPORTED or MIXTURES, float32, in eval mode.
+
+    `overrides` by ALIASES or configuration names.
+    """
+    model_type, extra = {**FAMILIES, **MIXTURES}[family]
     return _model(_config(model_type, {**extra, **overrides}), seed)
 
 

@@ -42,19 +42,22 @@ class Point:
 class Drop:
     """The treatment of one sync point: its strategy and, if any, the predictors whose estimates the ranks' MLPs read.
 
-    `predictors` holds a models.predictor.Predictor for each rank of this process, by rank. Only block_drop at an
-    attention can have them.
+    `predictors` holds a models.predictor.Predictor for each rank of this process, by rank; `router` is one more, the
+    same on all ranks, by which the router of a mixture of experts reads more than the stream that all ranks share.
+    Only block_drop at an attention can have them.
     """
 
     strategy: Strategy
     predictors: Mapping[int, Any] | None = None
+    router: Any | None = None
 
     def __post_init__(self) -> None:
-        if self.predictors is None:
+        if self.predictors is None and self.router is None:
             return
         if self.strategy != Strategy.BLOCK_DROP:
             raise ValueError(f"predictors go with block_drop, not with {self.strategy}")
-        object.__setattr__(self, "predictors", MappingProxyType(dict(self.predictors)))
+        if self.predictors is not None:
+            object.__setattr__(self, "predictors", MappingProxyType(dict(self.predictors)))
 
 
 KEPT = Drop(Strategy.KEEP_SYNC)
@@ -73,7 +76,7 @@ class Drops:
         dropped = {p: d for p, d in sorted(self.by_point.items()) if d.strategy != Strategy.KEEP_SYNC}
         if any(p.sync_point == "mlp" and d.strategy != Strategy.BLOCK_DROP for p, d in dropped.items()):
             raise ValueError("an MLP sync point is kept or block-dropped")
-        if any(p.sync_point == "mlp" and d.predictors is not None for p, d in dropped.items()):
+        if any(p.sync_point == "mlp" and (d.predictors or d.router) is not None for p, d in dropped.items()):
             raise ValueError("predictors stand in for an attention's partial sum, not for an MLP's")
         object.__setattr__(self, "by_point", MappingProxyType(dropped))
 

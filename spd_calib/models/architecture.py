@@ -13,13 +13,30 @@ from spd_calib.errors import InputError
 
 
 @dataclass(frozen=True)
+class ExpertNames:
+    """Module paths, relative to the decoder layer, of the parts of a mixture of experts.
+
+    `experts` holds all experts' weights, stacked. `shared` names, in any of the spellings, the MLP that every token
+    goes through besides, and `shared_gate` the linear layer by whose sigmoid it is multiplied; a layer may lack them.
+    `weights` and `chosen` are the places, in what the router returns, of the weights and the indices of the experts.
+    """
+
+    router: str
+    experts: str
+    shared: tuple[str, ...] = ("mlp.shared_expert", "mlp.shared_experts")
+    shared_gate: str = "mlp.shared_expert_gate"
+    weights: int = 1
+    chosen: int = 2
+
+
+@dataclass(frozen=True)
 class LayerNames:
     """Module paths relative to the decoder layer, and transformers' classes that are known to have them.
 
     `qkv` names three linear layers, or a fused one that holds the rows of q, then k's, then v's. `mlp_in` names one
     linear layer for act(first), two for act(gate) * up, or a fused one that holds the rows of the gate, then those of
     up. `scale` names the layer's attribute, if any, by which both branches are multiplied before they are added to the
-    residual stream.
+    residual stream. A row of a mixture of experts names those in `experts`, and no linear layers of an MLP.
     """
 
     classes: tuple[str, ...]
@@ -28,10 +45,11 @@ class LayerNames:
     qkv: tuple[str, ...]
     o: str
     norm2: str
-    mlp_in: tuple[str, ...]
-    activation: str
-    down: str
+    mlp_in: tuple[str, ...] = ()
+    activation: str = ""
+    down: str = ""
     scale: str = ""
+    experts: ExpertNames | None = None
 
 
 _SELF_ATTENTION: dict[str, Any] = {
@@ -125,6 +143,14 @@ LAYERS = {
         activation="mlp.activation_fn",
         down="mlp.down_proj",
     ),
+    "Mixtral": LayerNames(
+        classes=("MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"),
+        norm1="input_layernorm",
+        **_SELF_ATTENTION,
+        o="self_attn.o_proj",
+        norm2="post_attention_layernorm",
+        experts=ExpertNames(router="mlp.gate", experts="mlp.experts"),
+    ),
     "OPT": LayerNames(
         classes=("OPTForCausalLM",),
         norm1="self_attn_layer_norm",
@@ -164,8 +190,49 @@ class LinearRows:
 
 
 @dataclass(frozen=True)
+class MLPParts:
+    """The parts of a dense MLP. `mlp_in` holds the gate first where there is one (LayerNames)."""
+
+    mlp_in: tuple[nn.Linear, ...]
+    activation: nn.Module
+    down: nn.Linear
+
+    @property
+    def linears(self) -> tuple[nn.Linear, ...]:
+        return (*self.mlp_in, self.down)
+
+
+@dataclass(frozen=True)
+class ExpertParts:
+    """The parts of a mixture of experts. `experts` is transformers' module of all experts, their weights stacked."""
+
+    router: nn.Module
+    experts: nn.Module
+    shared: MLPParts | None
+    shared_gate: nn.Linear | None
+    weights: int
+    chosen: int
+
+    @property
+    def neurons(self) -> int:
+        """Return the number of neurons of one expert, before they are divided over ranks."""
+        size: Any = getattr(self.experts, "intermediate_dim", None) or self.experts.intermediate_size
+        return int(size)
+
+    @property
+    def linears(self) -> tuple[nn.Linear, ...]:
+        """Return the linear layers that are cut over ranks, which are those of the shared experts alone."""
+        return self.shared.linears if self.shared else ()
+
+    def route(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights and the indices of the experts [N, k] that the model's own router chooses for u [N, d]."""
+        given = self.router(u)
+        return given[self.weights], given[self.chosen]
+
+
+@dataclass(frozen=True)
 class LayerParts:
-    """The parts of one decoder layer, found. `mlp_in` holds the gate first where there is one (LayerNames)."""
+    """The parts of one decoder layer, found."""
 
     norm1: nn.Module
     attention: nn.Module
@@ -174,31 +241,82 @@ class LayerParts:
     v: nn.Linear | LinearRows
     o: nn.Linear
     norm2: nn.Module
-    mlp_in: tuple[nn.Linear, ...]
-    activation: nn.Module
-    down: nn.Linear
+    ffn: MLPParts | ExpertParts
     scale: float = 1.0  # what both branches are multiplied by, biases and all
 
     @property
     def linears(self) -> tuple[nn.Linear, ...]:
         """Return the linear layers as the model holds them, a fused one once."""
         qkv = dict.fromkeys(p.linear if isinstance(p, LinearRows) else p for p in (self.q, self.k, self.v))
-        return (*qkv, self.o, *self.mlp_in, self.down)
+        return (*qkv, self.o, *self.ffn.linears)
+
+    @property
+    def experts(self) -> ExpertParts | None:
+        """Return the parts of the layer's mixture of experts; None where it has a dense MLP."""
+        return self.ffn if isinstance(self.ffn, ExpertParts) else None
+
+    @property
+    def dense(self) -> MLPParts:
+        """Return the parts of the layer's dense MLP; raises TypeError where it has a mixture of experts."""
+        if not isinstance(self.ffn, MLPParts):
+            raise TypeError("a mixture of experts has no linear layers of a dense MLP")
+        return self.ffn
+
+    @property
+    def mlp_in(self) -> tuple[nn.Linear, ...]:
+        return self.dense.mlp_in
+
+    @property
+    def activation(self) -> nn.Module:
+        return self.dense.activation
+
+    @property
+    def down(self) -> nn.Linear:
+        return self.dense.down
 
 
 def layer_parts(layer: nn.Module) -> LayerParts | None:
     """Return the parts of `layer` by the first row of LAYERS whose every name it has; None where no row fits."""
     for names in LAYERS.values():
-        single = ("norm1", "attention", "o", "norm2", "activation", "down")
+        single = ("norm1", "attention", "o", "norm2")
         found: dict[str, Any] = {field: _find(layer, getattr(names, field)) for field in single}
         qkv: tuple[Any, ...] = tuple(_find(layer, name) for name in names.qkv)
-        mlp_in: tuple[Any, ...] = tuple(_find(layer, name) for name in names.mlp_in)
         scale: Any = getattr(layer, names.scale, None) if names.scale else 1.0
-        linears = (*qkv, *mlp_in, found["o"], found["down"])
-        if None not in (*found.values(), scale) and all(isinstance(m, nn.Linear) for m in linears):
+        ffn: Any = _experts(layer, names.experts) if names.experts else _mlp(layer, names)
+        linears = (*qkv, found["o"])
+        if None not in (*found.values(), scale, ffn) and all(isinstance(m, nn.Linear) for m in linears):
             q, k, v = qkv if len(qkv) == 3 else _unfused(qkv[0], q_rows=found["o"].in_features)
-            return LayerParts(**found, q=q, k=k, v=v, mlp_in=mlp_in, scale=float(scale))
+            return LayerParts(**found, q=q, k=k, v=v, ffn=ffn, scale=float(scale))
     return None
+
+
+def _mlp(layer: nn.Module, names: LayerNames) -> MLPParts | None:
+    """Return the parts of the layer's MLP by their names; None where one of them is not there, or no linear layer."""
+    mlp_in: tuple[Any, ...] = tuple(_find(layer, name) for name in names.mlp_in)
+    activation, down = _find(layer, names.activation), _find(layer, names.down)
+    if activation is None or not isinstance(down, nn.Linear) or not all(isinstance(m, nn.Linear) for m in mlp_in):
+        return None
+    return MLPParts(mlp_in, activation, down)
+
+
+def _experts(layer: nn.Module, names: ExpertNames) -> ExpertParts | None:
+    """Return the parts of the layer's mixture of experts by their names; None where one of them is not there."""
+    router, experts = _find(layer, names.router), _find(layer, names.experts)
+    if router is None or experts is None or not isinstance(getattr(experts, "down_proj", None), nn.Parameter):
+        return None
+    shared = [_shared(m) for name in names.shared if (m := _find(layer, name)) is not None]
+    gate = _find(layer, names.shared_gate)
+    if None in shared or not (gate is None or isinstance(gate, nn.Linear)):
+        return None
+    return ExpertParts(router, experts, shared[0] if shared else None, gate, names.weights, names.chosen)
+
+
+def _shared(mlp: nn.Module) -> MLPParts | None:
+    """Return the parts of a shared expert: an MLP with the names that Llama's has."""
+    gate, up, activation, down = (_find(mlp, name) for name in ("gate_proj", "up_proj", "act_fn", "down_proj"))
+    if activation is None or not all(isinstance(m, nn.Linear) for m in (gate, up, down)):
+        return None
+    return MLPParts((gate, up), activation, down)  # type: ignore[arg-type]
 
 
 def _unfused(qkv: nn.Linear, *, q_rows: int) -> list[LinearRows]:
@@ -240,21 +358,27 @@ def find_decoder(model: PreTrainedModel) -> Decoder | None:
 
 @dataclass(frozen=True)
 class HeadCounts:
-    """Heads and neurons of one block, before they are divided over ranks."""
+    """Heads and neurons of one block, before they are divided over ranks.
+
+    In a mixture of experts `neurons` are those of each expert, `shared_neurons` those of the shared ones.
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
     neurons: int
+    shared_neurons: int = 0
 
     @classmethod
     def of(cls, parts: LayerParts) -> "HeadCounts":
         head_dim = int(parts.attention.head_dim)  # type: ignore[arg-type]
+        shared = parts.experts.shared if parts.experts else None
         return cls(
             heads=parts.q.out_features // head_dim,
             kv_heads=parts.k.out_features // head_dim,
             head_dim=head_dim,
-            neurons=parts.down.in_features,
+            neurons=parts.experts.neurons if parts.experts else parts.down.in_features,
+            shared_neurons=shared.down.in_features if shared else 0,
         )
 
 
@@ -273,4 +397,6 @@ def _indivisible(counts: HeadCounts, tp: int) -> str:
         return f"{counts.kv_heads} KV heads"
     if counts.neurons % tp:
         return f"{counts.neurons} MLP neurons"
+    if counts.shared_neurons % tp:
+        return f"{counts.shared_neurons} neurons of the shared experts"
     return ""

@@ -6,27 +6,33 @@ might change what the others mean, and where one is not of the shape or the kind
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 
 from spd_calib.errors import InputError
 
 from .causes import foreign_number, left_over, missing
 from .quantised import QuantisedTensor, Scheme, gathered, scheme_of
 from .source import Source
+from .stacked import AnyTensor, Piece, StackedTensor, read_cuts
 from .stored import StoredTensor, stored_tensors
-
-AnyTensor = StoredTensor | QuantisedTensor
 
 ALL = slice(None)
 NUMBERS = ("F32", "BF16", "F16", "F64")
 """The kinds of number that a weight is read from, as safetensors spells them; any other is a quantised weight's."""
+EXPERT = re.compile(r"\.experts\.(\d+)\.")
 ROTARY = re.compile(r"(^|\.)rotary_emb\.inv_freq$")  # old checkpoints hold it for each block; it is computed
 COMPARED_BYTES = 2**26  # of each of two tied tensors at a time
 
@@ -36,22 +42,28 @@ def account(source: Source, model: PreTrainedModel) -> dict[str, AnyTensor]:
 
     `model` may be on the meta device. Names that are tied (an output head and its embedding) get the same tensor.
     Stored names may be spelled as transformers allows: with or without the prefix of the base model, or in the older
-    spellings it knows of the class; what a quantised weight is made of is one tensor. Raises InputError, one sentence
-    with the likely cause, unless the folder holds exactly what `model` needs.
+    spellings it knows of the class; what a quantised weight is made of is one tensor, and so are experts that are
+    stored one by one where the model has them stacked. Raises InputError, one sentence with the likely cause, unless
+    the folder holds exactly what `model` needs.
     """
     scheme = scheme_of(model.config)
     on_disk = stored_tensors(source.folder)
-    stored: dict[str, AnyTensor] = {**on_disk} if scheme is None else gathered(source, on_disk, scheme)
+    stored: dict[str, Piece] = {**on_disk} if scheme is None else gathered(source, on_disk, scheme)
     wanted: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
     whole = [t for t in stored.values() if isinstance(t, StoredTensor)]
     if odd := [t for t in whole if t.dtype not in NUMBERS and not _harmless(t.name, model)]:
         raise InputError(foreign_number(source.id, odd, scheme=scheme.method if scheme else None))
-    rename = _renaming(source, model, wanted=wanted)
+    naming = _Naming(source, model, wanted=wanted)
     found: dict[str, AnyTensor] = {}
-    unread: list[AnyTensor] = []
+    unread: list[Piece] = []
+    pieces: dict[str, dict[tuple[int, int], Piece]] = {}  # of experts, by expert and place
     for tensor in stored.values():
-        name = rename(tensor.name)
-        if name not in wanted:
+        name, place = naming.of(tensor.name)
+        if name in wanted and place is not None:
+            if place in pieces.setdefault(name, {}):
+                raise InputError(f"The weights of {source.id} hold {tensor.name} twice; fetch the model again.")
+            pieces[name][place] = tensor
+        elif name not in wanted:
             unread += [] if _harmless(tensor.name, model) else [tensor]
         elif name in found:
             raise InputError(
@@ -60,37 +72,72 @@ def account(source: Source, model: PreTrainedModel) -> dict[str, AnyTensor]:
             )
         else:
             found[name] = tensor
+    for name, of_experts in pieces.items():
+        if name in found:
+            raise InputError(
+                f"The weights of {source.id} hold {name} twice, stacked and expert by expert; fetch the model again."
+            )
+        found[name] = _stacked(source, of_experts, name=name, wanted=wanted[name])
     tied = _tied(wanted)
     if lost := [names[0] for names in tied if not any(n in found for n in names)]:
-        raise InputError(missing(source.id, lost, wanted=wanted, unread=unread, rename=rename))
+        raise InputError(missing(source.id, lost, wanted=wanted, unread=unread, rename=lambda n: naming.of(n)[0]))
     if unread:
         raise InputError(left_over(source.id, unread, wanted=wanted))
-    for name, tensor in found.items():
-        _check_shape(source, tensor, wanted=wanted[name])
+    for name, of_model in found.items():
+        _check_shape(source, of_model, wanted=wanted[name])
     if scheme is not None:
         _check_left_alone(source, model, scheme=scheme, found=found)
     return _share(source, tied, found=found)
 
 
-def _renaming(source: Source, model: PreTrainedModel, *, wanted: Mapping[str, Tensor]) -> Callable[[str], str]:
-    """Return what turns a stored name into the model's, by the rules that transformers has for the model's class."""
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    prefix, known = model.base_model_prefix, dict(wanted)
+class _Naming:
+    """Turns a stored name into the model's, by the rules that transformers has for the model's class."""
 
-    def rename(stored: str) -> str:
-        name, converter = rename_source_key(stored, renamings, converters, prefix, known)
-        if name not in known and stored in known:  # transformers then takes the name as it is
-            return rename_source_key(stored, [], [], prefix, known)[0]
-        if converter is not None:
+    def __init__(self, source: Source, model: PreTrainedModel, *, wanted: Mapping[str, Tensor]):
+        transforms = get_model_conversion_mapping(model)
+        self.renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        self.converters = [t for t in transforms if isinstance(t, WeightConverter)]
+        self.source, self.prefix, self.known = source, model.base_model_prefix, dict(wanted)
+
+    def of(self, stored: str) -> tuple[str, tuple[int, int] | None]:
+        """Return the name in the model and, for one expert's piece of a stacked parameter, (expert, place below it).
+
+        Raises InputError for a tensor that has to be converted in any other way.
+        """
+        name, pattern = rename_source_key(stored, self.renamings, self.converters, self.prefix, self.known)
+        if name not in self.known and stored in self.known:  # transformers then takes the name as it is
+            return rename_source_key(stored, [], [], self.prefix, self.known)[0], None
+        if pattern is None:
+            return name, None
+        converter = next(c for c in self.converters if pattern in c.source_patterns)
+        expert = EXPERT.search(stored)
+        if expert is None or not _stacks(converter):
             raise InputError(
-                f"{source.id} holds {stored} in a form that has to be converted into the model's weights, which is "
-                "not supported; name a checkpoint whose tensors are those of the model."
+                f"{self.source.id} holds {stored} in a form that has to be converted into the model's weights, which "
+                "is not supported; name a checkpoint whose tensors are those of the model."
             )
-        return name
+        return name, (int(expert[1]), converter.source_patterns.index(pattern))
 
-    return rename
+
+def _stacks(converter: WeightConverter) -> bool:
+    """Tell whether a conversion stacks matrices of experts, the pieces of each below one another, and does no more."""
+    stack, *rest = converter.operations
+    below = all(isinstance(op, Concatenate) and op.dim == 1 for op in rest) and len(rest) <= 1
+    several = len(converter.source_patterns) > 1
+    return isinstance(stack, MergeModulelist) and stack.dim == 0 and below and bool(rest) == several
+
+
+def _stacked(source: Source, pieces: Mapping[tuple[int, int], Piece], *, name: str, wanted: Tensor) -> StackedTensor:
+    """Return the pieces of a stacked parameter, by (expert, place), in order. Raises InputError where one is lost."""
+    places = 1 + max(place for _, place in pieces)
+    for expert in range(max(len(wanted), 1 + max(expert for expert, _ in pieces))):
+        for place in range(places):
+            if (expert, place) not in pieces:
+                raise InputError(
+                    f"The weights of {source.id} lack a part of expert {expert} for {name}, which its configuration "
+                    "asks for; fetch the model again."
+                )
+    return StackedTensor(tuple(tuple(pieces[e, p] for p in range(places)) for e in range(len(pieces) // places)))
 
 
 def _harmless(name: str, model: PreTrainedModel) -> bool:
@@ -150,7 +197,7 @@ def _share(source: Source, tied: list[list[str]], *, found: Mapping[str, AnyTens
 
 def same_bytes(a: AnyTensor, b: AnyTensor) -> bool:
     """Tell whether two stored tensors are the same numbers in the same form; reads both, a piece at a time."""
-    if (a.dtype, a.shape) != (b.dtype, b.shape) or isinstance(a, QuantisedTensor):
+    if not isinstance(a, StoredTensor) or not isinstance(b, StoredTensor) or (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     rows = max(1, COMPARED_BYTES // max(1, 8 * torch.Size(a.shape[1:]).numel()))
     with safe_open(a.file, framework="pt") as f, safe_open(b.file, framework="pt") as g:
@@ -178,30 +225,13 @@ class Checkpoint:
 
         A quantised weight is dequantised, whole, and then cut.
 
-        `rows` are one range of its rows, or several, which are put one behind the other.
-        Raises InputError for NaN or Inf in what is read for the first time, and for a file that has gone.
+        `rows` are one range of its rows, or several, which are put one behind the other; of stacked experts, of the
+        rows of each. Raises InputError for NaN or Inf in what is read for the first time, and for a file that has gone.
         """
         stored = self.tensors[name]
-        if isinstance(stored, QuantisedTensor):
-            pieces = [stored.read()[r, columns] for r in rows]
-            return self._checked(name, pieces, dtype=dtype)
-        try:
-            # opened anew each time: what was read of a file that stays open counts as this process's memory
-            with safe_open(stored.file, framework="pt") as f:
-                whole = f.get_slice(stored.name)
-                if rows != (ALL,) and all(r.start == r.stop for r in rows):
-                    return torch.empty(0, *stored.shape[1:], dtype=dtype)
-                if stored.shape:
-                    pieces = [whole[(r, columns)[: len(stored.shape)]] for r in rows]
-                else:
-                    pieces = [f.get_tensor(stored.name)]  # a single number has no rows
-                return self._checked(name, pieces, dtype=dtype)
-        except (SafetensorError, OSError):
-            raise InputError(f"{stored.file} cannot be read any more; fetch the model again.") from None
-
-    def _checked(self, name: str, pieces: list[Tensor], *, dtype: torch.dtype | None) -> Tensor:
-        """Return the pieces of a parameter's rows as one. Raises InputError for NaN or Inf in what is new."""
-        piece = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        if rows != (ALL,) and all(r.start == r.stop for r in rows):
+            return torch.empty(0, *stored.shape[1:], dtype=dtype)
+        piece = read_cuts(stored, rows=rows, columns=columns)
         piece = piece.to(dtype or piece.dtype)
         if name not in self.checked:
             check_weight(name, piece, model=self.id)

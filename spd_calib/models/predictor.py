@@ -8,6 +8,9 @@ rank's own partial sum (o_proj's bias left out of it, and of the prediction):
     full      z W + bias                  d_rank * d more weights, one matrix product with o_proj's slice
 
 The residual stream still gets the exact partial sums; only what the MLP reads is predicted.
+
+Where the MLP is a mixture of experts, its router reads a prediction of its own, the same on all ranks: z is then n1(x),
+x the stream that all ranks share before the attention, d_rank is d, and there is no partial sum (it is zero).
 """
 
 import copy
@@ -78,3 +81,10 @@ def check_predictors(block: int, predictors: Mapping[int, Predictor], *, d_rank:
             raise InputError(
                 f"The compensation of block {block}, rank {rank}, does not fit the model's heads and width."
             )
+
+
+def check_router_predictor(block: int, predictor: Predictor, *, d: int) -> None:
+    """Raise InputError unless the predictor of a block's router reads d values and gives d values."""
+    found = {name: tuple(t.shape) for name, t in predictor.named_parameters()}
+    if found != predictor_shapes(predictor.kind, predictor.rank, d_rank=d, d=d):
+        raise InputError(f"The predictor of block {block}'s router does not fit the model's width.")

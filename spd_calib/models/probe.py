@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 
 from spd_calib.errors import InputError
 
-from .architecture import SUPPORTED, Decoder, LayerParts, find_decoder, layer_parts
+from .architecture import SUPPORTED, Decoder, HeadCounts, LayerParts, find_decoder, layer_parts
+from .experts import RankExperts, route
 from .mlp import activations
+from .shard import RankSlices
 
 NO_SOFTMAX_ATTENTION = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}
 """Kinds of blocks, as transformers' configurations spell them, whose mixer is not, or not only, softmax attention."""
@@ -42,12 +44,6 @@ def _refuse_other_forms(model: PreTrainedModel, decoder: Decoder | None) -> None
         raise InputError(
             f"{name} mixes several residual streams by weights that depend on its input ({mixing[0]}, "
             "hyper-connections): a rank's partial sum cannot wait in one of them, so its sync points cannot be dropped."
-        )
-    experts = [n for n, m in model.named_modules() if n.endswith((".experts", ".router", "block_sparse_moe"))]
-    if experts:
-        raise InputError(
-            f"{name} is a mixture of experts ({experts[0]}): a router on a rank's partial input would disagree "
-            "with the other ranks', so its sync points cannot be dropped."
         )
     if _is_parallel(model):
         raise InputError(
@@ -85,6 +81,11 @@ def _refuse_unknown_names(model: PreTrainedModel) -> NoReturn:
     """Raise InputError for a model whose layers' parts have names that no row knows, with the likely cause."""
     name = type(model).__name__
     linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    if mixed := [n for n, m in model.named_modules() if n.endswith((".experts", ".router", "block_sparse_moe"))]:
+        raise InputError(
+            f"{name} is a mixture of experts ({mixed[0]}) whose router, experts or attention lie otherwise than this "
+            "tool knows, which is not supported yet."
+        )
     if latent := [n for n in sorted(linears) if n.endswith(("kv_a_proj_with_mqa", "kv_b_proj"))]:
         raise InputError(f"{name} has latent attention (MLA, {latent[0]}), which is not supported yet.")
     fused = [
@@ -167,7 +168,10 @@ def check_block(index: int, layer: nn.Module, parts: LayerParts, hidden: Tensor,
 
 
 def mlp(parts: LayerParts, u: Tensor) -> Tensor:
-    """Return what the dense MLP, bias included, gives for u: [B, T, d] to [B, T, d]."""
+    """Return what the whole MLP, or mixture of experts, gives for u, bias included: [B, T, d] to [B, T, d]."""
+    if parts.experts is not None:
+        routing = route(parts.experts, u)
+        return RankExperts(parts.experts, RankSlices.of(HeadCounts.of(parts), 0, 1), scale=1.0)(u, routing)
     return parts.down(activations(parts.mlp_in, parts.activation, u, neurons=parts.down.in_features))
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .architecture import HeadCounts, LayerParts, LinearRows
+from .architecture import HeadCounts, LayerParts, LinearRows, MLPParts
 from .mlp import activations
 
 
@@ -18,11 +18,12 @@ class RankSlices:
 
     q: slice
     kv: slice
-    neurons: slice
+    neurons: slice  # of the MLP, or of each expert
+    shared_neurons: slice  # of the shared experts; empty without any
 
     @classmethod
     def of(cls, counts: HeadCounts, rank: int, tp: int) -> "RankSlices":
-        heads, neurons = counts.heads // tp, counts.neurons // tp
+        heads, neurons, shared = counts.heads // tp, counts.neurons // tp, counts.shared_neurons // tp
         first_kv = rank * counts.kv_heads // tp
         kv_heads = max(counts.kv_heads // tp, 1)  # with more ranks than KV heads, ranks share one
         d = counts.head_dim
@@ -30,6 +31,7 @@ class RankSlices:
             q=slice(rank * heads * d, (rank + 1) * heads * d),
             kv=slice(first_kv * d, (first_kv + kv_heads) * d),
             neurons=slice(rank * neurons, (rank + 1) * neurons),
+            shared_neurons=slice(rank * shared, (rank + 1) * shared),
         )
 
 
@@ -46,13 +48,20 @@ def linear_slices(parts: LayerParts, slices: RankSlices) -> list[tuple[nn.Linear
     for part, own in ((parts.q, slices.q), (parts.k, slices.kv), (parts.v, slices.kv)):
         linear, start = (part.linear, part.start) if isinstance(part, LinearRows) else (part, 0)
         rows[linear] = (*rows.get(linear, ()), _moved(own, start))
-    for linear in parts.mlp_in:
-        rows[linear] = tuple(_moved(slices.neurons, n) for n in range(0, linear.out_features, parts.down.in_features))
-    return [
-        *((linear, own, ALL) for linear, own in rows.items()),
-        (parts.o, ALL_ROWS, slices.q),
-        (parts.down, ALL_ROWS, slices.neurons),
+    attention = [*((linear, own, ALL) for linear, own in rows.items()), (parts.o, ALL_ROWS, slices.q)]
+    if parts.experts is None:
+        return [*attention, *mlp_slices(parts.dense, slices.neurons)]
+    shared = parts.experts.shared
+    return [*attention, *(mlp_slices(shared, slices.shared_neurons) if shared else [])]
+
+
+def mlp_slices(mlp: MLPParts, neurons: slice) -> list[tuple[nn.Linear, Rows, slice]]:
+    """Return each linear layer of a dense MLP with the output rows and the input columns of it of these neurons."""
+    first = [
+        (linear, tuple(_moved(neurons, n) for n in range(0, linear.out_features, mlp.down.in_features)), ALL)
+        for linear in mlp.mlp_in
     ]
+    return [*first, (mlp.down, ALL_ROWS, neurons)]
 
 
 def _moved(rows: slice, by: int) -> slice:
@@ -125,15 +134,15 @@ def rank_attention(parts: LayerParts, slices: RankSlices, layer_idx: int) -> nn.
 
 
 class RankMLP(nn.Module):
-    """One rank's neurons: n2(h) to a partial sum [B, T, d], scaled as `rank_attention`'s, down_proj's bias left out."""
+    """Some neurons of an MLP: n2(h) to a partial sum [B, T, d], times `scale`, down_proj's bias left out."""
 
-    def __init__(self, parts: LayerParts, slices: RankSlices):
+    def __init__(self, mlp: MLPParts, neurons: slice, *, scale: float):
         super().__init__()
-        own = {linear: rows for linear, rows, _ in linear_slices(parts, slices)}
-        self.mlp_in = nn.ModuleList(RankLinear(linear, own[linear], ALL) for linear in parts.mlp_in)
-        self.activation = parts.activation
-        self.neurons = slices.neurons.stop - slices.neurons.start
-        self.down = RankLinear(parts.down, ALL_ROWS, slices.neurons, with_bias=False, scale=parts.scale)
+        own = {linear: rows for linear, rows, _ in mlp_slices(mlp, neurons)}
+        self.mlp_in = nn.ModuleList(RankLinear(linear, own[linear], ALL) for linear in mlp.mlp_in)
+        self.activation = mlp.activation
+        self.neurons = neurons.stop - neurons.start
+        self.down = RankLinear(mlp.down, ALL_ROWS, neurons, with_bias=False, scale=scale)
 
     def forward(self, u: Tensor) -> Tensor:
         return self.down(activations(list(self.mlp_in), self.activation, u, neurons=self.neurons))

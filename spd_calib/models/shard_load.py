@@ -1,7 +1,7 @@
 """Loading one rank's share of a model, straight from the safetensors files: no process ever holds the whole.
 
-Cut are the linear layers of the blocks and an output head that is not tied to the embedding; the rest (embeddings,
-norms, the biases that are added after a sum) is whole on every rank.
+Cut are the linear layers and the experts of the blocks, and an output head that is not tied to the embedding; the rest
+(embeddings, norms, routers, the biases that are added after a sum) is whole on every rank.
 """
 
 from typing import Any
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from .architecture import HeadCounts
 from .checkpoint import Checkpoint
+from .experts import expert_slices
 from .fill import Own, fill
 from .load import DTYPES, check_device, refusing_unreadable, skeleton
 from .probe import find_layers
@@ -39,9 +40,13 @@ def own_slices(model: PreTrainedModel, *, rank: int, tp: int) -> Own:
     names = {module: name for name, module in model.named_modules()}
     own: Own = {}
     for parts in find_layers(model):
-        for linear, rows, columns in linear_slices(parts, RankSlices.of(HeadCounts.of(parts), rank, tp)):
+        slices = RankSlices.of(HeadCounts.of(parts), rank, tp)
+        for linear, rows, columns in linear_slices(parts, slices):
             own[f"{names[linear]}.weight"] = (rows, columns)
             own[f"{names[linear]}.bias"] = (rows, ALL)
+        if (mixture := parts.experts) is not None:
+            of_experts = expert_slices(mixture, slices)
+            own |= {f"{names[mixture.experts]}.{name}": cut for name, cut in of_experts.items()}
     head = model.get_output_embeddings()
     if head.weight is not model.get_input_embeddings().weight:
         rows = (vocabulary_slice(head.out_features, rank=rank, tp=tp),)

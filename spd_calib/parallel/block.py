@@ -5,11 +5,13 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from spd_calib.formats.drops import NOTHING_DROPPED, Drop, Drops, Point, Strategy
 from spd_calib.models.architecture import HeadCounts, LayerParts
+from spd_calib.models.experts import RankExperts, Routing, route
 from spd_calib.models.shard import RankMLP, RankSlices, rank_attention
 
 from .comm import Comm
@@ -37,8 +39,10 @@ class Block(nn.Module):
         self.attentions = nn.ModuleList(
             rank_attention(parts, s, layer_idx=i * num_blocks + index) for i, s in enumerate(slices)
         )
-        self.mlps = nn.ModuleList(RankMLP(parts, s) for s in slices)
-        self.scale, self.unscaled_o_bias, self.unscaled_down_bias = parts.scale, parts.o.bias, parts.down.bias
+        self.experts = parts.experts
+        self.mlps = nn.ModuleList(_rank_mlp(parts, s) for s in slices)
+        self.scale, self.unscaled_o_bias = parts.scale, parts.o.bias
+        self.unscaled_down_bias = None if parts.experts else parts.down.bias
         self.read_weights: Callable[[int], None] | None = None  # called before each use, if on disk
         name = next(n for n, m in parts.attention.named_children() if m is parts.o)
         self.outs = [getattr(attention, name) for attention in self.attentions]  # each rank's slice of o_proj
@@ -76,7 +80,8 @@ class Block(nn.Module):
         partials, heads = self.attend(s, **kwargs)
         h = self._sync_point(attention, s, partials, self.o_bias)
         mlps_read = h if attention.predictors is None else self.predicted(attention, s, partials, heads)
-        return self._sync_point(mlp, h, self._fed(mlps_read), self.down_bias)
+        routing = self.route(h.shared, self.expected(attention, s)) if self.experts else None
+        return self._sync_point(mlp, h, self._fed(mlps_read, routing), self.down_bias)
 
     def attend(self, s: Streams, **kwargs) -> tuple[list[Tensor], list[Tensor]]:
         """Run the attention on every rank of this process; kwargs as transformers hands them to the layer.
@@ -105,14 +110,38 @@ class Block(nn.Module):
         estimates = [predict(z, p) for predict, z, p in zip(of_ranks, heads, partials, strict=True)]
         return defer(s, estimates, self.o_bias)
 
-    def feed(self, s: Streams) -> list[Tensor]:
-        """Return each rank's partial sum of the MLP [B, T, d] (bias left out), where it reads `s`."""
-        self._read_weights()
-        return list(self._fed(s))
+    def route(self, shared: Tensor, expected: Tensor | None = None) -> Routing:
+        """Return the experts chosen for each token, the same on all ranks: the router reads only what they share.
 
-    def _fed(self, s: Streams) -> Iterator[Tensor]:
+        That is n2(shared + expected), both [B, T, d]: the stream that all ranks share behind the attention, and what
+        the shared predictor of a dropped sync point expects to be missing there, if there is one.
+        """
+        assert self.experts is not None
+        self._read_weights()
+        return route(self.experts, self.norm2(shared if expected is None else shared + expected))
+
+    def expected(self, drop: Drop, s: Streams) -> Tensor | None:
+        """Return what the router's predictor expects the attention to add to the stream, [B, T, d]; None without one.
+
+        It reads n1(x), x the stream that all ranks share before the attention.
+        """
+        if drop.router is None:
+            return None
+        u = self.norm1(s.shared)
+        return drop.router(u, torch.zeros_like(u))
+
+    def feed(self, s: Streams) -> list[Tensor]:
+        """Return each rank's partial sum of the MLP [B, T, d] (bias left out), where it reads `s`.
+
+        Experts are chosen by the part of `s` that all ranks share.
+        """
+        self._read_weights()
+        return list(self._fed(s, self.route(s.shared) if self.experts else None))
+
+    def _fed(self, s: Streams, routing: Routing | None) -> Iterator[Tensor]:
+        more = () if routing is None else (routing,)
         # map, unlike a generator, keeps no tensor of one rank while it makes the next one's
-        return map(lambda mlp, u: mlp(u), self.mlps, self._inputs(self.norm2, s))
+        return map(lambda mlp, u: mlp(u, *more), self.mlps, self._inputs(self.norm2, s))
 
     def _inputs(self, norm: nn.Module, s: Streams) -> Iterator[Tensor]:
         """Yield what each rank's sub-layer reads, norm(x + w_i + p_i) as in streams.py, one after the other."""
@@ -129,6 +158,13 @@ class Block(nn.Module):
     def _read_weights(self) -> None:
         if self.read_weights is not None:
             self.read_weights(self.index)
+
+
+def _rank_mlp(parts: LayerParts, slices: RankSlices) -> nn.Module:
+    """Return a rank's neurons of the layer's MLP, or of its mixture of experts."""
+    if parts.experts is not None:
+        return RankExperts(parts.experts, slices, scale=parts.scale)
+    return RankMLP(parts.dense, slices.neurons, scale=parts.scale)
 
 
 def _a_cache_for_each_rank(cache: Cache, num_blocks: int, ranks: int) -> None:

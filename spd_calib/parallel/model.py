@@ -13,7 +13,7 @@ from spd_calib.errors import InputError
 from spd_calib.formats.drops import Drop, Drops, Point
 from spd_calib.models.architecture import Decoder, HeadCounts, LayerParts, check_divides, find_decoder
 from spd_calib.models.hooks import before_each
-from spd_calib.models.predictor import check_predictors
+from spd_calib.models.predictor import Predictor, check_predictors, check_router_predictor
 from spd_calib.models.probe import check_block, find_layers
 
 from .block import Block, Present
@@ -105,17 +105,32 @@ class TensorParallelLM:
         The drops given, and their predictors, stay as they are. Raises as `running` does.
         """
         drops.check_fits(self.num_blocks)
+        if drops.streams_differ and (mixed := [b.index for b in self.blocks if b.experts]):
+            raise InputError(
+                f"plain_drop cannot be used in this model: block {mixed[0]} is a mixture of experts, and ranks whose "
+                "residual streams differ for good would choose different experts; use block_drop."
+            )
         return Drops({point: self._fitted(point, drop) for point, drop in drops.by_point.items()})
 
     def _fitted(self, point: Point, drop: Drop) -> Drop:
-        if drop.predictors is None:
+        if drop.predictors is None and drop.router is None:
             return drop
         block = self.blocks[point.block]
+        like = next(block.attentions.parameters())
+        router = None if drop.router is None else self._fitted_router(block, drop.router).like(like)
+        if drop.predictors is None:
+            return Drop(drop.strategy, None, router)
         if missing := set(self.comm.ranks) - set(drop.predictors):
             raise InputError(f"Block {point.block} has no predictor for rank {min(missing)} of {self.comm.size}.")
         check_predictors(point.block, drop.predictors, d_rank=block.d_rank, d=block.width)
-        like = next(block.mlps.parameters())
-        return Drop(drop.strategy, {rank: drop.predictors[rank].like(like) for rank in self.comm.ranks})
+        return Drop(drop.strategy, {rank: drop.predictors[rank].like(like) for rank in self.comm.ranks}, router)
+
+    def _fitted_router(self, block: Block, router: Predictor) -> Predictor:
+        """Return the router's predictor. Raises InputError for a block without one, or where it is of another width."""
+        if block.experts is None:
+            raise InputError(f"Block {block.index} has no router that a predictor could serve.")
+        check_router_predictor(block.index, router, d=block.width)
+        return router
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

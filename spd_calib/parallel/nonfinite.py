@@ -68,7 +68,8 @@ def places_of_dense(model: nn.Module, head: nn.Module, *, decoder: Decoder, part
     places = _embeddings(model)
     for i, (layer, p) in enumerate(zip(decoder.layers, parts, strict=True)):
         words = f"block {i} ({decoder.path}.{i})"
-        places += [Place(f"{words}, attention", p.attention), Place(f"{words}, MLP", p.down)]
+        mlp = p.experts.experts if p.experts else p.down
+        places += [Place(f"{words}, attention", p.attention), Place(f"{words}, MLP", mlp)]
         places.append(Place(f"{words}, the sum behind its MLP", layer))
     return [*places, Place("the output head", head)]
 

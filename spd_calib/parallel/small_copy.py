@@ -63,6 +63,8 @@ def _narrow(config: Any) -> Any:
         "hidden_size": width,
         "word_embed_proj_dim": width,
         "intermediate_size": width,
+        "moe_intermediate_size": width,
+        "shared_expert_intermediate_size": width,
         "ffn_dim": width,
         "vocab_size": 64,
         "pad_token_id": 0,

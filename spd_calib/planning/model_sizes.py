@@ -1,12 +1,14 @@
 """The bytes that a forward moves and the FLOPs it computes on one rank, from a model's sizes."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from spd_calib.formats.plan import Plan
-from spd_calib.models.architecture import HeadCounts
+from spd_calib.models.architecture import HeadCounts, LayerParts
 from spd_calib.models.predictor import predictor_shapes
 from spd_calib.models.probe import find_layers
 
@@ -15,15 +17,17 @@ from .latency import Step
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Sizes of a model, weights in elements; biases and norms are left out."""
+    """Sizes of a model, weights in elements; biases and norms are left out. Those of MLPs are the mean over blocks."""
 
     blocks: int
     width: int
     counts: HeadCounts
     query_weights: int  # of q and o, a block
     kv_weights: int  # of k and v, a block
-    mlp_weights: int  # of a block
+    mlp_weights: float  # of a block: its MLP, or what every token goes through of a mixture of experts
     head_weights: int  # what makes logits of the last hidden state; the embedding is looked up, not read
+    expert_weights: float = 0  # of a block, all its experts
+    expert_share: float = 1.0  # of the experts, those that one token goes through
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "ModelSizes":
@@ -36,8 +40,9 @@ class ModelSizes:
             counts=HeadCounts.of(parts),
             query_weights=parts.q.weight.numel() + parts.o.weight.numel(),
             kv_weights=parts.k.weight.numel() + parts.v.weight.numel(),
-            mlp_weights=sum(linear.weight.numel() for linear in (*parts.mlp_in, parts.down)),
+            mlp_weights=sum(linear.weight.numel() for p in layers for linear in p.ffn.linears) / len(layers),
             head_weights=model.get_output_embeddings().weight.numel(),
+            **_of_experts(layers),
         )
 
     def kv_heads(self, tp: int) -> int:
@@ -45,20 +50,36 @@ class ModelSizes:
         return max(self.counts.kv_heads // tp, 1)
 
     def block_weights(self, tp: int) -> float:
-        """Return the weights of one block on a rank."""
+        """Return the weights of one block on a rank that every token goes through."""
         kv_share = self.kv_heads(tp) / self.counts.kv_heads
         return (self.query_weights + self.mlp_weights) / tp + self.kv_weights * kv_share
+
+    def experts_met(self, tokens: int) -> float:
+        """Return the share of the experts that at least one of `tokens` goes through, were the choice even."""
+        return 1 - (1 - self.expert_share) ** tokens
+
+
+def _of_experts(layers: Sequence[LayerParts]) -> dict[str, float]:
+    """Return the fields of ModelSizes that speak of experts, which without any keep their defaults."""
+    mixtures = [p.experts for p in layers if p.experts]
+    if not mixtures:
+        return {}
+    weights = sum(w.numel() for m in mixtures for w in m.experts.parameters() if w.dim() == 3)
+    router: Any = mixtures[0].router
+    return {"expert_weights": weights / len(layers), "expert_share": router.top_k / router.num_experts}
 
 
 def bytes_moved(sizes: ModelSizes, step: Step, *, tp: int) -> float:
     """Return the bytes that a rank reads or writes: its weights, and the cache, read (decode) or written (prefill)."""
     cache = 2 * sizes.blocks * sizes.kv_heads(tp) * sizes.counts.head_dim * step.batch * step.context
-    return (sizes.blocks * sizes.block_weights(tp) + sizes.head_weights / tp + cache) * step.itemsize
+    experts = sizes.expert_weights / tp * sizes.experts_met(step.new_tokens)
+    return (sizes.blocks * (sizes.block_weights(tp) + experts) + sizes.head_weights / tp + cache) * step.itemsize
 
 
 def flops(sizes: ModelSizes, step: Step, *, tp: int) -> float:
     """Return a rank's FLOPs: two for each weight and new token, the head's for the last token alone, and attention."""
-    linear = 2 * step.new_tokens * sizes.blocks * sizes.block_weights(tp) + 2 * step.batch * sizes.head_weights / tp
+    weights = sizes.block_weights(tp) + sizes.expert_weights / tp * sizes.expert_share
+    linear = 2 * step.new_tokens * sizes.blocks * weights + 2 * step.batch * sizes.head_weights / tp
     keys = step.context if step.phase == "decode" else step.context / 2  # a token attends to, on average: it is causal
     return linear + 4 * sizes.blocks * sizes.counts.heads / tp * sizes.counts.head_dim * step.new_tokens * keys
 

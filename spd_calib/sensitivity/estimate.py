@@ -153,7 +153,7 @@ def _estimate(
         if (rows := sequences[start : start + batch_size])
     )
     first = lm.blocks[0]
-    inner = max(p.shape[0] for mlp in first.mlps for p in mlp.parameters() if p.dim() == 2)
+    inner = max(p.shape[-2] for mlp in first.mlps for p in mlp.parameters() if p.dim() >= 2)
     block = positions * size * ((2 * len(first.mlps) + 4) * first.width + 3 * inner)  # partial sums, MLP of one rank
     vocabulary = lm.head.vocab_size
     logits = min(positions * vocabulary, LOGITS_AT_A_TIME) * LOGITS_COMPARED * 4
