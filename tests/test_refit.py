@@ -1,7 +1,5 @@
 """Refitting weights: the regressions are those of raw activations, and outputs come nearer, on every rank alike."""
 
-from dataclasses import replace
-
 import pytest
 import tiny
 import torch
@@ -67,16 +65,15 @@ def test_the_maps_are_regressions_on_raw_activations(one_ridge, family: str, wei
     cost = ErrorCost(torch.eye(d), median[None], torch.tensor([2.0, 6.0, 1e4])) if weighted else None
     first = torch.cat([torch.arange(b.mask.shape[1]).expand_as(b.mask)[b.mask] == 0 for b in feed.fitting])
 
-    def size_of(y: torch.Tensor) -> torch.Tensor:
-        return torch.where(y.square().mean(-1).sqrt() > median, 3.0, 1.0)
-
     def weights(y: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+        """Of each batch apart: what an error costs, as a share of |y|, at most 64 times the median's."""
         if not weighted:
             return torch.ones(n, dtype=y.dtype)
-        found = (torch.where(first, 5e3, size_of(y)) * part.square().mean(-1)).split(
-            [int(b.mask.sum()) for b in feed.fitting]
-        )
-        return torch.cat([of_batch.clamp(max=256 * of_batch.median()) for of_batch in found])
+        squares = y.square().mean(-1)
+        relative = torch.where(first, 5e3, torch.where(squares.sqrt() > median, 3.0, 1.0)) * squares
+        of_batches = relative.split([int(b.mask.sum()) for b in feed.fitting])
+        bounded = torch.cat([(r / r.median()).clamp(max=64) for r in of_batches])
+        return bounded / squares * part.square().mean(-1)
 
     def moved(
         x: torch.Tensor, should: torch.Tensor, w: torch.Tensor, by: torch.Tensor
@@ -105,13 +102,11 @@ def test_the_maps_are_regressions_on_raw_activations(one_ridge, family: str, wei
             if family == "opt":
                 assert torch.allclose(layer.bias[own].double(), before.bias[own] + bias, atol=1e-5)
     student = model.students[1].copy()
-    if cost is not None:
-        cost = replace(cost, sizes=torch.tensor([2.0, 6.0, 10.0]))
     if refit.refit_o(student, feed, cost=cost)["o"] is None:
         assert not weighted and torch.equal(student.parts.o.weight, old.o.weight)  # no gain on the tokens to choose by
         return
     x = rows["heads"] if family == "llama" else torch.cat([rows["heads"], torch.ones(n, 1, dtype=torch.float64)], 1)
-    change = lstsq(x, rows["h"] - rows["before"], torch.where(first, 5.0, size_of(rows["output"])))
+    change = lstsq(x, rows["h"] - rows["before"], weights(rows["output"], torch.ones(n, 1)))
     assert torch.allclose(student.parts.o.weight.double(), old.o.weight + change[: old.o.in_features].T, atol=1e-5)
 
 

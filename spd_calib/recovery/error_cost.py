@@ -3,7 +3,8 @@
 An error e at a token costs 1/2 E<g, e>^2, g the gradient of -log p of tokens drawn from the model itself. E[g g^T] is
 taken as a size, E|g|^2, times a direction, [d, d]. The size depends on the token: the first of a sequence, and a few
 others with a norm many times that of the rest (attention sinks), are read by all that follow, and an error there, as a
-share of their norm, costs 100 to 1000 times that at others. It is averaged over tokens of like norm, the first apart.
+share of their norm, costs 100 to 1000 times that at others. It is averaged over tokens of like norm, the first apart,
+and bounded: most of an error at such a token lies along y itself, which the norms behind take no notice of.
 """
 
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from .feed import Batch, Feed
 
 METRIC_BYTES = 4 * 2**30  # of all blocks' directions: at d = 8192 half a gigabyte a block, float64
 QUANTILES = (0.5, 0.9, 0.97, 0.985, 0.993, 0.997)  # of |y|, between classes of tokens
+MOST = 64.0
 PRIOR = 4  # tokens of average size that each class is taken to have beside its own
 ORDINARY = 2  # the last class whose gradients make up the direction
 
@@ -35,8 +37,13 @@ class ErrorCost:
     sizes: Tensor
 
     def token_weights(self, y: Tensor, mask: Tensor) -> Tensor:
-        """Return E|g|^2 of each real token [N], relative to the commonest class, y [B, T, d] the dense output."""
-        return (self.sizes / self.sizes[0]).to(y)[_classes(y, self.edges)[mask]]
+        """Return E|g|^2 of each real token [N], y [B, T, d] the dense output, in any unit.
+
+        Bounded: of an error as a share of |y| none costs more than MOST times the median of the batch.
+        """
+        squares = y[mask].float().square().mean(-1).clamp(min=1e-12)
+        relative = self.sizes.to(y)[_classes(y, self.edges)[mask]] * squares
+        return (relative / relative.median()).clamp(max=MOST) / squares
 
 
 def token_weights(cost: ErrorCost | None, y: Tensor, mask: Tensor) -> Tensor:

@@ -26,7 +26,6 @@ from .reads import mlp_reads, settled
 from .ridge import Products, Ridge, RidgeFit
 from .student import Student
 
-MOST = 256.0  # times the median weight: what a token may count where reads are fitted
 Detail = dict[str, dict | None]
 Fits = Sequence[RidgeFit | None]
 
@@ -135,14 +134,10 @@ def _squares(x: Tensor, direction: Tensor | None) -> Tensor:
 
 
 def _weights_of_reads(cost: ErrorCost | None, batch: Batch, *, output: Tensor, part: Tensor) -> Tensor | None:
-    """Return what a share of error in `part` of the output costs, [N]: a read is of unit size behind its norm.
-
-    Bounded: a few tokens that outweigh all others would be fitted alone, and the others' neurons explode.
-    """
+    """Return what a share of error in `part` of the output costs, [N]: a read is of unit size behind its norm."""
     if cost is None:
         return None
-    weights = cost.token_weights(output, batch.mask) * part[batch.mask].square().mean(-1)
-    return weights.clamp(max=MOST * weights.median())
+    return cost.token_weights(output, batch.mask) * part[batch.mask].square().mean(-1)
 
 
 def _before_down(student: Student, feed: Feed, batch: Batch) -> tuple[Tensor, Tensor]:
