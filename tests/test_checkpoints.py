@@ -296,10 +296,10 @@ def test_a_model_of_several_parts_is_refused(what, tmp_path):
         open_session(str(tmp_path), 2)
 
 
-def test_a_multimodal_configuration_of_transformers_is_refused(tmp_path):
+def test_a_configuration_of_text_and_sound_is_refused(tmp_path):
     from transformers import AutoConfig
 
-    AutoConfig.for_model("llava").save_pretrained(tmp_path)
+    AutoConfig.for_model("qwen2_audio").save_pretrained(tmp_path)
     with pytest.raises(InputError, match="a model of several parts"):
         open_session(str(tmp_path), 2)
 

@@ -9,6 +9,7 @@ from spd_calib.errors import InputError
 from spd_calib.formats.files import sha256_as_written, sha256_of
 from spd_calib.formats.plan import Plan
 from spd_calib.models.load import load_dense
+from spd_calib.models.text_part import whole_of
 from spd_calib.parallel.comm import DistributedComm
 from spd_calib.parallel.distributed import from_main_rank, local_device
 from spd_calib.ranks import is_main_rank, world_size
@@ -90,6 +91,11 @@ def recover(
     session = open_model_of(document, path=path, model=model, replicas=True)
     if (source := session.source) is None:
         raise InputError("Recovery writes a folder like the one the model came from; give that folder as `model`.")
+    if whole_of(session.config) is not session.config:
+        raise InputError(
+            f"{source.id} is a model of text and images, and recovery writes checkpoints of language models alone; "
+            "name one of those, or plan without recovery."
+        )
     run = resolved_for(session, run, dtype=document.provenance.dtype)
     run = replace(run, device=local_device(run.device))
     found = load_texts_for(session, [data], _like_the_plans(text, document))[0]

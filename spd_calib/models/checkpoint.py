@@ -28,6 +28,7 @@ from .quantised import QuantisedTensor, Scheme, gathered, scheme_of
 from .source import Source
 from .stacked import AnyTensor, Piece, StackedTensor, read_cuts
 from .stored import StoredTensor, stored_tensors
+from .text_part import names_in_whole, whole_of, whole_skeleton
 
 ALL = slice(None)
 NUMBERS = ("F32", "BF16", "F16", "F64")
@@ -38,6 +39,21 @@ COMPARED_BYTES = 2**26  # of each of two tied tensors at a time
 
 
 def account(source: Source, model: PreTrainedModel) -> dict[str, AnyTensor]:
+    """Return the stored tensor of each parameter and persistent buffer of `model`, by its name in the model.
+
+    Of a multimodal model's text part; the whole is accounted for. Raises InputError as `_account` does, and where the
+    whole does not hold the part.
+    """
+    config = whole_of(model.config)
+    if config is model.config:
+        return _account(source, model)
+    whole = whole_skeleton(source, config)
+    names = names_in_whole(model, whole)
+    found = _account(source, whole)
+    return {name: found[other] for name, other in names.items()}
+
+
+def _account(source: Source, model: PreTrainedModel) -> dict[str, AnyTensor]:
     """Return the stored tensor of each parameter and persistent buffer of `model`, by its name in the model.
 
     `model` may be on the meta device. Names that are tied (an output head and its embedding) get the same tensor.

@@ -29,6 +29,10 @@ def check_in_memory(model: Any) -> None:
             f"A {type(model).__name__} is no causal language model of transformers; give one as AutoModelForCausalLM "
             "returns it, adapters merged and not compiled, or the folder or hub id of one."
         )
+    if model.config.get_text_config() is not model.config:
+        raise InputError(
+            f"A {type(model).__name__} in memory has parts beside its language model; name its folder or hub id."
+        )
     if getattr(model.config, "quantization_config", None):
         raise InputError("The weights of the model in memory are quantised; name its folder or hub id.")
     places = {str(p.device) for p in model.parameters()}

@@ -28,6 +28,7 @@ from .generation import set_generation_config
 from .probe import find_layers
 from .quantised import scheme_of
 from .source import Source
+from .text_part import text_config, whole_of
 from .tokens import guard_embedding
 
 MAX_JSON_BYTES = 256 * 2**20  # the largest tokenizer.json known has 40 MB
@@ -85,10 +86,10 @@ def _fetch(model: str, revision: str | None) -> str:
 
 
 def read_config(source: Source) -> Any:
-    """Return the model's configuration, as transformers reads it.
+    """Return the model's configuration, as transformers reads it; of a multimodal model that of its text part.
 
-    Raises InputError where transformers cannot use it, where it is of several models, and where it would run or read
-    what the fingerprint does not speak of: code, an adapter, weights under another name.
+    Raises InputError where transformers cannot use it, where it is of several models of text, and where it would run
+    or read what the fingerprint does not speak of: code, an adapter, weights under another name.
     """
     transformers_logging.set_verbosity_error()  # what it warns of here is checked, or no concern of the user's
     transformers_logging.disable_progress_bar()
@@ -108,6 +109,7 @@ def read_config(source: Source) -> Any:
             f"The configuration of {source.id} cannot be used: {one_line(wrong[0])}; correct its config.json."
         )
     refuse_what_it_calls_in(source, config)
+    config = text_config(source, config)
     refuse_other_kinds(source, config)
     return config
 
@@ -120,9 +122,9 @@ def model_ref(source: Source, config: Any) -> ModelRef:
     return ModelRef(
         id=source.id,
         revision=source.revision,
-        architecture=(config.architectures or [type(config).__name__])[0],
+        architecture=(whole_of(config).architectures or [type(whole_of(config)).__name__])[0],
         num_blocks=config.num_hidden_layers,
-        config_hash=config_hash(config.to_dict()),
+        config_hash=config_hash(whole_of(config).to_dict()),
         weight_fingerprint=checked_fingerprint(source, config),
         quantised=scheme.words if (scheme := scheme_of(config)) else None,
     )
@@ -188,7 +190,8 @@ def load_dense(source: Source, config: Any, *, device: str, dtype: str) -> PreTr
     model = skeleton(source, config, dtype=dtype)
     stored = Checkpoint(source, model)
     too_large = f"{source.id} does not fit on {device} in {dtype}; use more ranks or a narrower dtype."
-    if scheme_of(config) is not None:  # transformers would run kernels, or dequantise, of its own
+    # of a quantised model transformers would run kernels, or dequantise, of its own; of a multimodal one all parts
+    if scheme_of(config) is not None or whole_of(config) is not config:
         with refusing_unreadable(source, too_large):
             fill(model, stored, own={}, device=device, dtype=DTYPES[dtype])
         return model

@@ -24,6 +24,7 @@ from spd_calib.errors import InputError
 
 from .source import Source
 from .stored import StoredTensor
+from .text_part import whole_of
 
 ORIGINAL = "name the one it was made from, in float32, bfloat16 or float16"
 FLOATS = ("F32", "BF16", "F16")
@@ -142,7 +143,8 @@ def scheme_of(config: Any) -> Scheme | None:
 
     Raises InputError for a scheme that cannot be read exactly.
     """
-    said = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
+    folders = whole_of(config)
+    said = getattr(folders, "quantization_config", None) or getattr(folders, "compression_config", None)
     if not said:
         return None
     said = said if isinstance(said, dict) else said.to_dict()
