@@ -36,7 +36,7 @@ from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.session import open_session, versions
 from spd_calib.sensitivity.fisher import predict
 from spd_calib.sensitivity.measure import Subject, batches
-from spd_calib.sensitivity.metrics import Tally, token_metrics
+from spd_calib.sensitivity.metrics import Tally
 from spd_calib.sensitivity.profile import Experiment, experiments, profile
 from spd_calib.sensitivity.text import TextOptions, load_text
 from spd_calib.sensitivity.tiers import tiers
@@ -106,6 +106,15 @@ def block_drops(lm: TensorParallelLM, kinds: list[Sublayer] = ATTENTION) -> list
     return list(experiments("single", [Strategy.BLOCK_DROP], num_blocks=lm.num_blocks, sync_points=kinds))
 
 
+def token_metrics(dense: torch.Tensor, planned: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the metrics (predictions.FIELDS) of N tokens, [N, 6], from logits [N, V], as written by hand."""
+    p, q = dense.log_softmax(-1), planned.log_softmax(-1)
+    nll_dense, nll = (-x.gather(-1, targets[:, None])[:, 0] for x in (p, q))
+    best_p, best_q = p.argmax(-1), q.argmax(-1)
+    columns = (nll_dense, nll, (p.exp() * (p - q)).sum(-1), best_p == targets, best_q == targets, best_p == best_q)
+    return torch.stack([c.double() for c in columns], dim=-1)
+
+
 def by_hand(lm: TensorParallelLM, sequences: list[list[int]], kinds: list[Sublayer], batch: int) -> list[float]:
     """Return the KL of each candidate. Sequences are of one length, or else metrics are taken a row at a time."""
     rows = block_drops(lm, kinds)
@@ -116,7 +125,7 @@ def by_hand(lm: TensorParallelLM, sequences: list[list[int]], kinds: list[Sublay
             with lm.running(row.drops):
                 logits = lm(input_ids)
             for i, length in enumerate(lengths):
-                found, _ = token_metrics(dense[i, : length - 1], logits[i, : length - 1], input_ids[i, 1:length])
+                found = token_metrics(dense[i, : length - 1], logits[i, : length - 1], input_ids[i, 1:length])
                 tally.sums.append(found.sum(0))
                 tally.tokens.append(length - 1)
     return [tally.kl() for tally in tallies]
@@ -169,31 +178,52 @@ def compare(lm: TensorParallelLM, sequences: list[list[int]], kinds: list[Sublay
     }
 
 
-def share_of_floor(blocks: int, width: int, tp: int, sequences: int, length: int) -> dict:
-    """Return the time of all multiplications at the rate of a large matrix product, as a share of the time taken."""
-    lm = TensorParallelLM.simulated(random_llama(blocks, width), tp)
-    text = random_tokens(sequences, length)
-    a, b = torch.randn(sequences * length, width), torch.randn(3 * width, width)
-    torch.nn.functional.linear(a, b)
-    seconds, _ = timed(lambda: [torch.nn.functional.linear(a, b) for _ in range(20)])
-    rate = 20 * 2 * a.numel() * len(b) / seconds
+def share_of_floor(
+    blocks: int, width: int, *, tp: int, sequences: int, length: int, vocabulary: int = VOCABULARY
+) -> dict:
+    """Return the time of all multiplications at the rate of a large matrix product, as a share of the time taken.
+
+    They are those of the suffixes, of one head for every experiment, and of one for the dense model. The rate is that
+    of one product of the batch with an MLP's matrix, for the head with the head's own.
+    """
+    lm = TensorParallelLM.simulated(random_llama(blocks, width, vocabulary), tp)
+    text = random_tokens(sequences, length, vocabulary)
+    tokens = sequences * length
+    rate, head_rate = _rate(tokens, width, 3 * width), _rate(tokens, width, vocabulary)
     attention = 2 * width * (2 * width + 2 * width // 2)  # q, o; k and v of half the heads
     scores = 2 * 2 * length * width  # all positions, as the kernel may skip what is masked: at most this
     block = attention + 2 * 3 * width * 3 * width
-    head = 2 * width * VOCABULARY
+    head = 2 * width * vocabulary
     passes = blocks + sum(blocks - first for first in range(blocks))
-    flops = sequences * length * (passes * block + (1 + blocks) * head)
+    floor = tokens * (passes * block / rate + (1 + blocks) * head / head_rate)
     seconds, _ = timed(lambda: profile(Subject(lm), text, rows=block_drops(lm), batch_size=sequences))
     return {
         "blocks": blocks,
         "width": width,
+        "vocabulary": vocabulary,
         "tp": tp,
-        "tokens": sequences * length,
+        "tokens": tokens,
         "matrix_rate_gflops": round(rate / 1e9, 1),
-        "profile_gflops": round(flops / seconds / 1e9, 1),
-        "share_of_floor": round(flops / seconds / rate, 3),
+        "head_rate_gflops": round(head_rate / 1e9, 1),
+        "profile_gflops": round(tokens * (passes * block + (1 + blocks) * head) / seconds / 1e9, 1),
+        "share_of_floor": round(floor / seconds, 3),
         "attention_scores_left_out_of_flops": round(scores / block, 3),
     }
+
+
+def floors() -> list[dict]:
+    small = [share_of_floor(4, 1024, tp=tp, sequences=8, length=128) for tp in (2, 4)]
+    shapes = ((12, 49152), (4, 262144))  # blocks, vocabulary
+    return small + [share_of_floor(b, 640, tp=4, sequences=8, length=128, vocabulary=v) for b, v in shapes]
+
+
+def _rate(rows: int, inner: int, columns: int) -> float:
+    """Return the floating-point operations per second of a product [rows, inner] x [inner, columns]."""
+    a, b = torch.randn(rows, inner), torch.randn(columns, inner)
+    torch.nn.functional.linear(a, b)
+    times = max(2, round(4e10 / (2 * a.numel() * columns)))
+    seconds, _ = timed(lambda: [torch.nn.functional.linear(a, b) for _ in range(times)])
+    return times * 2 * a.numel() * columns / seconds
 
 
 def _grown(connection, what: str, blocks: int, width: int, vocabulary: int) -> None:
@@ -311,7 +341,7 @@ def main() -> None:
         name = f"{name}, {length} tokens a sequence"
         row(name, tp, session.load(), text.calibration, BOTH, 0.08)
     for name, run in (
-        ("floor", lambda: [share_of_floor(4, 1024, tp, 8, 128) for tp in (2, 4)]),
+        ("floor", floors),
         ("memory", lambda: [memory(24, 256, VOCABULARY), memory(24, 256, 32000)]),
         ("killed", lambda: killed(options.kills)),
     ):

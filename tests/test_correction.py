@@ -11,7 +11,8 @@ from spd_calib.formats.profile import Fisher
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.sensitivity.correction import factors, joined, random_effects
 from spd_calib.sensitivity.fisher import DRAWS, predict
-from spd_calib.sensitivity.metrics import FIELDS, Tally
+from spd_calib.sensitivity.metrics import Tally
+from spd_calib.sensitivity.predictions import FIELDS
 
 TOKENS = 10
 

@@ -10,8 +10,9 @@ from predictors import predictor
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import NOTHING_DROPPED, Drop, Drops, Point, Strategy
 from spd_calib.parallel.model import TensorParallelLM
-from spd_calib.sensitivity import measure as measuring
-from spd_calib.sensitivity.measure import Reference, Subject, measure
+from spd_calib.sensitivity import reference as comparing
+from spd_calib.sensitivity.measure import Subject, measure
+from spd_calib.sensitivity.reference import Reference
 
 KEEP, DROP, PLAIN = Strategy.KEEP_SYNC, Strategy.BLOCK_DROP, Strategy.PLAIN_DROP
 SEQUENCES = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (12, 9, 16, 7, 12)]
@@ -25,7 +26,8 @@ def attentions(blocks, strategy) -> Drops:
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_measuring_equals_the_reference_run_whole(family, monkeypatch):
     """Prefix sharing, batching, padding and chunking change nothing."""
-    monkeypatch.setattr(measuring, "LOGITS_AT_A_TIME", 131 * 5)  # several chunks a sequence
+    monkeypatch.setattr(comparing, "CPU_TILE", (5, 20))  # several a sequence; 131 tokens, 33 or fewer a rank
+    monkeypatch.setattr(comparing, "HELD_BYTES", 2 * 20 * 64 * 4)  # two plans at a time, or three
     dense = tiny.build(family)
     lm = TensorParallelLM.simulated(tiny.build(family), 4)
     plans = [
@@ -117,17 +119,16 @@ def test_the_model_is_left_dense_and_what_it_ran_before_does_not_count():
         assert measure(Subject(lm), SEQUENCES, plans=plans) == expected
 
 
-@pytest.mark.parametrize("held", [0, 2**24])
-def test_streams_that_differ_are_compared_rank_by_rank(monkeypatch, held):
-    """Whether the dense model's log-probabilities are held or computed anew."""
-    monkeypatch.setattr(measuring, "LOGITS_HELD", held)
+def test_streams_that_differ_are_compared_rank_by_rank():
     lm = TensorParallelLM.simulated(tiny.build("llama"), 4)
     ids, lengths, drops = tiny.tokens(2, 8), [8, 8], attentions([1, 2], PLAIN)
     recording = lm.record(ids)
-    tally = Reference(lm, recording.final, input_ids=ids, lengths=lengths).compare(lm.resume(recording, drops))
+    reference = Reference(lm, recording.final, input_ids=ids, lengths=lengths)
+    same, tally = reference.compare([reference.hidden, reference.streams(lm.resume(recording, drops))])
     with lm.running(drops):
         expected = naive(lm.logits(recording.final)[:, :-1], lm(ids)[:, :-1], ids[:, 1:])
     agrees(tally.comparison(), expected)
+    assert same.state() == reference.tally().state() and same.kl() == 0
 
 
 def test_blocks_that_all_plans_run_alike_are_run_once():

@@ -5,21 +5,24 @@ import math
 import pytest
 import torch
 from naive_metrics import agrees, naive
+from tiles import metrics_of_logits
 
 from spd_calib.errors import InputError
-from spd_calib.sensitivity.metrics import FIELDS, Tally, log_prob_metrics, token_metrics
+from spd_calib.sensitivity.metrics import Tally
+from spd_calib.sensitivity.predictions import FIELDS
 
 LOG2, LOG4 = math.log(2), math.log(4)
 
 
-def test_token_metrics_equal_a_loop():
+@pytest.mark.parametrize("part", [1, 5, 19])
+def test_token_metrics_equal_a_loop(part):
     torch.manual_seed(0)
     dense, planned = torch.randn(3, 7, 19) * 2, torch.randn(3, 7, 19) * 2
     targets = torch.randint(0, 19, (3, 7))
     tally = Tally()
     lengths = (7, 4, 2)
     for i, n in enumerate(lengths):
-        rows, largest = token_metrics(dense[i, :n], planned[i, :n], targets[i, :n])
+        rows, largest = metrics_of_logits(dense[i, :n], planned[i, :n], targets[i, :n], part=part)
         tally.sums.append(rows.sum(0))
         tally.tokens.append(n)
         tally.max_abs_logprob_diff = max(tally.max_abs_logprob_diff, largest)
@@ -43,8 +46,8 @@ def test_one_token_of_three_words():
     """p = (1/2, 1/4, 1/4), q = (1/4, 1/2, 1/4): KL = 1/2 log 2 - 1/4 log 2."""
     p, q = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.25, 0.5, 0.25]])
     for found, largest in (
-        token_metrics(p.log() + 3, q.log() - 1, torch.tensor([1])),  # logits: any constant may be added
-        log_prob_metrics(p.log(), q.log(), torch.tensor([1])),
+        metrics_of_logits(p.log() + 3, q.log() - 1, torch.tensor([1]), part=2),  # any constant may be added
+        metrics_of_logits(p.log(), q.log(), torch.tensor([1])),
     ):
         assert found.dtype == torch.float64 and found.shape == (1, len(FIELDS))
         assert found[0].tolist() == pytest.approx([LOG4, LOG2, LOG2 / 4, 0, 1, 0], abs=1e-6)
@@ -53,9 +56,34 @@ def test_one_token_of_three_words():
 
 def test_half_precision_is_raised_before_the_softmax():
     p, q = torch.tensor([[3.0, 1.0]]).half(), torch.tensor([[1.0, 3.0]]).half()
-    found, _ = token_metrics(p, q, torch.tensor([0]))
+    found, _ = metrics_of_logits(p, q, torch.tensor([0]))
     exact = 2 * (math.exp(3) - math.exp(1)) / (math.exp(3) + math.exp(1))
     assert found[0, 2].item() == pytest.approx(exact, abs=1e-6)
+
+
+@pytest.mark.parametrize("part", [1, 2, 5])
+def test_of_equal_logits_the_first_token_is_the_prediction(part):
+    """As argmax has it: what bfloat16 rounds to one number is common."""
+    dense, planned = torch.tensor([[1.0, 3.0, 3.0, 0.0, 3.0]]), torch.tensor([[2.0, 1.0, 2.0, 2.0, 1.0]])
+    for target in range(5):
+        found, _ = metrics_of_logits(dense, planned, torch.tensor([target]), part=part)
+        assert found[0, 3:].tolist() == [target == 1, target == 0, False]
+    assert metrics_of_logits(dense, dense, torch.tensor([2]), part=part)[0][0, 3:].tolist() == [0, 0, 1]
+
+
+def test_a_plan_far_off_costs_what_it_costs():
+    """Logits hundreds apart, where the probabilities of either underflow in float32."""
+    torch.manual_seed(0)
+    dense, planned = torch.randn(6, 40) * 200, torch.randn(6, 40) * 300 + 1000
+    found, largest = metrics_of_logits(dense, planned, torch.arange(6))
+    p, q = dense.double().log_softmax(-1), planned.double().log_softmax(-1)
+    assert torch.allclose(found[:, 2], (p.exp() * (p - q)).sum(-1), rtol=1e-6)
+    assert largest == pytest.approx((p - q).abs().max().item(), rel=1e-6)
+    for at in ("dense", "planned"):
+        with_nan = {"dense": dense.clone(), "planned": planned.clone()}
+        with_nan[at][2, 7] = math.nan
+        kl = metrics_of_logits(with_nan["dense"], with_nan["planned"], torch.arange(6))[0][:, 2]
+        assert kl.isfinite().tolist() == [True, True, False, True, True, True]
 
 
 @pytest.mark.parametrize(("shift", "sign"), [(0.7, 1), (-0.7, -1)])
@@ -63,7 +91,8 @@ def test_the_largest_difference_has_no_sign(shift, sign):
     p = torch.tensor([[0.0, 0.0, 0.0, 0.0]]).log_softmax(-1)
     q = p.clone()
     q[0, 2] += shift
-    assert log_prob_metrics(p, q, torch.tensor([0]))[1] == pytest.approx(0.7, abs=1e-6)
+    q[0, [0, 1, 3]] = math.log((1 - math.exp(q[0, 2])) / 3)
+    assert metrics_of_logits(p, q, torch.tensor([0]))[1] == pytest.approx(0.7, abs=1e-6)
 
 
 def test_means_are_over_tokens_and_errors_over_sequences():

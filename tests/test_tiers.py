@@ -12,7 +12,8 @@ from spd_calib.formats.files import read
 from spd_calib.formats.profile import Profile
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.sensitivity.measure import Subject
-from spd_calib.sensitivity.metrics import FIELDS, Tally
+from spd_calib.sensitivity.metrics import Tally
+from spd_calib.sensitivity.predictions import FIELDS
 from spd_calib.sensitivity.profile import experiments, profile
 from spd_calib.sensitivity.tiers import Stopping, tiers
 

@@ -1,6 +1,7 @@
 """From the ranks' streams to logits: the final norm, and an output head cut over the vocabulary."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,20 @@ class FinalNorm(nn.Module):
         return torch.cat([self.norm(s.read(i)) for i in range(len(s.written_off))]).as_subclass(PerRank)
 
 
+@dataclass(frozen=True)
+class VocabularyPart:
+    """Consecutive tokens of the vocabulary, from id `first` on, whose logits one rank computes."""
+
+    rank: int  # index among the ranks of this process
+    first: int
+    weight: Tensor  # [tokens, d]
+    bias: Tensor | None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits [N, tokens] of the rank's hidden states [N, d]."""
+        return nn.functional.linear(hidden, self.weight, self.bias)
+
+
 class VocabParallelHead(nn.Module):
     """An output head of which each rank computes a contiguous part from its own stream; the last may be shorter."""
 
@@ -42,6 +57,7 @@ class VocabParallelHead(nn.Module):
         self.vocab_size = head.out_features
         own = [vocabulary_slice(self.vocab_size, rank=rank, tp=comm.size) for rank in comm.ranks]
         self.rows = [ALL] if is_cut(head) else own  # of the weight held here: a slice for each rank of this process
+        self.first = [rows.start for rows in own]  # token id of each of these ranks
         self.width = -(-self.vocab_size // comm.size)
 
     def cut_at(self, rows: Sequence[slice]) -> None:
@@ -51,6 +67,15 @@ class VocabParallelHead(nn.Module):
         engine that cuts the vocabulary elsewhere.
         """
         self.rows = list(rows)
+        self.first = [part.start for part in rows]
+
+    def parts(self, size: int) -> Iterator[VocabularyPart]:
+        """Yield what the ranks of this process compute, at most `size` tokens of the vocabulary at a time."""
+        for rank, (rows, first) in enumerate(zip(self.rows, self.first, strict=True)):
+            weight, bias = self.weight[rows], None if self.bias is None else self.bias[rows]
+            for start in range(0, len(weight), size):
+                some = slice(start, start + size)
+                yield VocabularyPart(rank, first + start, weight[some], None if bias is None else bias[some])
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return logits [B, T, V] for hidden [B, T, d], or for PerRank."""

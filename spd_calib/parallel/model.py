@@ -185,7 +185,10 @@ class TensorParallelLM:
 
     def logits_with_gradients(self, final: Tensor) -> Tensor:
         """Return what `logits` does, and let gradients through where they are enabled."""
-        logits = self.head(final)
+        return self.scaled_logits(self.head(final))
+
+    def scaled_logits(self, logits: Tensor) -> Tensor:
+        """Return the model's logits, [..., any part of the vocabulary], from what its head gives."""
         return logits if self._logits_divisor == 1.0 else logits / self._logits_divisor
 
     def refuse_nonfinite(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:

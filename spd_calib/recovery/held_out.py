@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from spd_calib.parallel.model import Recording
-from spd_calib.sensitivity.measure import Reference, batches
-from spd_calib.sensitivity.metrics import FIELDS, Tally
+from spd_calib.sensitivity.measure import batches
+from spd_calib.sensitivity.metrics import Tally
+from spd_calib.sensitivity.predictions import FIELDS
+from spd_calib.sensitivity.reference import Reference
 from spd_calib.sensitivity.standard_error import ratio_and_stderr
 
 from .planned_model import PlannedModel
@@ -44,7 +46,8 @@ class HeldOut:
             reference = Reference(
                 self.model.lm, batch.recording.final, input_ids=batch.input_ids, lengths=batch.lengths
             )
-            tally.add(reference.compare(self.model.run(batch.recording)))
+            (found,) = reference.compare([reference.streams(self.model.run(batch.recording))])
+            tally.add(found)
         return tally
 
 

@@ -17,7 +17,8 @@ variance; for a sync point that was not measured it is log P_i + mu.
 import torch
 from torch import Tensor
 
-from .metrics import FIELDS, Tally
+from .metrics import Tally
+from .predictions import FIELDS
 
 BROKEN = 0.2  # KL, nats per token, beyond which second order says nothing of a sync point, nor it of the others
 NOISE = 1e-6  # KL below which float32 rounds away what a ratio would tell

@@ -1,5 +1,6 @@
 """Estimating what a profile costs before it is run: counted, and timed on a few sequences."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,12 @@ from spd_calib.formats.drops import NOTHING_DROPPED, Drops, Point, Sublayer
 from spd_calib.parallel.model import TensorParallelLM
 
 from .fisher import DRAWS, block_drop_of, first_samples
-from .measure import LOGITS_AT_A_TIME, LOGITS_HELD, Reference, batches
-from .scores import score
+from .measure import batches
+from .reference import Reference, plans_at_a_time
+from .scores import LOGITS_AT_A_TIME, score
 
 TIMED_SEQUENCES = 2
-LOGITS_COMPARED = 4  # float32 tensors of LOGITS_AT_A_TIME alive at once while a plan is compared
+LOGITS_SCORED = 4  # float32 tensors of LOGITS_AT_A_TIME alive at once while sync points are scored
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,19 @@ def estimate(
     first = _First(lm, sequences)
     blocks, begins = lm.num_blocks, [drops.first_difference(NOTHING_DROPPED) for drops in plans]
     suffixes = [0.0 if begin is None else (blocks - begin) / blocks for begin in begins]
-    head = _seconds(lm, lambda: first.reference.compare(first.recording.final.clone()))
-    seconds = (1 + sum(suffixes)) * first.forward_seconds() + (1 + len(plans)) * head
+    positions = _positions(sequences, batch_size)
+    together = min(plans_at_a_time(lm, positions), max(len(plans), 1))
+    dense = _seconds(lm, first.make_reference)  # of going through the vocabulary; once more for plans compared together
+    both = _seconds(lm, lambda: first.reference.compare([first.reference.hidden]))
+    seconds = (1 + sum(suffixes)) * first.forward_seconds()
+    seconds += (1 + math.ceil(len(plans) / together)) * dense + len(plans) * max(both - dense, 0)
     return _estimate(
         lm,
         sequences,
         batch_size=batch_size,
         forwards=1 + sum(suffixes),
         seconds=seconds * first.scale,
-        streams=blocks + 2,
+        streams=blocks + 2 + together,
     )
 
 
@@ -80,8 +86,7 @@ def estimate_fisher(
 
     def run() -> None:
         finals = [lm.resume(first.recording, middle) for _ in range(DRAWS)]
-        for final in finals:
-            first.reference.compare(final)
+        first.reference.compare([first.reference.streams(final) for final in finals])
         score(
             lm,
             first.recording,
@@ -102,6 +107,7 @@ def estimate_fisher(
         forwards=seconds / whole,
         seconds=seconds * first.scale,
         streams=streams,
+        logits=LOGITS_AT_A_TIME,
     )
     return estimated, samples
 
@@ -114,8 +120,12 @@ class _First:
         self.lm = lm
         self.input_ids, self.lengths = next(batches(few, len(few), lm.device))
         self.recording = lm.record(self.input_ids)
-        self.reference = Reference(lm, self.recording.final, input_ids=self.input_ids, lengths=self.lengths)
+        self.reference = self.make_reference()
         self.scale = sum(map(len, sequences)) / sum(map(len, few))
+
+    def make_reference(self) -> Reference:
+        """Return what plans are compared with on these sequences."""
+        return Reference(self.lm, self.recording.final, input_ids=self.input_ids, lengths=self.lengths)
 
     def forward_seconds(self) -> float:
         """Return the time of one forward through all blocks."""
@@ -140,24 +150,29 @@ def _estimate(
     forwards: float,
     seconds: float,
     streams: int,
+    logits: int = 0,
 ) -> Estimate:
     """Return the estimate, its peak computed from the shapes of the model and of the largest batch.
 
-    `streams` counts the tensors of the size of a batch's residual stream that are held beside a block's own work.
+    `streams` counts the tensors of the size of a batch's residual stream that are held beside a block's own work,
+    `logits` the numbers in each of the LOGITS_SCORED tensors of logits.
     """
     parameters = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in lm.model.parameters()}
     weights, size = sum(parameters.values()), next(lm.model.parameters()).element_size()
-    positions = max(
+    positions = _positions(sequences, batch_size)
+    first = lm.blocks[0]
+    inner = max(p.shape[-2] for mlp in first.mlps for p in mlp.parameters() if p.dim() >= 2)
+    block = positions * size * ((2 * len(first.mlps) + 4) * first.width + 3 * inner)  # partial sums, MLP of one rank
+    stream = positions * first.width * size
+    scored = min(positions * lm.head.vocab_size, logits) * LOGITS_SCORED * 4
+    peak = weights + streams * stream + max(block, scored + 2 * stream)
+    return Estimate(-(-len(sequences) // batch_size), sum(map(len, sequences)), forwards, seconds, weights, peak)
+
+
+def _positions(sequences: Sequence[Sequence[int]], batch_size: int) -> int:
+    """Return how many positions the largest batch has, padding included."""
+    return max(
         len(rows) * max(map(len, rows))
         for start in range(0, len(sequences), batch_size)
         if (rows := sequences[start : start + batch_size])
     )
-    first = lm.blocks[0]
-    inner = max(p.shape[-2] for mlp in first.mlps for p in mlp.parameters() if p.dim() >= 2)
-    block = positions * size * ((2 * len(first.mlps) + 4) * first.width + 3 * inner)  # partial sums, MLP of one rank
-    vocabulary = lm.head.vocab_size
-    logits = min(positions * vocabulary, LOGITS_AT_A_TIME) * LOGITS_COMPARED * 4
-    held = positions * vocabulary * 4 if positions * vocabulary <= LOGITS_HELD else 0
-    stream = positions * first.width * size
-    peak = weights + streams * stream + max(block, logits + 2 * stream) + held
-    return Estimate(-(-len(sequences) // batch_size), sum(map(len, sequences)), forwards, seconds, weights, peak)

@@ -40,8 +40,9 @@ from spd_calib.parallel.model import TensorParallelLM
 
 from .correction import BROKEN, MeasuredDrops, factors, joined
 from .journal import Journal, once
-from .measure import Reference, batches
+from .measure import batches
 from .metrics import Tally
+from .reference import Reference
 from .scores import Term, score
 from .standard_error import ratio_and_stderr
 
@@ -133,7 +134,7 @@ class _BatchOfPass:
         recording = self.lm.record(input_ids)
         reference = Reference(self.lm, recording.final, input_ids=input_ids, lengths=lengths)
         finals = [self.lm.resume(recording, block_drop_of(point)) for point in self.drawn]
-        tallies = [reference.compare(final) for final in finals]
+        tallies = reference.compare([reference.streams(final) for final in finals])
         by_term = score(
             self.lm,
             recording,
@@ -146,7 +147,7 @@ class _BatchOfPass:
         d = torch.stack([by_term[term] for term in self.terms], dim=-1).double()
         return {
             "scores": d.tolist(),
-            "dense": (reference.compare(recording.final) if self.first else Tally()).state(),
+            "dense": (reference.tally() if self.first else Tally()).state(),
             "dropped": [tally.state() for tally in tallies],
             "generator": generator.get_state().numpy().tobytes().hex(),
         }

@@ -19,11 +19,10 @@ from spd_calib.parallel.model import Recording, TensorParallelLM
 
 from .journal import Journal, once
 from .lockstep import at_a_time, run_in_lockstep
-from .metrics import Tally, log_prob_metrics
+from .metrics import Tally
+from .reference import Reference, plans_at_a_time
 from .tiers import Stopping
 
-LOGITS_AT_A_TIME = 2**22  # float32 logits compared at once: 16 MiB a tensor
-LOGITS_HELD = 2**24  # log-probabilities of the dense model held for a batch, 64 MiB; beyond that computed anew
 Tick = Callable[[int, Tally | None], None]  # (index of the plan, its tally so far), after each batch
 
 
@@ -64,6 +63,7 @@ def measure(
 
     Only one batch's hidden states are held at a time. Each plan is run from those that enter the first block in which
     it drops something; the plans of a model that is read from disk go through its blocks in lockstep (lockstep.py).
+    What leaves the final norm is held for some plans, which then go through the vocabulary together (reference.py).
 
     Raises InputError that names the block where NaN or Inf first appears, if any does.
     """
@@ -75,11 +75,7 @@ def measure(
     while active or first_pass:
         for number, (input_ids, lengths) in enumerate(batches(sequences, batch_size, subject.lm.device)):
             wanted = [plans[i] for i in sorted(active) if seen[i] == number]
-            batch: _Recorded | _InLockstep
-            if subject.lm.streamed:
-                batch = _InLockstep(subject, input_ids, lengths, plans=wanted)
-            else:
-                batch = _Recorded(subject, input_ids, lengths)
+            batch = _Batch(subject, input_ids, lengths, plans=wanted)
             if first_pass:
                 found = Tally.of_state(once(journal, (number, "dense"), batch.dense))
                 _check_finite(found, subject.dense, input_ids)
@@ -109,71 +105,61 @@ def _check_finite(tally: Tally, lm: TensorParallelLM, input_ids: Tensor, *, drop
             lm.refuse_nonfinite(input_ids)
 
 
-class _Recorded:
-    """One batch on a model in memory: recorded once, resumed for every plan.
+class _Batch:
+    """One batch of token ids [B, T]: the dense model and `plans`, as many at a time as memory allows.
 
     Nothing is run before `dense` or `planned` asks for it, since a journal may hold all that is wanted of the batch.
     """
 
-    def __init__(self, subject: Subject, input_ids: Tensor, lengths: list[int]):
-        self.subject, self.input_ids, self.lengths = subject, input_ids, lengths
+    def __init__(self, subject: Subject, input_ids: Tensor, lengths: list[int], *, plans: Sequence[Drops]):
+        self.subject, self.input_ids, self.lengths, self.plans = subject, input_ids, lengths, plans
+        self.reference: Reference | None = None
+        self.found: dict[Drops, Tally] = {}
+
+    def dense(self) -> dict:
+        return (self.reference or self._run(0)).tally().state()
+
+    def planned(self, drops: Drops) -> dict:
+        if drops not in self.found:
+            self._run(self.plans.index(drops))
+        return self.found[drops].state()
+
+    def _run(self, first: int) -> Reference:
+        """Run and compare as many plans as memory allows, from index `first` on; return what they are compared with."""
+        self.found = {}
+        run = self._in_lockstep if self.subject.lm.streamed else self._resumed
+        reference, some, streams = run(first)
+        self.found = dict(zip(some, reference.compare(streams), strict=True))
+        return reference
+
+    def _resumed(self, first: int) -> tuple[Reference, Sequence[Drops], list[Tensor]]:
+        """Run plans of a model in memory: the batch is recorded once, and resumed for each of them."""
+        lm, dense, recording = self.subject.lm, self.subject.dense, self.recording
+        if self.reference is None:
+            final = recording.final
+            if dense is not lm or self.subject.always:
+                with dense.running(NOTHING_DROPPED):
+                    final = dense.record(self.input_ids).final
+            self.reference = Reference(lm, final, input_ids=self.input_ids, lengths=self.lengths)
+        reference = self.reference
+        some = self.plans[first : first + plans_at_a_time(lm, len(reference.targets))]
+        return reference, some, [reference.streams(lm.resume(recording, recording.drops | drops)) for drops in some]
 
     @cached_property
     def recording(self) -> Recording:
         with self.subject.lm.running(self.subject.always):
             return self.subject.lm.record(self.input_ids)
 
-    @cached_property
-    def reference(self) -> "Reference":
-        dense = self.subject.dense
-        if dense is self.subject.lm and not self.subject.always:
-            final = self.recording.final
-        else:
-            with dense.running(NOTHING_DROPPED):
-                final = dense.record(self.input_ids).final
-        return Reference(self.subject.lm, final, input_ids=self.input_ids, lengths=self.lengths)
-
-    def dense(self) -> dict:
-        return self.reference.compare(self.reference.final).state()
-
-    def planned(self, drops: Drops) -> dict:
-        final = self.subject.lm.resume(self.recording, self.recording.drops | drops)
-        return self.reference.compare(final).state()
-
-
-class _InLockstep:
-    """One batch on a model that is read from disk: the dense model and `plans`, as many at a time as memory allows.
-
-    Used as _Recorded is; nothing is run before it is asked for here, either.
-    """
-
-    def __init__(self, subject: Subject, input_ids: Tensor, lengths: list[int], *, plans: Sequence[Drops]):
-        self.subject, self.input_ids, self.lengths, self.plans = subject, input_ids, lengths, plans
-        self.finals: dict[Drops, Tensor] = {}
-        self.reference: Reference | None = None
-
-    def dense(self) -> dict:
-        reference = self._run(0)
-        return reference.compare(reference.final).state()
-
-    def planned(self, drops: Drops) -> dict:
-        reference = self.reference
-        if reference is None or drops not in self.finals:
-            reference = self._run(self.plans.index(drops))
-        return reference.compare(self.finals[drops]).state()
-
-    def _run(self, first: int) -> "Reference":
-        """Run as many plans as memory allows, from index `first` on; return what they are compared with."""
-        self.finals = {}
+    def _in_lockstep(self, first: int) -> tuple[Reference, Sequence[Drops], list[Tensor]]:
+        """Run plans of a model that is read from disk: they go through its blocks together."""
         lm, original = self.subject.lm, self.subject.original
         some = self.plans[first : first + at_a_time(lm, self.input_ids)]
         final, finals = run_in_lockstep(lm, self.input_ids, [self.subject.always | drops for drops in some])
-        self.finals = dict(zip(some, finals, strict=True))
         if self.reference is None:
             if original is not None:
                 final, _ = run_in_lockstep(original, self.input_ids, [])
             self.reference = Reference(lm, final, input_ids=self.input_ids, lengths=self.lengths)
-        return self.reference
+        return self.reference, some, [self.reference.streams(final) for final in finals]
 
 
 def batches(sequences: Sequence[Sequence[int]], size: int, device: torch.device) -> Iterator[tuple[Tensor, list[int]]]:
@@ -184,52 +170,3 @@ def batches(sequences: Sequence[Sequence[int]], size: int, device: torch.device)
     for start in range(0, len(sequences), size):
         rows = [torch.tensor(s) for s in sequences[start : start + size]]
         yield torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device), [len(r) for r in rows]
-
-
-class Reference:
-    """The dense model's predictions for one batch of token ids [B, T], with which any number of plans are compared.
-
-    `final` [B, T, d] is what left the dense model's final norm. Its log-probabilities are kept for all comparisons
-    where they are at most LOGITS_HELD numbers.
-    """
-
-    def __init__(self, lm: TensorParallelLM, final: Tensor, *, input_ids: Tensor, lengths: Sequence[int]):
-        self.lm, self.final, self.lengths = lm, final, lengths
-        self.predicting = torch.arange(final.shape[1])[None] < torch.tensor(lengths)[:, None] - 1  # [B, T]
-        self.predicting = self.predicting.to(final.device)
-        self.targets = input_ids[:, 1:][self.predicting[:, :-1]]
-        tokens, vocabulary = len(self.targets), lm.head.vocab_size
-        step = max(1, LOGITS_AT_A_TIME // vocabulary)
-        self.chunks = [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
-        self.held: Tensor | None = None  # log-probabilities [N, V], in one piece: many would leave holes in the heap
-        if tokens * vocabulary <= LOGITS_HELD:
-            held = final.new_empty(tokens, vocabulary, dtype=torch.float32)
-            for chunk in self.chunks:
-                held[chunk] = self._log_probs(final[None, self.predicting], chunk)
-            self.held = held
-
-    def compare(self, planned: Tensor) -> Tally:
-        """Compare what left a plan's final norm, [B, T, d] or head.PerRank, with what left the dense model's.
-
-        Returns a tally of the batch's sequences. `planned` may be `final` itself: the dense model with itself.
-        """
-        streams = planned.unflatten(0, (-1, len(self.lengths)))[:, self.predicting]  # [1 or ranks, N, d]
-        # `dense` is not looked at where self.held is there: any tensor will do
-        dense = streams if planned is self.final or self.held is not None else self.final[None, self.predicting]
-        rows, tally = [], Tally()
-        for chunk in self.chunks:
-            log_p = self._log_probs(dense, chunk) if self.held is None else self.held[chunk]
-            log_q = log_p if planned is self.final else self._log_probs(streams, chunk)
-            found, largest = log_prob_metrics(log_p, log_q, self.targets[chunk])
-            rows.append(found.cpu())
-            tally.max_abs_logprob_diff = max(tally.max_abs_logprob_diff, largest)
-        tally.tokens = [length - 1 for length in self.lengths]
-        tally.sums = [of_sequence.sum(0) for of_sequence in torch.cat(rows).split(tally.tokens)]
-        return tally
-
-    def _log_probs(self, hidden: Tensor, chunk: slice) -> Tensor:
-        """Return log-probabilities [n, V] of some of the positions of `hidden` [1 or ranks, N, d].
-
-        To the head these are one sequence of n tokens: [B, T, d] or head.PerRank with B = 1.
-        """
-        return self.lm.logits(hidden[:, chunk])[0].float().log_softmax(-1)

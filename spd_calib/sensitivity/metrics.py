@@ -1,4 +1,4 @@
-"""The metrics of a plan against the dense model, token by token (docs/design.md, section 3).
+"""The metrics of a plan against the dense model, over all tokens (docs/design.md, section 3).
 
 Sums are kept per sequence: a mean is over all predicted tokens, its standard error over sequences, since the
 tokens of one are not independent.
@@ -13,35 +13,10 @@ from torch import Tensor
 from spd_calib.errors import InputError
 from spd_calib.formats.profile import Baseline, Comparison
 
+from .predictions import FIELDS
 from .standard_error import ratio_and_stderr
 
 MAX_NLL = 709  # nats: exp of it is still a float
-FIELDS = ("nll_dense", "nll", "kl", "correct_dense", "correct", "agree")
-
-
-def token_metrics(dense: Tensor, planned: Tensor, targets: Tensor) -> tuple[Tensor, float]:
-    """Return FIELDS of every token, [N, 6] float64, and the largest |delta log p|, from logits [N, V] and targets [N].
-
-    KL(dense || planned) is exact: over the whole vocabulary, in float32.
-    """
-    return log_prob_metrics(dense.float().log_softmax(-1), planned.float().log_softmax(-1), targets)
-
-
-def log_prob_metrics(log_p: Tensor, log_q: Tensor, targets: Tensor) -> tuple[Tensor, float]:
-    """Return what token_metrics does, from log-probabilities [N, V] float32 of the dense and the planned model."""
-    best_p, best_q = log_p.argmax(-1), log_q.argmax(-1)
-    nll_dense, nll = (-x.gather(-1, targets[:, None])[:, 0] for x in (log_p, log_q))
-    difference = log_p - log_q
-    smallest, largest = difference.aminmax()
-    columns = (
-        nll_dense,
-        nll,
-        difference.mul_(log_p.exp()).sum(-1),
-        best_p == targets,
-        best_q == targets,
-        best_p == best_q,
-    )
-    return torch.stack([c.double() for c in columns], dim=-1), max(-smallest.item(), largest.item())
 
 
 def perplexity(nll: float) -> float:

@@ -14,8 +14,7 @@ from spd_calib.parallel.block import Block
 from spd_calib.parallel.model import Recording, TensorParallelLM
 from spd_calib.parallel.streams import Streams, defer, keep
 
-from .measure import LOGITS_AT_A_TIME
-
+LOGITS_AT_A_TIME = 2**22  # float32 logits and their scores held at once: 16 MiB a tensor
 Term = tuple[Point, ...]  # one sync point, or two consecutive ones: what they change beyond their sum
 
 

@@ -11,7 +11,8 @@ from scipy import stats
 from spd_calib.errors import InputError
 from spd_calib.formats.profile import Comparison
 
-from .metrics import FIELDS, Tally
+from .metrics import Tally
+from .predictions import FIELDS
 
 Tier = Literal["insensitive", "sensitive", "extremely sensitive"]
 SHARES_OF_MEAN = (1 / 4, 1.0)  # the thresholds between the tiers, of the blocks' mean KL
