@@ -12,7 +12,7 @@ import typer
 
 from spd_calib.cli.main import app
 from spd_calib.formats.files import FORMATS, schema
-from spd_calib.models.architecture import LAYERS
+from spd_calib.models.architecture import LAYERS, LayerNames
 from spd_calib.runtimes.vllm.layers import FORMS
 
 os.environ["COLUMNS"], os.environ["NO_COLOR"] = "100", "1"
@@ -63,7 +63,7 @@ def architectures_page() -> str:
     after = rest.split(TABLE[1])[1]
     lines = ["| transformers' class | form | simulation, torchrun | vLLM |\n|---|---|---|---|\n"]
     for row in LAYERS.values():
-        form = ["scaled" if row.scale else "pre-norm"]
+        form = [_form(row)]
         form += ["q, k and v in one layer"] if len(row.qkv) == 1 else []
         form += ["mixture of experts"] if row.experts else []
         form += ["gate and up in one layer"] if any("gate_up" in name for name in row.mlp_in) else []
@@ -71,6 +71,13 @@ def architectures_page() -> str:
             vllm = "both sync points" if name in FORMS else "refused"
             lines.append(f"| {name} | {'; '.join(form)} | both sync points | {vllm} |\n")
     return "".join([before, TABLE[0], *lines, TABLE[1], after])
+
+
+def _form(row: LayerNames) -> str:
+    """Return what the page calls the residual form of a row (docs/design.md, section 2)."""
+    if row.attention_out_norm:
+        return ("sandwich" if row.norm1 else "post-norm") + (", scaled" if row.scale else "")
+    return "scaled" if row.scale else "pre-norm"
 
 
 def _first(part: dict) -> str:

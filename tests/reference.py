@@ -7,10 +7,13 @@ kept apart (section 2 of the design):
     x      the part of the residual stream that all ranks share
     w[i]   what rank i keeps for itself for good, written off by plain_drop
     p[i]   what rank i still owes the others, until the next sync point that is kept
+
+Where a sub-layer's output goes through a norm before it is added, what a rank owes waits in `late`, one entry for each
+sub-layer, until the next sync point that is kept; meanwhile the rank reads the norm of its own share for it.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import experts
 import torch
@@ -50,6 +53,14 @@ OPT_NAMES = {
     "down": "fc2",
     "last_norm": "model.decoder.final_layer_norm",
 }
+SANDWICH_NAMES = {
+    **LLAMA_NAMES,
+    "behind_attention": "post_attention_layernorm",
+    "n2": "pre_feedforward_layernorm",
+    "behind_mlp": "post_feedforward_layernorm",
+}
+GLM4_NAMES = {**LLAMA_NAMES, "behind_attention": "post_self_attn_layernorm", "behind_mlp": "post_mlp_layernorm"}
+POST_NORM_NAMES = {**SANDWICH_NAMES, "n1": None, "n2": None}
 APERTUS_NAMES = {**ARCEE_NAMES, "n1": "attention_layernorm", "n2": "feedforward_layernorm"}
 NAMES: dict[str, dict] = {
     "llama": LLAMA_NAMES,
@@ -70,7 +81,11 @@ NAMES: dict[str, dict] = {
     "stablelm": LLAMA_NAMES,
     "cwm": LLAMA_NAMES,
     "granite": LLAMA_NAMES,
-    "hyperclovax": LLAMA_NAMES,
+    "hyperclovax": {**LLAMA_NAMES, "behind_attention": "post_norm1", "behind_mlp": "post_norm2"},
+    "gemma2": SANDWICH_NAMES,
+    "gemma3_text": SANDWICH_NAMES,
+    "glm4": GLM4_NAMES,
+    "exaone4": POST_NORM_NAMES,
     "phi3": LLAMA_NAMES,
     "glm": LLAMA_NAMES,
     "mixtral": LLAMA_NAMES,
@@ -78,6 +93,9 @@ NAMES: dict[str, dict] = {
     "qwen3_moe": LLAMA_NAMES,
 }
 """Model type -> what the parts are called in its state dict; `gate` is None where the MLP has no gate."""
+
+GEMMA = ("gemma", "gemma2", "gemma3_text")
+"""Model types whose norms multiply by one more than their weight, and that scale their embeddings."""
 
 SCALED = ("granite", "hyperclovax")
 """Model types that multiply what their sub-layers add, their embeddings, and the products of queries and keys."""
@@ -115,6 +133,8 @@ def logits(
             out[row, real, words] = streams[rank] @ head[words].T
     if config.model_type == "granite":
         out = out / config.logits_scaling
+    if getattr(config, "final_logit_softcapping", None) is not None:
+        out = config.final_logit_softcapping * (out / config.final_logit_softcapping).tanh()
     return out
 
 
@@ -143,7 +163,7 @@ def _check(config: PreTrainedConfig, tp: int, strategies: Sequence[str], mlp_str
     assert set(strategies) <= set(ATTENTION_STRATEGIES) and set(mlp_strategies) <= set(MLP_STRATEGIES)
     assert mlp_strategies[blocks - 1] == "keep_sync", "nothing is left to settle the last block's debt"
     assert config.num_attention_heads % tp == 0 and _neurons(config) % tp == 0, "the TP degree does not divide"
-    if config.model_type != "opt":
+    if config.model_type not in ("opt", "gemma3_text"):
         assert config.rope_parameters["rope_type"] == "default", "plain rotary only"
 
 
@@ -161,48 +181,71 @@ def _streams(
     x = _embed(weights, config, ids)
     w = [torch.zeros_like(x) for _ in range(tp)]
     p = [torch.zeros_like(x) for _ in range(tp)]
+    late: list[Late] = []
     for block in range(config.num_hidden_layers):
         prefix = names["block"].format(block)
         part = {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
         part = _taken_apart(part, config)
-        times = config.residual_multiplier if config.model_type in SCALED else 1.0
-
-        shared_before = _norm(part, config, names["n1"], x)
-        attn = []
-        for rank in range(tp):
-            read = _norm(part, config, names["n1"], x + w[rank] + p[rank])
-            attn.append(times * _attention(part, config, block, rank, tp, read))
-        b_o = times * part.get(names["o"] + ".bias", torch.zeros_like(x[0]))
-        if strategies[block] == "keep_sync":
-            x, p = _settle(x, p, attn, b_o)
-        elif strategies[block] == "block_drop":
-            p = [p[rank] + attn[rank] for rank in range(tp)]
-            x = x + b_o
-        else:
-            w = [w[rank] + attn[rank] for rank in range(tp)]
-            x = x + b_o
-
+        shared_before = _norm(part, config, names["n1"], x) if experts.are_in(part) else x
         routed = None
-        if experts.are_in(part):
-            expected = torch.zeros_like(x)
-            if block in routers:
-                slope, bias = routers[block]
-                expected = shared_before @ slope + bias
-            routed = experts.choose(part, config, _norm(part, config, names["n2"], x + expected))
-        mlp = []
-        for rank in range(tp):
-            read = _norm(part, config, names["n2"], x + w[rank] + p[rank])
-            if routed is not None:
-                mlp.append(times * experts.partial(part, config, rank, tp, read, routed))
-                continue
-            mlp.append(times * _mlp(part, config, rank, tp, read))
-        b_d = times * part.get(names["down"] + ".bias", torch.zeros_like(x[0]))
-        if mlp_strategies[block] == "keep_sync":
-            x, p = _settle(x, p, mlp, b_d)
-        else:
-            p = [p[rank] + mlp[rank] for rank in range(tp)]
-            x = x + b_d
+        for norm, linear, behind, strategy in (
+            ("n1", "o", "behind_attention", strategies[block]),
+            ("n2", "down", "behind_mlp", mlp_strategies[block]),
+        ):
+            branch = _branch(part, config, names[linear] + ".bias", names.get(behind))
+            if linear == "down" and experts.are_in(part):
+                expected = torch.zeros_like(x)
+                if block in routers:
+                    slope, bias = routers[block]
+                    expected = shared_before @ slope + bias
+                routed = experts.choose(part, config, _norm(part, config, names["n2"], x + expected))
+            shares = []
+            for rank in range(tp):
+                read = x + w[rank] + p[rank] + sum(through(owed[rank]) for owed, through in late)
+                if names[norm] is not None:
+                    read = _norm(part, config, names[norm], read)
+                if linear == "o":
+                    shares.append(_attention(part, config, block, rank, tp, read))
+                elif routed is not None:
+                    shares.append(experts.partial(part, config, rank, tp, read, routed))
+                else:
+                    shares.append(_mlp(part, config, rank, tp, read))
+            if strategy == "keep_sync":
+                x = x + sum(p)
+                for owed, through in late:
+                    x = x + through(sum(owed))
+                x = x + branch(sum(shares))
+                p, late = [torch.zeros_like(x) for _ in p], []
+            elif strategy == "plain_drop" and names.get(behind):
+                w = [w[rank] + branch(shares[rank]) for rank in range(tp)]
+            elif names.get(behind):
+                late = [*late, (shares, branch)]
+            else:  # what joins is linear in the shares: each rank adds its own, and all of them the bias
+                b = branch(torch.zeros_like(x))
+                mine = [branch(shares[rank]) - b for rank in range(tp)]
+                x = x + b
+                if strategy == "plain_drop":
+                    w = [w[rank] + mine[rank] for rank in range(tp)]
+                else:
+                    p = [p[rank] + mine[rank] for rank in range(tp)]
+    assert not late
     return [_norm(weights, config, names["last_norm"], x + w[rank] + p[rank]) for rank in range(tp)]
+
+
+Late = tuple[list[Tensor], Callable[[Tensor], Tensor]]
+"""What every rank owes of one sub-layer, and what the sum of it becomes before it is added to the stream."""
+
+
+def _branch(part: dict[str, Tensor], config: PreTrainedConfig, bias: str, norm: str | None) -> Callable:
+    """What a sub-layer's output, its bias left out, becomes before it is added: + bias, normed, scaled."""
+
+    def through(out: Tensor) -> Tensor:
+        out = out + part.get(bias, torch.zeros_like(out))
+        if norm is not None:
+            out = _norm(part, config, norm, out)
+        return out * config.residual_multiplier if config.model_type in SCALED else out
+
+    return through
 
 
 def _taken_apart(part: dict[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
@@ -228,19 +271,11 @@ def _head_size(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _settle(x: Tensor, p: list[Tensor], partial: list[Tensor], bias: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """A sync point that is kept: every rank hands over what it owes and its share of this sub-layer."""
-    total = torch.zeros_like(x)
-    for rank in range(len(p)):
-        total = total + p[rank] + partial[rank]
-    return x + total + bias, [torch.zeros_like(x) for _ in p]
-
-
 def _embed(weights: dict[str, Tensor], config: PreTrainedConfig, ids: Tensor) -> Tensor:
     """What enters the first block, [length, hidden]."""
     table = weights[NAMES[config.model_type]["embedding"] + ".weight"]
     x = torch.stack([table[int(i)] for i in ids])
-    if config.model_type == "gemma":
+    if config.model_type in GEMMA:
         x = x * float(torch.tensor(config.hidden_size**0.5))  # rounded to float32, as transformers has it
     if config.model_type in SCALED:
         x = x * config.embedding_multiplier
@@ -253,7 +288,7 @@ def _embed(weights: dict[str, Tensor], config: PreTrainedConfig, ids: Tensor) ->
 def _norm(weights: dict[str, Tensor], config: PreTrainedConfig, name: str, x: Tensor) -> Tensor:
     """LayerNorm in the families of LAYER_NORM_EPS, else RMSNorm, over the last dimension."""
     weight = weights[name + ".weight"]
-    if config.model_type in ("gemma", "nemotron"):
+    if config.model_type in (*GEMMA, "nemotron"):
         weight = 1 + weight
     if config.model_type in LAYER_NORM_EPS:
         eps = getattr(config, LAYER_NORM_EPS[config.model_type] or "", 1e-5)
@@ -275,11 +310,11 @@ def _attention(part: dict[str, Tensor], config: PreTrainedConfig, block: int, ra
         q = _rows(part, names["q"], x, head * size, (head + 1) * size)
         k = _rows(part, names["k"], x, served_by * size, (served_by + 1) * size)
         v = _rows(part, names["v"], x, served_by * size, (served_by + 1) * size)
-        if config.model_type in ("qwen3", "qwen3_moe", "apertus"):
+        if config.model_type in ("qwen3", "qwen3_moe", "apertus", "gemma3_text", "exaone4"):
             q = _norm(part, config, "self_attn.q_norm", q)
             k = _norm(part, config, "self_attn.k_norm", k)
-        if config.model_type != "opt" and (config.model_type != "smollm3" or config.no_rope_layers[block]):
-            q, k = _rotate(q, config), _rotate(k, config)
+        if _has_rotary(config, block):
+            q, k = _rotate(q, config, block), _rotate(k, config, block)
         if config.model_type == "hunyuan_v1_dense":
             q = _norm(part, config, "self_attn.query_layernorm", q)
             k = _norm(part, config, "self_attn.key_layernorm", k)
@@ -291,7 +326,11 @@ def _attention(part: dict[str, Tensor], config: PreTrainedConfig, block: int, ra
         for t in range(x.shape[0]):
             first = 0 if window is None else max(0, t + 1 - window)
             times = config.attention_multiplier if config.model_type in SCALED else 1 / math.sqrt(size)
+            if config.model_type in ("gemma2", "gemma3_text"):
+                times = 1 / math.sqrt(config.query_pre_attn_scalar)
             scores = k[first : t + 1] @ q[t] * times
+            if config.model_type == "gemma2" and config.attn_logit_softcapping is not None:
+                scores = config.attn_logit_softcapping * (scores / config.attn_logit_softcapping).tanh()
             shares = (scores - scores.max()).exp()
             seen.append((shares / shares.sum()) @ v[first : t + 1])
         total = total + torch.stack(seen) @ part[names["o"] + ".weight"][:, head * size : (head + 1) * size].T
@@ -305,17 +344,27 @@ def _window(config: PreTrainedConfig, block: int) -> int | None:
     return window if kinds is None or kinds[block] == "sliding_attention" else None
 
 
-def _rotate(x: Tensor, config: PreTrainedConfig) -> Tensor:
+def _has_rotary(config: PreTrainedConfig, block: int) -> bool:
+    """Whether queries and keys of this block turn with their position."""
+    if config.model_type == "exaone4":
+        return config.sliding_window is None or config.layer_types[block] == "sliding_attention"
+    return config.model_type != "opt" and (config.model_type != "smollm3" or bool(config.no_rope_layers[block]))
+
+
+def _rotate(x: Tensor, config: PreTrainedConfig, block: int) -> Tensor:
     """Rotary position embedding, x [length, head size]: pairs of entries turn by position / theta^(2j/size).
 
     Pairs are j and j + half, in some families 2j and 2j + 1; in some only the first entries of a head turn at all.
     """
-    size = int(x.shape[1] * config.rope_parameters.get("partial_rotary_factor", 1.0))
+    rope = config.rope_parameters
+    if config.model_type == "gemma3_text":  # of its kind of block
+        rope = rope[config.layer_types[block]]
+    size = int(x.shape[1] * rope.get("partial_rotary_factor", 1.0))
     half = size // 2
     out = x.clone()
     for j in range(half):
-        a, b = (2 * j, 2 * j + 1) if config.model_type in ("ernie4_5", "glm") else (j, j + half)
-        angle = torch.arange(x.shape[0], dtype=torch.float64) * config.rope_parameters["rope_theta"] ** (-2 * j / size)
+        a, b = (2 * j, 2 * j + 1) if config.model_type in ("ernie4_5", "glm", "glm4") else (j, j + half)
+        angle = torch.arange(x.shape[0], dtype=torch.float64) * rope["rope_theta"] ** (-2 * j / size)
         out[:, a] = x[:, a] * angle.cos() - x[:, b] * angle.sin()
         out[:, b] = x[:, b] * angle.cos() + x[:, a] * angle.sin()
     return out
@@ -350,7 +399,8 @@ def _neurons(config: PreTrainedConfig) -> int:
 
 def _activation(config: PreTrainedConfig, x: Tensor) -> Tensor:
     """The MLP's activation function, by the name the configuration has for it."""
-    name = config.activation_function if config.model_type == "opt" else config.hidden_act
+    name = config.activation_function if config.model_type == "opt" else getattr(config, "hidden_act", None)
+    name = config.hidden_activation if config.model_type in ("gemma2", "gemma3_text") else name
     if name == "silu":
         return x / (1 + (-x).exp())
     if name == "relu":

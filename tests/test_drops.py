@@ -123,10 +123,9 @@ def test_an_mlps_debt_cannot_be_written_off():
         Drops.of({M0: PLAIN})
 
 
-def test_predictors_go_with_a_deferred_attention():
+def test_predictors_go_with_what_is_deferred():
     for strategy in (KEEP, PLAIN):
         with pytest.raises(ValueError, match=f"predictors go with block_drop, not with {strategy}"):
             Drop(strategy, {0: "p"})
-    with pytest.raises(ValueError, match="not for an MLP's"):
-        Drops({M0: Drop(DROP, {0: "p"})})
+    assert Drops({M0: Drop(DROP, {0: "p"})}).at(M0).predictors == {0: "p"}  # of use behind a norm alone: lm.fitted
     assert Drops({A0: Drop(DROP, {0: "p"})}).at(A0).predictors == {0: "p"}

@@ -147,6 +147,19 @@ def test_where_the_engine_fuses_the_norm_a_dropped_sync_leaves_it():
     assert on_machine(slow, sizes, tp=2, step=Step("decode", 1, 8, 2)).saved(3) == 0  # never more than it takes
 
 
+def test_behind_a_norm_a_dropped_sync_makes_another_message_twice_as_wide():
+    plain, behind = (ModelSizes.of(tiny.build(family)) for family in ("llama", "exaone4"))
+    assert (plain.side_by_side, behind.side_by_side) == (False, True) and plain.width == behind.width
+    steep = machine(2, table=((100, 1e-6), (1000, 1e-6), (10000, 1e-4)))
+    for batch, costs in ((2, False), (40, True)):  # 256 bytes: 512 take as long; 5120 bytes: 10240 take longer
+        step = Step("decode", batch, 8, 2)
+        found = on_machine(steep, behind, tp=2, step=step)
+        assert on_machine(steep, plain, tp=2, step=step).left == 0.0
+        one, two = (interpolate({100: 1e-6, 1000: 1e-6, 10000: 1e-4}, n * batch * 64 * 2) for n in (1, 2))
+        assert found.left == pytest.approx(two - one) and (found.left > 0) == costs
+        assert found.seconds(3) == pytest.approx(found.compute + 5 * one + 3 * (two - one))
+
+
 def test_the_table_of_hopper_knows_the_fused_kernel():
     found = load("h100-nvlink")
     assert isinstance(found, Machine) and found.fused_norm is not None and found.fused_norm.max_bytes == 2**19

@@ -62,7 +62,7 @@ def test_the_batch_size_changes_nothing():
 
 def test_weights_that_are_not_finite_are_named():
     lm = TensorParallelLM.simulated(tiny.build("llama"), 2)
-    lm.blocks[1].unscaled_down_bias = torch.full((64,), float("nan"))
+    lm.blocks[1].down_bias = torch.full((64,), float("nan"))
     with pytest.raises(InputError, match="NaN or Inf"):
         measure(Subject(lm), tiny.tokens(2, 8).tolist(), plans=[attentions([0], DROP)])
 

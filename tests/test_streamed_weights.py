@@ -108,7 +108,7 @@ def test_one_blocks_weights_are_held_and_each_is_read_once_a_pass(folder):
         sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in layer.parameters()}.values())
         for layer in lm.blocks
     ]
-    assert max(sizes[:3]) < 200 < 10_000 < sizes[3]
+    assert max(sizes[:3]) < 1000 < 10_000 < sizes[3]  # norms and biases stay
 
 
 def test_plans_in_lockstep_leave_the_dense_models_way_where_they_first_drop(folder):

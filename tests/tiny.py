@@ -93,9 +93,43 @@ FAMILIES: dict[str, tuple[str, dict]] = {
             "mlp_bias": True,
         },
     ),
-    "hyperclovax": (
+    "hyperclovax": (  # branches through a norm, then times 0.4
         "hyperclovax",
-        {"use_post_norm": False, "residual_multiplier": 0.4, "attention_multiplier": 0.3, "embedding_multiplier": 2.0},
+        {
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.3,
+            "embedding_multiplier": 2.0,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    "gemma2": (
+        "gemma2",  # blocks 0 and 2 with a window; scores and logits are capped where it shows
+        {
+            "head_dim": 8,
+            "query_pre_attn_scalar": 12,
+            "sliding_window": 5,
+            "attention_bias": True,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",  # block 2 without a window, and with another rotary base
+        {
+            "head_dim": 8,
+            "query_pre_attn_scalar": 12,
+            "sliding_window": 5,
+            "sliding_window_pattern": 3,
+        },
+    ),
+    "glm4": ("glm4", {"head_dim": 8, "attention_bias": True}),
+    "exaone4": (
+        "exaone4",  # block 2 without a window and without rotary positions
+        {
+            "sliding_window": 5,
+            "sliding_window_pattern": 3,
+        },
     ),
     "phi3": ("phi3", {"sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
     "glm": ("glm", {"head_dim": 8, "attention_bias": True}),
@@ -121,14 +155,11 @@ MIXTURES: dict[str, tuple[str, dict]] = {
 """Mixtures of experts: family -> as in FAMILIES. No part of SUPPORTED: their streams may not differ for good."""
 
 _REFUSED: dict[str, tuple[str, dict, tuple[str, ...]]] = {
-    "gemma2": ("gemma2", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 32}, ("sandwich",)),
-    "gemma3": ("gemma3_text", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 32}, ("sandwich",)),
-    "hyperclovax_norms": ("hyperclovax", {}, ("sandwich",)),
     "hyperclovax_logits": ("hyperclovax", {"use_post_norm": False, "logits_scaling": 3.0}, ("differs",)),
-    "glm4": ("glm4", {"head_dim": 8}, ("sandwich",)),
-    "olmo2": ("olmo2", {}, ("post-norm",)),
-    "olmo3": ("olmo3", {}, ("post-norm",)),
-    "exaone4": ("exaone4", {"sliding_window": 5}, ("post-norm",)),
+    "gemma3_embedding": ("gemma3_text", {"head_dim": 8, "use_bidirectional_attention": True}, ("follows",)),
+    "gemma4": ("gemma4_text", {"head_dim": 8, "hidden_size_per_layer_input": 0}, ("layer_scalar",)),
+    "olmo2": ("olmo2", {}, ("all heads together",)),
+    "olmo3": ("olmo3", {}, ("all heads together",)),
     "qwen3_5": ("qwen3_5_text", {"head_dim": 8}, ("hybrid", "linear_attention")),
     "minicpm3": ("minicpm3", {"kv_heads": 8}, ("latent attention",)),
     "diffllama": ("diffllama", {"kv_heads": 4}, ("lambda_q1", "all heads share")),
@@ -265,7 +296,9 @@ def _model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     Livelier than this, the blocks enlarge float32's rounding until it passes 1e-5 in the logits (here: 5e-6 at most).
     """
     with torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        # PyTorch's own attention leaves a soft cap out without a word
+        how = {} if getattr(config, "attn_logit_softcapping", None) is None else {"attn_implementation": "eager"}
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **how)
     generator = torch.Generator().manual_seed(seed)
     norms_add_one = config.model_type == "nemotron"  # and transformers draws them as if they did not
     with torch.no_grad():

@@ -24,6 +24,7 @@ from spd_calib.sensitivity.measure import Subject
 from spd_calib.sensitivity.metrics import Tally
 from spd_calib.sensitivity.text import Text
 
+from .estimates import give_estimates, with_estimates
 from .latency import LatencyOptions, latency_models
 from .opening import Model, document_of, resolved_for
 from .options import RunOptions
@@ -40,8 +41,8 @@ class PlanningResult:
 
     given_back: how many sync points held-out text showed to be too many, after they had been chosen.
     compared: what the plan and the baseline sets of its size cost on the calibration text, by name; empty unless asked
-    for. pareto: the cheapest set of every size, with what was measured of them. predictors: for a recovered checkpoint,
-    the content of the file that the plan names.
+    for. pareto: the cheapest set of every size, with what was measured of them. predictors: the content of the file
+    that the plan names, for a recovered checkpoint, or a model whose branches go through a norm.
     """
 
     plan: Plan
@@ -140,8 +141,7 @@ def plan_with_details(
 ) -> PlanningResult:
     """Return the plan that `plan` returns, with what was found on the way; the budget is in `asked`.
 
-    A plan of a recovered checkpoint names a file of predictors: PlanningResult.write writes both. Arguments and errors
-    are those of `plan`.
+    A plan may name a file of predictors: PlanningResult.write writes both. Arguments and errors are those of `plan`.
     """
     inputs = _open(
         profile,
@@ -154,6 +154,7 @@ def plan_with_details(
         progress=progress,
     )
     subject, recovered = inputs.load(), inputs.recovered
+    give_estimates(subject, inputs.texts, batch_size=inputs.run.batch_size, progress=progress)
     calibration, held_out = _texts(inputs, subject, progress=progress)
     file, content = (recovered.predictors() if recovered else None) or (None, None)
     made_by = provenance(inputs.run)
@@ -168,9 +169,10 @@ def plan_with_details(
         recovered=recovered.plan if recovered else None,
         predictors=file,
     )
+    finished, estimates = with_estimates(planned.plan, subject)
     modelled = [model_of.latency(len(planned.plan.drops)) for model_of in inputs.models.values()]
     return PlanningResult(
-        plan=planned.plan.model_copy(update={"budget": inputs.budget, "latency": modelled}),
+        plan=finished.model_copy(update={"budget": inputs.budget, "latency": modelled}),
         given_back=planned.choice.given_back,
         compared=planned.compared,
         pareto=pareto_of(
@@ -180,7 +182,7 @@ def plan_with_details(
             measured=calibration.measured,
             latency=inputs.models,
         ),
-        predictors=content,
+        predictors=content if estimates is None else estimates,
     )
 
 

@@ -85,6 +85,7 @@ def profile(
     inputs = open_inputs(model, tp=tp, data=data, tokenizer=tokenizer, text=text, asked=asked, run=run, tasks=tasks)
     suite = tasks.with_batch_size(run.batch_size).load() if tasks else None
     subject = inputs.subject(progress)
+    estimated = inputs.fit_estimates(subject, progress)
     if journal is None:
         found = _run(inputs, subject, progress=progress, suite=suite, journals=[None] * len(inputs.texts))
     else:
@@ -104,6 +105,7 @@ def profile(
         verify_text=verification,
         baseline=found.baseline,
         measurements=found.measurements,
+        estimated=estimated,
         fisher=found.fisher,
         recovered=recovered.part(found.alone) if recovered and found.alone else None,
         provenance=provenance(inputs.run),

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spd_calib.errors import InputError
 from spd_calib.formats.common import TextRef
+from spd_calib.formats.drops import Point
 from spd_calib.parallel.session import Session
 from spd_calib.sensitivity import profile as profiling
 from spd_calib.sensitivity.averaging import joint_ref
@@ -14,6 +15,7 @@ from spd_calib.sensitivity.measure import Subject
 from spd_calib.sensitivity.profile import Experiment
 from spd_calib.sensitivity.text import Text
 
+from .estimates import give_estimates
 from .method import Method
 from .opening import Model, open_model, resolved_for
 from .options import RunOptions
@@ -63,6 +65,10 @@ class ProfileInputs:
         if self.recovered:
             progress.say(self.recovered.described(self.skip))
         return subject
+
+    def fit_estimates(self, subject: Subject, progress: Progress) -> list[Point]:
+        """Have the model read fitted estimates where a branch's norm waits for a sum; return these sync points."""
+        return give_estimates(subject, self.texts, batch_size=self.run.batch_size, progress=progress)
 
     def experiments(self, subject: Subject) -> list[Experiment]:
         """Return the experiments to run. Raises InputError where there are none."""

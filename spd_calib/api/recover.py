@@ -9,6 +9,7 @@ from spd_calib.errors import InputError
 from spd_calib.formats.files import sha256_as_written, sha256_of
 from spd_calib.formats.plan import Plan
 from spd_calib.models.load import load_dense
+from spd_calib.models.plan_files import load_drops
 from spd_calib.models.text_part import whole_of
 from spd_calib.parallel.comm import DistributedComm
 from spd_calib.parallel.distributed import from_main_rank, local_device
@@ -103,7 +104,7 @@ def recover(
     fitting, judging = found.calibration[:-judged], found.calibration[-judged:]
     _announce(progress, found, judged=judged, tiers=tiers, whence=whence)
     dense = load_dense(source, session.config, device=run.device, dtype=str(run.dtype))
-    planned = PlannedModel(dense, session.tp, drops_to_recover(document))
+    planned = PlannedModel(dense, session.tp, drops_to_recover(document) | load_drops(document, path))
     identity = {
         "plan": sha256_of(path) if path else sha256_as_written(document),
         "text": found.calibration_ref().sha256,

@@ -40,11 +40,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Drop:
-    """The treatment of one sync point: its strategy and, if any, the predictors whose estimates the ranks' MLPs read.
+    """The treatment of one sync point: its strategy and, if any, the predictors whose estimates the ranks read.
 
-    `predictors` holds a models.predictor.Predictor for each rank of this process, by rank; `router` is one more, the
-    same on all ranks, by which the router of a mixture of experts reads more than the stream that all ranks share.
-    Only block_drop at an attention can have them.
+    `predictors` holds a models.predictor.Predictor for each rank of this process, by rank. Only block_drop can have
+    them: at an attention, whose block's MLPs read the estimates, and at an MLP whose output goes through a norm.
+    `router` is one more, of block_drop at an attention, the same on all ranks, by which the router of a mixture of
+    experts reads more than the stream that all ranks share.
     """
 
     strategy: Strategy
@@ -76,8 +77,8 @@ class Drops:
         dropped = {p: d for p, d in sorted(self.by_point.items()) if d.strategy != Strategy.KEEP_SYNC}
         if any(p.sync_point == "mlp" and d.strategy != Strategy.BLOCK_DROP for p, d in dropped.items()):
             raise ValueError("an MLP sync point is kept or block-dropped")
-        if any(p.sync_point == "mlp" and (d.predictors or d.router) is not None for p, d in dropped.items()):
-            raise ValueError("predictors stand in for an attention's partial sum, not for an MLP's")
+        if any(p.sync_point == "mlp" and d.router is not None for p, d in dropped.items()):
+            raise ValueError("a router's predictor stands in for an attention's output, not for an MLP's")
         object.__setattr__(self, "by_point", MappingProxyType(dropped))
 
     @classmethod

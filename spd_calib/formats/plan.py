@@ -30,7 +30,10 @@ class Budget(Part):
 
 
 class CompensationFile(Part):
-    """The file beside the plan that holds the predictors' tensors, `blocks.<index>.ranks.<rank>.{bias,a,b,w}`."""
+    """The file beside the plan that holds the predictors' tensors, `blocks.<index>.ranks.<rank>.{bias,scale,a,b,w}`.
+
+    Those of an MLP's sync point are called `blocks.<index>.mlp.ranks.<rank>.{bias,scale}`.
+    """
 
     file: str = Field(
         pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors$", description="A plain name: it lies in the plan's folder"
@@ -41,13 +44,20 @@ class CompensationFile(Part):
 class Compensation(Part):
     """The form of the predictors by which a block's MLPs read more than their own rank's partial sum.
 
-    The prediction is made from the rank's own head outputs z.
+    The prediction is made from the rank's own head outputs z and its share: its partial sum or, where the attention's
+    output goes through a norm before it joins the residual stream, that norm of it.
     """
 
     kind: Literal["mean", "low_rank", "full"] = Field(
-        description="mean: partial + bias; low_rank: partial + bias + (z a) b; full: z w + bias"
+        description="mean: share + bias; low_rank: share + bias + (z a) b; full: z w + bias"
     )
     rank: Count = Field(description="Of the low-rank predictor; 0 for the other kinds")
+
+    scaled: bool = Field(
+        default=False,
+        exclude_if=lambda value: not value,
+        description="The share times `scale`, which is then in `full`, too",
+    )
 
     @model_validator(mode="after")
     def _rank_fits(self) -> Self:
@@ -66,6 +76,11 @@ class PlannedBlock(Part):
     )
     compensation: Compensation | None = Field(
         default=None, description="Predictors that this block's MLP reads by, in the file beside the plan"
+    )
+    mlp_compensation: Compensation | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="Predictors of what this block's MLP adds, where its sync point is dropped and a norm follows",
     )
     kl: Finite | None = Field(default=None, description="Cost of dropping the attention's sync point alone")
     mlp_kl: Finite | None = Field(default=None, description="Cost of dropping the MLP's sync point alone")

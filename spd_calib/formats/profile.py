@@ -144,6 +144,10 @@ class Profile(Part):
     verify_text: TextRef = Field(description="Sequences of the same source kept for verifying plans")
     baseline: Baseline
     measurements: list[Measurement] = Field(description="Empty where the method is fisher")
+    estimated: list[Point] = left_out_if_empty(
+        "Sync points with a norm behind them: where one was dropped, ranks read a scale times what that norm makes of "
+        "their own partial sum, plus a mean, fitted on the text to measure on"
+    )
     fisher: Fisher | None = None
     recovered: Recovered | None = None
     provenance: Provenance

@@ -35,8 +35,10 @@ class LayerNames:
 
     `qkv` names three linear layers, or a fused one that holds the rows of q, then k's, then v's. `mlp_in` names one
     linear layer for act(first), two for act(gate) * up, or a fused one that holds the rows of the gate, then those of
-    up. `scale` names the layer's attribute, if any, by which both branches are multiplied before they are added to the
-    residual stream. A row of a mixture of experts names those in `experts`, and no linear layers of an MLP.
+    up. `norm1` and `norm2` are the norms in front of attention and MLP, "" where these read the residual stream itself.
+    `attention_out_norm` and `mlp_out_norm` are those that a branch goes through before it is added to the stream, ""
+    where there is none. `scale` names the layer's attribute, if any, by which both branches are multiplied, last. A row
+    of a mixture of experts names those in `experts`, and no linear layers of an MLP.
     """
 
     classes: tuple[str, ...]
@@ -48,8 +50,16 @@ class LayerNames:
     mlp_in: tuple[str, ...] = ()
     activation: str = ""
     down: str = ""
+    attention_out_norm: str = ""
+    mlp_out_norm: str = ""
     scale: str = ""
     experts: ExpertNames | None = None
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Return the names of all norms of the layer."""
+        four = (self.norm1, self.attention_out_norm, self.norm2, self.mlp_out_norm)
+        return tuple(name for name in four if name)
 
 
 _SELF_ATTENTION: dict[str, Any] = {
@@ -57,9 +67,58 @@ _SELF_ATTENTION: dict[str, Any] = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
 }
 
-LAYERS = {
+LAYERS = {  # the first row that fits is taken: those that name more parts come before those that name fewer
+    "Gemma 2": LayerNames(
+        classes=("Gemma2ForCausalLM", "Gemma3ForCausalLM"),
+        norm1="input_layernorm",
+        **_SELF_ATTENTION,
+        o="self_attn.o_proj",
+        attention_out_norm="post_attention_layernorm",
+        norm2="pre_feedforward_layernorm",
+        mlp_in=("mlp.gate_proj", "mlp.up_proj"),
+        activation="mlp.act_fn",
+        down="mlp.down_proj",
+        mlp_out_norm="post_feedforward_layernorm",
+    ),
+    "GLM-4-0414": LayerNames(
+        classes=("Glm4ForCausalLM",),
+        norm1="input_layernorm",
+        **_SELF_ATTENTION,
+        o="self_attn.o_proj",
+        attention_out_norm="post_self_attn_layernorm",
+        norm2="post_attention_layernorm",
+        mlp_in=("mlp.gate_up_proj",),
+        activation="mlp.activation_fn",
+        down="mlp.down_proj",
+        mlp_out_norm="post_mlp_layernorm",
+    ),
+    "Exaone 4": LayerNames(
+        classes=("Exaone4ForCausalLM",),
+        norm1="",
+        **_SELF_ATTENTION,
+        o="self_attn.o_proj",
+        attention_out_norm="post_attention_layernorm",
+        norm2="",
+        mlp_in=("mlp.gate_proj", "mlp.up_proj"),
+        activation="mlp.act_fn",
+        down="mlp.down_proj",
+        mlp_out_norm="post_feedforward_layernorm",
+    ),
+    "HyperCLOVA X": LayerNames(
+        classes=("HyperCLOVAXForCausalLM",),
+        norm1="input_layernorm",
+        **_SELF_ATTENTION,
+        o="self_attn.o_proj",
+        attention_out_norm="post_norm1",  # the identity unless its configuration says use_post_norm
+        norm2="post_attention_layernorm",
+        mlp_in=("mlp.gate_proj", "mlp.up_proj"),
+        activation="mlp.act_fn",
+        down="mlp.down_proj",
+        mlp_out_norm="post_norm2",
+        scale="residual_multiplier",
+    ),
     "Granite": LayerNames(
-        classes=("GraniteForCausalLM", "HyperCLOVAXForCausalLM"),
+        classes=("GraniteForCausalLM",),
         norm1="input_layernorm",
         **_SELF_ATTENTION,
         o="self_attn.o_proj",
@@ -67,7 +126,7 @@ LAYERS = {
         mlp_in=("mlp.gate_proj", "mlp.up_proj"),
         activation="mlp.act_fn",
         down="mlp.down_proj",
-        scale="residual_multiplier",  # before Llama, whose names it has as well
+        scale="residual_multiplier",
     ),
     "Llama": LayerNames(
         classes=(
@@ -232,9 +291,14 @@ class ExpertParts:
 
 @dataclass(frozen=True)
 class LayerParts:
-    """The parts of one decoder layer, found."""
+    """The parts of one decoder layer, found, by the names of a row (LayerNames).
 
-    norm1: nn.Module
+    The layer is u = norm1(x), h = x + A(attention(u)), y = h + M(mlp(norm2(h))): A and M are the norm that the branch
+    goes through, if any, and then a multiplication by `scale`, biases and all.
+    """
+
+    names: LayerNames
+    norm1: nn.Module  # the identity where there is none
     attention: nn.Module
     q: nn.Linear | LinearRows
     k: nn.Linear | LinearRows
@@ -242,7 +306,19 @@ class LayerParts:
     o: nn.Linear
     norm2: nn.Module
     ffn: MLPParts | ExpertParts
-    scale: float = 1.0  # what both branches are multiplied by, biases and all
+    attention_out_norm: nn.Module | None = None
+    mlp_out_norm: nn.Module | None = None
+    scale: float = 1.0
+
+    @property
+    def o_scale(self) -> float:
+        """Return what a partial sum of o_proj is multiplied by: `scale`, but where a norm follows that comes later."""
+        return self.scale if self.attention_out_norm is None else 1.0
+
+    @property
+    def down_scale(self) -> float:
+        """Return what a partial sum of down_proj is multiplied by; see `o_scale`."""
+        return self.scale if self.mlp_out_norm is None else 1.0
 
     @property
     def linears(self) -> tuple[nn.Linear, ...]:
@@ -278,16 +354,26 @@ class LayerParts:
 def layer_parts(layer: nn.Module) -> LayerParts | None:
     """Return the parts of `layer` by the first row of LAYERS whose every name it has; None where no row fits."""
     for names in LAYERS.values():
-        single = ("norm1", "attention", "o", "norm2")
+        single = ("attention", "o")
         found: dict[str, Any] = {field: _find(layer, getattr(names, field)) for field in single}
+        found |= {field: _norm(layer, getattr(names, field)) for field in ("norm1", "norm2")}
+        behind = {field: _norm(layer, getattr(names, field)) for field in ("attention_out_norm", "mlp_out_norm")}
         qkv: tuple[Any, ...] = tuple(_find(layer, name) for name in names.qkv)
         scale: Any = getattr(layer, names.scale, None) if names.scale else 1.0
         ffn: Any = _experts(layer, names.experts) if names.experts else _mlp(layer, names)
         linears = (*qkv, found["o"])
-        if None not in (*found.values(), scale, ffn) and all(isinstance(m, nn.Linear) for m in linears):
+        if None not in (*found.values(), *behind.values(), scale, ffn) and all(
+            isinstance(m, nn.Linear) for m in linears
+        ):
             q, k, v = qkv if len(qkv) == 3 else _unfused(qkv[0], q_rows=found["o"].in_features)
-            return LayerParts(**found, q=q, k=k, v=v, ffn=ffn, scale=float(scale))
+            norms: dict[str, Any] = {f: None if isinstance(norm, nn.Identity) else norm for f, norm in behind.items()}
+            return LayerParts(names, **found, **norms, q=q, k=k, v=v, ffn=ffn, scale=float(scale))
     return None
+
+
+def _norm(layer: nn.Module, name: str) -> nn.Module | None:
+    """Return the norm of that name, the identity where a row has no name for it, None where the layer lacks it."""
+    return _find(layer, name) if name else nn.Identity()
 
 
 def _mlp(layer: nn.Module, names: LayerNames) -> MLPParts | None:

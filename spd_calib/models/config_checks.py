@@ -48,6 +48,15 @@ def refuse_what_it_calls_in(source: Source, config: Any) -> None:
         )
 
 
+def choose_attention(config: Any) -> None:
+    """Set the implementation of attention that transformers says a configuration needs.
+
+    PyTorch's own (sdpa) leaves a soft cap of the attention's scores (Gemma 2) out without a word.
+    """
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        config._attn_implementation = "eager"
+
+
 def refuse_other_kinds(source: Source, config: Any) -> None:
     """Raise InputError unless the configuration is that of one decoder, its sizes whole numbers."""
     if parts := [part for part in PARTS if getattr(config, part, None) is not None]:

@@ -21,7 +21,14 @@ from spd_calib.formats.common import ModelRef
 
 from .architecture import HeadCounts, check_divides
 from .checkpoint import Checkpoint, account, check_weight, refuse_not_finite
-from .config_checks import first_line, one_line, refuse_other_kinds, refuse_what_it_calls_in, warnings_of_rope
+from .config_checks import (
+    choose_attention,
+    first_line,
+    one_line,
+    refuse_other_kinds,
+    refuse_what_it_calls_in,
+    warnings_of_rope,
+)
 from .fill import fill
 from .fingerprint import config_hash, weight_fingerprint
 from .generation import set_generation_config
@@ -111,6 +118,7 @@ def read_config(source: Source) -> Any:
     refuse_what_it_calls_in(source, config)
     config = text_config(source, config)
     refuse_other_kinds(source, config)
+    choose_attention(config)
     return config
 
 

@@ -1,6 +1,6 @@
 """A plan and the predictors in the file beside it, from disk to the drops that a model runs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import Drop, Drops, Point
 from spd_calib.formats.files import read, sha256_of
-from spd_calib.formats.plan import Plan
+from spd_calib.formats.plan import Compensation, Plan
 
 from .predictor import Predictor, predictor_shapes
 
-OfBlocks = dict[int, dict[int, Predictor]]  # predictors by block and rank
+OfPoints = dict[Point, dict[int, Predictor]]  # predictors by sync point and rank
 
 
 def load_plan(path: Path, *, ranks: Iterable[int] | None = None) -> tuple[Plan, Drops]:
@@ -36,26 +36,26 @@ def load_drops(plan: Plan, path: Path | None, *, ranks: Iterable[int] | None = N
     """
     predictors = _load_predictors(plan, plan_path=path, ranks=ranks)
     return plan.drops | Drops(
-        {Point(i, "attention"): Drop(plan.blocks[i].strategy, of_ranks) for i, of_ranks in predictors.items()}
+        {point: Drop(plan.drops.strategy(point), of_ranks) for point, of_ranks in predictors.items()}
     )
 
 
 def predictor_tensors(drops: Drops) -> dict[str, Tensor]:
     """Return all predictors of `drops` as they are written beside a plan, float32 on the CPU; empty without any."""
     return {
-        _tensor_name(point.block, rank=rank, part=part): tensor.detach().to("cpu", torch.float32).contiguous()
+        _tensor_name(point, rank=rank, part=part): tensor.detach().to("cpu", torch.float32).contiguous()
         for point in drops
         for rank, predictor in (drops.at(point).predictors or {}).items()
         for part, tensor in predictor.named_parameters()
     }
 
 
-def _tensor_name(block: int, *, rank: int, part: str) -> str:
-    """Return the name of a tensor in the file beside the plan; part: bias, a, b or w."""
-    return f"blocks.{block}.ranks.{rank}.{part}"
+def _tensor_name(point: Point, *, rank: int, part: str) -> str:
+    """Return the name of a tensor in the file beside the plan; part: bias, scale, a, b or w."""
+    return f"blocks.{point.block}.{'mlp.' if point.sync_point == 'mlp' else ''}ranks.{rank}.{part}"
 
 
-def _load_predictors(plan: Plan, *, plan_path: Path | None, ranks: Iterable[int] | None) -> OfBlocks:
+def _load_predictors(plan: Plan, *, plan_path: Path | None, ranks: Iterable[int] | None) -> OfPoints:
     if plan.compensation is None:
         return {}
     if plan_path is None:
@@ -76,18 +76,15 @@ def _load_predictors(plan: Plan, *, plan_path: Path | None, ranks: Iterable[int]
         raise InputError(f"{path} is not a whole safetensors file; run `spd-calib recover` again.") from None
 
 
-def _read_predictors(plan: Plan, plan_path: Path, *, path: Path, file: Any, ranks: set[int]) -> OfBlocks:
+def _read_predictors(plan: Plan, plan_path: Path, *, path: Path, file: Any, ranks: set[int]) -> OfPoints:
     """Return what the open safetensors file holds for `ranks`; every name in it must be one of the plan's."""
     names = set(file.keys())
-    found: OfBlocks = {}
-    for block in plan.blocks:
-        if (form := block.compensation) is None:
-            continue
-        found[block.index] = {}
+    found: OfPoints = {}
+    for point, form in _forms(plan):
+        found[point] = {}
         for rank in range(plan.tensor_parallel.size):
-            named = {
-                p: _tensor_name(block.index, rank=rank, part=p) for p in predictor_shapes(form.kind, 1, d_rank=1, d=1)
-            }
+            shapes = predictor_shapes(form.kind, 1, d_rank=1, d=1, scaled=form.scaled)
+            named = {p: _tensor_name(point, rank=rank, part=p) for p in shapes}
             if rank not in ranks:
                 names -= set(named.values())
                 continue
@@ -96,11 +93,26 @@ def _read_predictors(plan: Plan, plan_path: Path, *, path: Path, file: Any, rank
             d, d_rank = (len(b) if (b := parts["bias"]) is not None and b.dim() == 1 else 0), 0
             for inner in (parts.get("a"), parts.get("w")):
                 d_rank = inner.shape[0] if inner is not None else d_rank
-            expected = predictor_shapes(form.kind, form.rank, d_rank=d_rank, d=d)
+            expected = predictor_shapes(form.kind, form.rank, d_rank=d_rank, d=d, scaled=form.scaled)
             for part, tensor in parts.items():
                 if tensor is None or tensor.shape != expected[part] or not tensor.isfinite().all():
                     raise InputError(f"{path}: {named[part]} is missing or not what it should be.")
-            found[block.index][rank] = Predictor(**parts)  # type: ignore[arg-type]
+            found[point][rank] = Predictor(**parts)  # type: ignore[arg-type]
     if names:
         raise InputError(f"{path} holds {min(names)}, which {plan_path} does not name.")
     return found
+
+
+def _forms(plan: Plan) -> Iterator[tuple[Point, Compensation]]:
+    """Yield the sync points whose drops have predictors, and the form of these."""
+    for block in plan.blocks:
+        if block.compensation is not None:
+            yield Point(block.index, "attention"), block.compensation
+        if block.mlp_compensation is not None:
+            yield Point(block.index, "mlp"), block.mlp_compensation
+
+
+def form_of(drops: Drops, point: Point) -> Compensation | None:
+    """Return the form of the predictors at a sync point, which is the same on all ranks; None where it has none."""
+    first = next(iter((drops.at(point).predictors or {}).values()), None)
+    return None if first is None else Compensation(kind=first.kind, rank=first.rank, scaled=first.scale is not None)

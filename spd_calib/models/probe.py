@@ -1,7 +1,7 @@
 """Testing whether a decoder layer computes what dropping a sync point presumes, by running it, not by its name.
 
-Supported is `h = x + s attn(n1(x))`, `y = h + s mlp(n2(h))` with plain linear layers, s a number, mostly 1
-(docs/design.md, section 2).
+Supported is `h = x + A(attn(n1(x)))`, `y = h + M(mlp(n2(h)))` with plain linear layers, n1 and n2 norms or nothing, A
+and M nothing, a norm, a number to multiply by, or both (docs/design.md, section 2).
 Everything else is refused with one sentence that names the cause.
 """
 
@@ -32,9 +32,11 @@ def find_layers(model: PreTrainedModel) -> list[LayerParts]:
     parts = [layer_parts(layer) for layer in decoder.layers] if decoder else []
     if not parts or not all(parts):
         _refuse_unknown_names(model)
-    for p in filter(None, parts):
+    found = [p for p in parts if p]
+    for layer, p in zip(decoder.layers if decoder else (), found, strict=True):
+        _refuse_other_norms(type(model).__name__, layer, p)
         _refuse_other_weights(type(model).__name__, p)
-    return [p for p in parts if p]
+    return found
 
 
 def _refuse_other_forms(model: PreTrainedModel, decoder: Decoder | None) -> None:
@@ -44,6 +46,19 @@ def _refuse_other_forms(model: PreTrainedModel, decoder: Decoder | None) -> None
         raise InputError(
             f"{name} mixes several residual streams by weights that depend on its input ({mixing[0]}, "
             "hyper-connections): a rank's partial sum cannot wait in one of them, so its sync points cannot be dropped."
+        )
+    if getattr(model.config, "use_bidirectional_attention", False):
+        raise InputError(f"{name} lets tokens see what follows them (use_bidirectional_attention): no language model.")
+    capped = getattr(model.config, "attn_logit_softcapping", None) is not None
+    if capped and model.config._attn_implementation == "sdpa":
+        raise InputError(
+            f"{name} caps its attention's scores (attn_logit_softcapping), which the implementation sdpa leaves out; "
+            'load it with attn_implementation="eager".'
+        )
+    if decoder and any(n.endswith("layer_scalar") for n, _ in decoder.layers[0].named_buffers()):
+        raise InputError(
+            f"{name} multiplies the whole residual stream behind each block (layer_scalar), and with it all that waits "
+            "for a later sync: not supported yet."
         )
     if _is_parallel(model):
         raise InputError(
@@ -61,19 +76,6 @@ def _refuse_other_forms(model: PreTrainedModel, decoder: Decoder | None) -> None
         raise InputError(
             f"{name} {form} (its blocks are of the kind {', '.join(other)}): how such mixers are divided over ranks is "
             "not supported yet."
-        )
-    children = list(decoder.layers[0].named_children()) if decoder else []
-    norms = [n for n, m in children if "norm" in n and not isinstance(m, nn.Identity)]
-    if len(norms) > 2:
-        raise InputError(
-            f"{name} has sandwich norms, its branches go through a norm before they join the residual stream (its "
-            f"blocks hold {', '.join(norms)}): what a rank's partial sum becomes there is only known after the sync, "
-            "and waiting for it is not supported yet."
-        )
-    if norms and all(n.startswith("post_") for n in norms):
-        raise InputError(
-            f"{name} is a post-norm model (its blocks hold {', '.join(norms)}): what a rank's partial sum becomes "
-            "behind such a norm is only known after the sync, and waiting for it is not supported yet."
         )
 
 
@@ -99,6 +101,16 @@ def _refuse_unknown_names(model: PreTrainedModel) -> NoReturn:
     raise InputError(f"{name} is not supported; supported are {SUPPORTED} and models built alike.")
 
 
+def _refuse_other_norms(name: str, layer: nn.Module, parts: LayerParts) -> None:
+    """Raise InputError where the layer has norms beside those that its row of names knows."""
+    norms = [n for n, m in layer.named_children() if "norm" in n and not isinstance(m, nn.Identity)]
+    if other := [n for n in norms if n not in parts.names.norms]:
+        raise InputError(
+            f"{name} has other norms in its blocks than the supported forms ({', '.join(other)}, beside "
+            f"{', '.join(parts.names.norms)}): what they do to a branch is not known."
+        )
+
+
 def _refuse_other_weights(name: str, parts: LayerParts) -> None:
     """Raise InputError where the attention has weights beside its linear layers that not all heads share.
 
@@ -106,6 +118,13 @@ def _refuse_other_weights(name: str, parts: LayerParts) -> None:
     """
     own = {id(p) for linear in parts.linears for p in linear.parameters()}
     shape = (parts.attention.head_dim,)
+    wide = {(parts.q.out_features,), (parts.k.out_features,)} - {shape}
+    for path, parameter in parts.attention.named_parameters():
+        if id(parameter) not in own and "norm" in path and tuple(parameter.shape) in wide:
+            raise InputError(
+                f"{name} norms its queries and keys over all heads together ({path}): each rank needs the sum of "
+                "squares over the others' heads, a sync inside the attention, which is not supported yet."
+            )
     for path, parameter in parts.attention.named_parameters():
         if id(parameter) not in own and (parameter.shape != shape or path.count(".") != 1):
             raise InputError(
@@ -148,23 +167,36 @@ def check_block(index: int, layer: nn.Module, parts: LayerParts, hidden: Tensor,
         for hook in hooks:
             hook.remove()
     computed = computed[0] if isinstance(computed, tuple) else computed
-    h = x + parts.scale * parts.attention(hidden_states=parts.norm1(x), **kwargs)[0]
-    if _close(computed, h + parts.scale * mlp(parts, parts.norm2(h)), x):
+    a = parts.attention(hidden_states=parts.norm1(x), **kwargs)[0]
+    h = x + parts.scale * _through(parts.attention_out_norm, a)
+    if _close(computed, h + parts.scale * _through(parts.mlp_out_norm, mlp(parts, parts.norm2(h))), x):
         return
     if not computed.isfinite().all():
         cause = "on random input it gives NaN or Inf"
-    elif "attention" in seen and _close(seen["attention"], x, torch.zeros_like(x)):
+    elif "attention" in seen and parts.names.norm1 and _close(seen["attention"], x, torch.zeros_like(x)):
         cause = "it is a post-norm model, attention reads the residual stream itself"
     elif "norm2" in seen and not _close(seen["norm2"].reshape(h.shape), h, x) and _parallel(seen["norm2"], h - x, x):
         ratio = parts.scale * _ratio(seen["norm2"].reshape(h.shape) - x, h - x)
         cause = f"its attention's branch is scaled (by {ratio:.3g}, not {parts.scale:.3g})"
     else:
         cause = "it computes something else, such as a post-norm or scaled residual"
-    s = "" if parts.scale == 1.0 else f"{parts.scale:.3g} "
     raise InputError(
-        f"Block {index} ({type(layer).__name__}) is not h = x + {s}attn(norm1(x)), y = h + {s}mlp(norm2(h)): {cause}; "
-        "its sync point cannot be dropped."
+        f"Block {index} ({type(layer).__name__}) is not {equation(parts)}: {cause}; its sync point cannot be dropped."
     )
+
+
+def equation(parts: LayerParts) -> str:
+    """Return what the layer should compute, as messages say it."""
+    s = "" if parts.scale == 1.0 else f"{parts.scale:.3g} "
+    attention = "attn(norm1(x))" if parts.names.norm1 else "attn(x)"
+    mlp = "mlp(norm2(h))" if parts.names.norm2 else "mlp(h)"
+    attention = f"norm({attention})" if parts.attention_out_norm is not None else attention
+    mlp = f"norm({mlp})" if parts.mlp_out_norm is not None else mlp
+    return f"h = x + {s}{attention}, y = h + {s}{mlp}"
+
+
+def _through(norm: nn.Module | None, out: Tensor) -> Tensor:
+    return out if norm is None else norm(out)
 
 
 def mlp(parts: LayerParts, u: Tensor) -> Tensor:

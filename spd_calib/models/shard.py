@@ -105,8 +105,8 @@ class RankLinear(nn.Module):
 def rank_attention(parts: LayerParts, slices: RankSlices, layer_idx: int) -> nn.Module:
     """Return the layer's own attention module on one rank's heads; it shares the dense layer's weights.
 
-    The module turns n1(x) into a partial sum [B, T, d] of what joins the residual stream: scaled, where the block
-    scales its branches, and o_proj's bias left out. `layer_idx` is the rank's own place in the KV cache.
+    The module turns n1(x) into a partial sum [B, T, d] of the attention's output: scaled, where the block scales its
+    branches and has no norm in them, and o_proj's bias left out. `layer_idx` is the rank's own place in the KV cache.
     """
     shard = copy.copy(parts.attention)
     shard._modules = dict(parts.attention._modules)
@@ -114,7 +114,7 @@ def rank_attention(parts: LayerParts, slices: RankSlices, layer_idx: int) -> nn.
         for linear, rows, columns in linear_slices(parts, slices):
             if module is linear:
                 is_o = linear is parts.o
-                own = RankLinear(linear, rows, columns, with_bias=not is_o, scale=parts.scale if is_o else 1.0)
+                own = RankLinear(linear, rows, columns, with_bias=not is_o, scale=parts.o_scale if is_o else 1.0)
                 setattr(shard, name, own)
     heads = (slices.q.stop - slices.q.start) // (slices.kv.stop - slices.kv.start)
     counts = {

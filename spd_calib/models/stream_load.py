@@ -35,7 +35,10 @@ def _free_memory(device: str) -> float:
 
 
 class BlockWeights:
-    """The parameters of the blocks, of which one block's at a time are in memory."""
+    """The matrices of the blocks, of which one block's at a time are in memory.
+
+    Norms and biases stay: where an MLP's sync point is dropped, the next block still needs them.
+    """
 
     def __init__(self, stored: Checkpoint, blocks: list[list[tuple[str, nn.Parameter]]]):
         self.stored, self.blocks = stored, blocks
@@ -74,7 +77,7 @@ def load_streamed(source: Source, config: Any, *, device: str, dtype: str) -> tu
         for name, parameter in list(model.named_parameters(remove_duplicate=False)):
             key = id(parameter)
             if key not in replaced:
-                if key in of_block:
+                if key in of_block and parameter.dim() > 1:
                     new = nn.Parameter(no_memory(parameter.shape, like), requires_grad=False)
                     blocks[of_block[key]].append((name, new))
                 else:

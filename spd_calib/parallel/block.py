@@ -15,7 +15,7 @@ from spd_calib.models.experts import RankExperts, Routing, route
 from spd_calib.models.shard import RankMLP, RankSlices, rank_attention
 
 from .comm import Comm
-from .streams import Streams, defer, keep, write_off
+from .streams import Branch, Streams, defer, keep, write_off
 
 
 @dataclass
@@ -41,8 +41,9 @@ class Block(nn.Module):
         )
         self.experts = parts.experts
         self.mlps = nn.ModuleList(_rank_mlp(parts, s) for s in slices)
-        self.scale, self.unscaled_o_bias = parts.scale, parts.o.bias
-        self.unscaled_down_bias = None if parts.experts else parts.down.bias
+        self.attention_out_norm, self.mlp_out_norm = parts.attention_out_norm, parts.mlp_out_norm
+        self.scale, self.o_bias = parts.scale, parts.o.bias
+        self.down_bias = None if parts.experts else parts.down.bias
         self.read_weights: Callable[[int], None] | None = None  # called before each use, if on disk
         name = next(n for n, m in parts.attention.named_children() if m is parts.o)
         self.outs = [getattr(attention, name) for attention in self.attentions]  # each rank's slice of o_proj
@@ -50,17 +51,14 @@ class Block(nn.Module):
         self.width = parts.o.out_features
 
     @property
-    def o_bias(self) -> Tensor | None:
-        """Return what o_proj's bias adds to the residual stream, [d]; None without a bias."""
-        return self._scaled(self.unscaled_o_bias)
+    def attention_branch(self) -> Branch:
+        """Return what the attention's output goes through before it joins the residual stream, A of the equation."""
+        return _branch(self.o_bias, self.attention_out_norm, self.scale)
 
     @property
-    def down_bias(self) -> Tensor | None:
-        """Return what down_proj's bias adds to the residual stream, [d]; None without a bias."""
-        return self._scaled(self.unscaled_down_bias)
-
-    def _scaled(self, bias: Tensor | None) -> Tensor | None:
-        return bias if bias is None or self.scale == 1.0 else self.scale * bias
+    def mlp_branch(self) -> Branch:
+        """Return what the MLP's output goes through before it joins the residual stream, M of the equation."""
+        return _branch(self.down_bias, self.mlp_out_norm, self.scale)
 
     def forward(self, hidden_states: Tensor | Streams, **kwargs) -> Streams:
         """Run the block as transformers calls it, under what the model runs at present.
@@ -77,17 +75,15 @@ class Block(nn.Module):
         The predictors of `drops` must be on the model's device (TensorParallelLM.fitted).
         """
         attention, mlp = drops.at(self.attention_point), drops.at(self.mlp_point)
-        partials, heads = self.attend(s, **kwargs)
-        h = self._sync_point(attention, s, partials, self.o_bias)
-        mlps_read = h if attention.predictors is None else self.predicted(attention, s, partials, heads)
+        h, mlps_read = self.behind_attention(attention, s, *self.attend(s, **kwargs))
         routing = self.route(h.shared, self.expected(attention, s)) if self.experts else None
-        return self._sync_point(mlp, h, self._fed(mlps_read, routing), self.down_bias)
+        return self.behind_mlp(mlp, h, self._fed(mlps_read, routing))
 
     def attend(self, s: Streams, **kwargs) -> tuple[list[Tensor], list[Tensor]]:
         """Run the attention on every rank of this process; kwargs as transformers hands them to the layer.
 
-        Returns each rank's partial sum [B, T, d] of what joins the residual stream, o_proj's bias left out, and its
-        head outputs [B, T, d_rank].
+        Returns each rank's partial sum [B, T, d] of the attention's output, o_proj's bias left out, and its head
+        outputs [B, T, d_rank].
         """
         self._read_weights()
         heads: list[Tensor] = []
@@ -100,15 +96,38 @@ class Block(nn.Module):
                 hook.remove()
         return partials, heads
 
-    def predicted(self, drop: Drop, s: Streams, partials: list[Tensor], heads: list[Tensor]) -> Streams:
-        """Return what the MLPs read where each rank's predictor stands in for its partial sum.
+    def behind_attention(
+        self, drop: Drop, s: Streams, partials: list[Tensor], heads: list[Tensor]
+    ) -> tuple[Streams, Streams]:
+        """Treat the attention's sync point; return the streams behind it, and what the ranks' MLPs read.
 
-        The result is for the MLPs' input alone: the residual stream takes the exact partial sums.
+        Both are the same but where predictors stand in for what a linear branch owes: for the MLPs' input alone, the
+        residual stream takes the exact partial sums.
         """
+        branch = self.attention_branch
+        if drop.predictors is None:
+            h = self._sync_point(drop, s, partials, branch)
+            return h, h
+        estimates = self._estimates(drop, branch, partials=partials, z=heads)
+        if branch.norm is not None:
+            h = defer(s, partials, branch, estimates=estimates)
+            return h, h
+        return defer(s, partials, branch), defer(s, estimates, branch)
+
+    def behind_mlp(self, drop: Drop, s: Streams, partials: Iterable[Tensor]) -> Streams:
+        """Treat the MLP's sync point; return the streams behind it."""
+        branch = self.mlp_branch
+        if drop.predictors is None:
+            return self._sync_point(drop, s, partials, branch)
+        own = list(partials)
+        return defer(s, own, branch, estimates=self._estimates(drop, branch, partials=own, z=own))
+
+    def _estimates(self, drop: Drop, branch: Branch, *, partials: list[Tensor], z: list[Tensor]) -> list[Tensor]:
+        """Return what each rank's predictor gives, where its share is its partial sum, or a norm's branch of it."""
         assert drop.predictors is not None
         of_ranks = [drop.predictors[rank] for rank in self.comm.ranks]
-        estimates = [predict(z, p) for predict, z, p in zip(of_ranks, heads, partials, strict=True)]
-        return defer(s, estimates, self.o_bias)
+        shares = partials if branch.norm is None else map(branch, partials)
+        return [predict(own, share) for predict, own, share in zip(of_ranks, z, shares, strict=True)]
 
     def route(self, shared: Tensor, expected: Tensor | None = None) -> Routing:
         """Return the experts chosen for each token, the same on all ranks: the router reads only what they share.
@@ -148,23 +167,30 @@ class Block(nn.Module):
         ranks = range(len(self.attentions))
         return itertools.repeat(norm(s.shared), len(ranks)) if s.agree else map(norm, map(s.read, ranks))
 
-    def _sync_point(self, drop: Drop, s: Streams, partials: Iterable[Tensor], bias: Tensor | None) -> Streams:
+    def _sync_point(self, drop: Drop, s: Streams, partials: Iterable[Tensor], branch: Branch) -> Streams:
         if drop.strategy == Strategy.KEEP_SYNC:
-            return keep(s, partials, bias, self.comm)
+            return keep(s, partials, branch, self.comm)
         if drop.strategy == Strategy.BLOCK_DROP:
-            return defer(s, partials, bias)
-        return write_off(s, partials, bias)
+            return defer(s, partials, branch)
+        return write_off(s, partials, branch)
 
     def _read_weights(self) -> None:
         if self.read_weights is not None:
             self.read_weights(self.index)
 
 
+def _branch(bias: Tensor | None, norm: nn.Module | None, scale: float) -> Branch:
+    """Return a branch; without a norm its scalar is in the partial sums already, and is put into the bias here."""
+    if norm is not None:
+        return Branch(bias, norm, scale)
+    return Branch(bias if bias is None or scale == 1.0 else scale * bias)
+
+
 def _rank_mlp(parts: LayerParts, slices: RankSlices) -> nn.Module:
     """Return a rank's neurons of the layer's MLP, or of its mixture of experts."""
     if parts.experts is not None:
-        return RankExperts(parts.experts, slices, scale=parts.scale)
-    return RankMLP(parts.dense, slices.neurons, scale=parts.scale)
+        return RankExperts(parts.experts, slices, scale=parts.down_scale)
+    return RankMLP(parts.dense, slices.neurons, scale=parts.down_scale)
 
 
 def _a_cache_for_each_rank(cache: Cache, num_blocks: int, ranks: int) -> None:

@@ -23,6 +23,7 @@ class Comm(Protocol):
     size: int
     ranks: Sequence[int]
     all_reduces: int  # made so far
+    elements: int  # in their messages, together
 
     def all_reduce(self, partials: Iterable[Tensor]) -> Tensor:
         """Return the sum over all ranks, the same bits on each; the partials stay as they are, each looked at once."""
@@ -37,14 +38,15 @@ class SimulatedComm:
     def __init__(self, size: int):
         self.size = size
         self.ranks: Sequence[int] = range(size)
-        self.all_reduces = 0
+        self.all_reduces = self.elements = 0
 
     def all_reduce(self, partials: Iterable[Tensor]) -> Tensor:
-        self.all_reduces += 1
         parts = iter(partials)
         total = next(parts)
         for number, part in enumerate(parts):
             total = total.add_(part) if number else total + part  # in place once it is a tensor of our own
+        self.all_reduces += 1
+        self.elements += total.numel()
         return total
 
     def all_gather(self, parts: Sequence[Tensor]) -> Tensor:
@@ -57,7 +59,7 @@ class DistributedComm:
     def __init__(self) -> None:
         self.size, self.rank = dist.get_world_size(), dist.get_rank()
         self.ranks: Sequence[int] = [self.rank]
-        self.all_reduces = 0
+        self.all_reduces = self.elements = 0
         self.gathered_at_most = GATHERED_AT_MOST
 
     def all_reduce(self, partials: Iterable[Tensor]) -> Tensor:
@@ -71,6 +73,7 @@ class DistributedComm:
             with self._reaching_all():
                 dist.all_reduce(total)
         self.all_reduces += 1
+        self.elements += total.numel()
         return total
 
     def all_gather(self, parts: Sequence[Tensor]) -> Tensor:

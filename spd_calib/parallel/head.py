@@ -28,7 +28,7 @@ class FinalNorm(nn.Module):
         self.norm = norm
 
     def forward(self, s: Streams) -> Tensor:
-        assert s.debt is None, "the last block settles every debt"
+        assert s.settled, "the last block settles every debt"
         if s.written_off is None:
             return self.norm(s.shared)
         return torch.cat([self.norm(s.read(i)) for i in range(len(s.written_off))]).as_subclass(PerRank)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spd_calib.errors import InputError
-from spd_calib.formats.drops import Drop, Drops, Point
+from spd_calib.formats.drops import NOTHING_DROPPED, Drop, Drops, Point, Strategy
 from spd_calib.models.architecture import Decoder, HeadCounts, LayerParts, check_divides, find_decoder
 from spd_calib.models.hooks import before_each
 from spd_calib.models.predictor import Predictor, check_predictors, check_router_predictor
@@ -52,6 +52,7 @@ class TensorParallelLM:
             raise InputError(f"{type(model).__name__} has no plain output head; it cannot be split over ranks.")
         self.model, self.comm = model, comm
         self.num_blocks = len(parts)
+        self.estimates = NOTHING_DROPPED  # of branches with a norm: read where drops name no predictors
         self.streamed = False  # whether its blocks' weights are read from disk; of no concern to Streams
         self.module_paths = [f"{decoder.path}.{i}" for i in range(self.num_blocks)]
         probe = _probe_tokens(model)
@@ -64,7 +65,9 @@ class TensorParallelLM:
         self.final_norm = FinalNorm(getattr(decoder.owner, decoder.norm) or nn.Identity())
         setattr(decoder.owner, decoder.norm, self.final_norm)
         self.head = VocabParallelHead(head, comm)
-        self._logits_divisor = float(getattr(model.config, "logits_scaling", 1.0))  # Granite's, behind its head
+        # what transformers does with the logits behind the head: Granite's divisor, Gemma 2's soft cap
+        self._logits_divisor = float(getattr(model.config, "logits_scaling", 1.0))
+        self._logits_cap = getattr(model.config, "final_logit_softcapping", None)
         model.set_output_embeddings(self.head)
         if dense is not None:
             self._check_equals_dense(dense, probe)
@@ -102,7 +105,8 @@ class TensorParallelLM:
     def fitted(self, drops: Drops) -> Drops:
         """Return `drops` with their predictors on the model's device and in its dtype.
 
-        The drops given, and their predictors, stay as they are. Raises as `running` does.
+        Where they name none, those of `estimates` are taken. The drops given, and their predictors, stay as they are.
+        Raises as `running` does.
         """
         drops.check_fits(self.num_blocks)
         if drops.streams_differ and (mixed := [b.index for b in self.blocks if b.experts]):
@@ -110,12 +114,22 @@ class TensorParallelLM:
                 f"plain_drop cannot be used in this model: block {mixed[0]} is a mixture of experts, and ranks whose "
                 "residual streams differ for good would choose different experts; use block_drop."
             )
-        return Drops({point: self._fitted(point, drop) for point, drop in drops.by_point.items()})
+        return Drops(
+            {point: self._fitted(point, self._estimated(point, drop)) for point, drop in drops.by_point.items()}
+        )
+
+    def _estimated(self, point: Point, drop: Drop) -> Drop:
+        """Return the drop with the predictors of `estimates` where it names none of its own."""
+        if drop.strategy != Strategy.BLOCK_DROP or drop.predictors is not None:
+            return drop
+        return replace(drop, predictors=self.estimates.at(point).predictors)
 
     def _fitted(self, point: Point, drop: Drop) -> Drop:
         if drop.predictors is None and drop.router is None:
             return drop
         block = self.blocks[point.block]
+        if point.sync_point == "mlp" and block.mlp_out_norm is None:
+            raise InputError(f"Block {point.block} has predictors for its MLP's partial sums, and no norm behind them.")
         like = next(block.attentions.parameters())
         router = None if drop.router is None else self._fitted_router(block, drop.router).like(like)
         if drop.predictors is None:
@@ -189,7 +203,9 @@ class TensorParallelLM:
 
     def scaled_logits(self, logits: Tensor) -> Tensor:
         """Return the model's logits, [..., any part of the vocabulary], from what its head gives."""
-        return logits if self._logits_divisor == 1.0 else logits / self._logits_divisor
+        if self._logits_divisor != 1.0:
+            logits = logits / self._logits_divisor
+        return logits if self._logits_cap is None else (logits / self._logits_cap).tanh() * self._logits_cap
 
     def refuse_nonfinite(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         """Raise InputError that says where NaN or Inf first appears when the model reads these tokens [B, T].

@@ -92,7 +92,8 @@ def _embeddings(model: nn.Module) -> list[Place]:
 
 def _tensors(output: Any) -> list[Tensor]:
     if isinstance(output, Streams):
-        return [output.shared, *(output.debt or []), *(output.written_off or [])]
+        waiting = [partial for part in output.waiting for partial in part.partials]
+        return [output.shared, *(output.debt or []), *(output.written_off or []), *waiting]
     if isinstance(output, tuple | list):
         output = output[0]
     return [output] if isinstance(output, Tensor) else []

@@ -1,11 +1,15 @@
 """The residual stream of every rank, and what a sync point does to it (docs/design.md, section 2, the general form).
 
-Rank i reads `shared + written_off_i + debt_i`, written x + w_i + p_i below. `shared` is computed from
-all-reduced sums alone, so it is the same, bit for bit, on all ranks; what a rank knows and the others do not is kept
-apart from it, never added in and subtracted out again, which would let rounding pull the ranks apart.
+Rank i reads `shared + written_off_i + debt_i + estimates_i`, written x + w_i + p_i + e_i below. `shared` is computed
+from all-reduced sums alone, so it is the same, bit for bit, on all ranks; what a rank knows and the others do not is
+kept apart from it, never added in and subtracted out again, which would let rounding pull the ranks apart.
+
+A sub-layer's partial sums join the stream by its `Branch`, A or M of the equation. Where that is linear, sums that were
+left for later are one debt, p_i. Where it holds a norm, what joins is known from the whole sum alone, so they wait side
+by side, and the next sync point that is kept settles all of them with one all-reduce: [a_i ; m_i] is one message.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +19,53 @@ from .comm import Comm
 
 
 @dataclass(frozen=True)
+class Branch:
+    """What a sub-layer's output goes through before it is added to the stream: its bias and, it may be, a norm.
+
+    The output is a sum over ranks of partial sums [B, T, d], `bias` [d] left out. Without a norm a scalar is in them,
+    and in the bias, already; with one, `scale` comes behind it.
+    """
+
+    bias: Tensor | None = None
+    norm: Callable[[Tensor], Tensor] | None = None
+    scale: float = 1.0
+
+    def __call__(self, total: Tensor) -> Tensor:
+        """Return what joins the stream, A(total + bias)."""
+        if self.norm is None:
+            return _add(total, self.bias)
+        out = self.norm(_add(total, self.bias))
+        return out if self.scale == 1.0 else self.scale * out
+
+    def join(self, x: Tensor, total: Tensor) -> Tensor:
+        """Return x + A(total + bias)."""
+        return _add(x + total, self.bias) if self.norm is None else x + self(total)
+
+
+LINEAR = Branch()
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Partial sums that wait for the next sync point that is kept, since their branch holds a norm.
+
+    `estimates` are what the ranks read meanwhile in place of A(AR(partial) + bias). One tensor [B, T, d] for each rank
+    of this process in both.
+    """
+
+    partials: list[Tensor]
+    branch: Branch
+    estimates: list[Tensor]
+
+
+@dataclass(frozen=True)
 class Streams:
     """Tensors are [B, T, d]; the lists hold one tensor for each rank of this process, or are None for zero."""
 
     shared: Tensor
-    debt: list[Tensor] | None = None  # partial sums the rank still owes the others
-    written_off: list[Tensor] | None = None  # partial sums only this rank will ever see
+    debt: list[Tensor] | None = None  # partial sums of linear branches that the rank still owes the others
+    written_off: list[Tensor] | None = None  # what only this rank will ever see
+    waiting: tuple[Waiting, ...] = ()  # partial sums of branches with a norm, in the order they join the stream
 
     @classmethod
     def of(cls, hidden_states: "Tensor | Streams") -> "Streams":
@@ -28,9 +73,14 @@ class Streams:
         return hidden_states if isinstance(hidden_states, Streams) else cls(hidden_states)
 
     @property
+    def settled(self) -> bool:
+        """Say whether nothing is left for the next sync point."""
+        return self.debt is None and not self.waiting
+
+    @property
     def agree(self) -> bool:
         """Say whether all ranks read the same."""
-        return self.debt is None and self.written_off is None
+        return self.settled and self.written_off is None
 
     def read(self, i: int) -> Tensor:
         """Return what the i-th rank of this process reads."""
@@ -39,26 +89,71 @@ class Streams:
             x = x + self.written_off[i]
         if self.debt is not None:
             x = x + self.debt[i]
+        for part in self.waiting:
+            x = x + part.estimates[i]
         return x
 
 
-def keep(s: Streams, partials: Iterable[Tensor], bias: Tensor | None, comm: Comm) -> Streams:
-    """Keep the sync point: x <- x + AR(p_i + partial_i) + bias, p_i <- 0; AR is the all-reduce, the sum over ranks."""
-    owed = partials if s.debt is None else map(torch.add, s.debt, partials)
-    return Streams(_add(s.shared + comm.all_reduce(owed), bias), None, s.written_off)
+def keep(s: Streams, partials: Iterable[Tensor], branch: Branch, comm: Comm) -> Streams:
+    """Keep the sync point, and settle what waits for it: x <- x + A(AR(partial_i) + bias).
+
+    AR is the all-reduce, the sum over ranks. Linear: x <- x + AR(p_i + partial_i) + bias, p_i <- 0. The parts that wait
+    are in the same message, and join in their order: x <- x + A(AR(a_i)), then x <- x + M(AR(m_i)).
+    """
+    columns: list[tuple[Iterable[Tensor], Branch]] = [(part.partials, part.branch) for part in s.waiting]
+    if s.debt is not None and branch.norm is None:
+        partials = map(torch.add, s.debt, partials)
+    elif s.debt is not None:
+        columns.insert(0, (s.debt, LINEAR))
+    columns.append((partials, branch))
+    message = partials if len(columns) == 1 else map(_side_by_side, *(column for column, _ in columns))
+    x = s.shared
+    for total, (_, to_join) in zip(comm.all_reduce(message).split(x.shape[-1], dim=-1), columns, strict=True):
+        x = to_join.join(x, total)
+    return Streams(x, None, s.written_off)
 
 
-def defer(s: Streams, partials: Iterable[Tensor], bias: Tensor | None) -> Streams:
-    """Leave the sync point to the next one kept: p_i <- p_i + partial_i, x <- x + bias."""
-    return Streams(_add(s.shared, bias), _sums(s.debt, partials), s.written_off)
+def defer(
+    s: Streams, partials: Iterable[Tensor], branch: Branch, *, estimates: Iterable[Tensor] | None = None
+) -> Streams:
+    """Leave the sync point to the next one kept. Linear: p_i <- p_i + partial_i, x <- x + bias.
+
+    Behind a norm the partial sums wait, and each rank reads its estimate of A(AR(partial_i) + bias) for them: by
+    default what its own partial sum would give, A(partial_i + bias).
+    """
+    if branch.norm is None:
+        return Streams(_add(s.shared, branch.bias), _sums(s.debt, partials), s.written_off, s.waiting)
+    own = list(partials)
+    part = Waiting(own, branch, list(map(branch, own) if estimates is None else estimates))
+    return Streams(s.shared, s.debt, s.written_off, (*s.waiting, part))
 
 
-def write_off(s: Streams, partials: Iterable[Tensor], bias: Tensor | None) -> Streams:
-    """Drop the sync point for good; its partial sums are never reduced: w_i <- w_i + partial_i, x <- x + bias."""
-    return Streams(_add(s.shared, bias), s.debt, _sums(s.written_off, partials))
+def write_off(s: Streams, partials: Iterable[Tensor], branch: Branch) -> Streams:
+    """Drop the sync point for good; its partial sums are never reduced. Linear: w_i <- w_i + partial_i, x <- x + bias.
+
+    Behind a norm w_i <- w_i + A(partial_i + bias).
+    """
+    if branch.norm is None:
+        return Streams(_add(s.shared, branch.bias), s.debt, _sums(s.written_off, partials), s.waiting)
+    return Streams(s.shared, s.debt, _sums(s.written_off, map(branch, partials)), s.waiting)
 
 
-def _sums(held: list[Tensor] | None, partials: Iterable[Tensor]) -> list[Tensor]:
+def in_full(s: Streams) -> Tensor:
+    """Return the part that all ranks share once everything that waits is settled, [B, T, d].
+
+    For ranks that are all in this process.
+    """
+    x = s.shared if s.debt is None else s.shared + sum(s.debt)
+    for part in s.waiting:
+        x = part.branch.join(x, sum(part.partials[1:], start=part.partials[0]))
+    return x
+
+
+def _side_by_side(*parts: Tensor) -> Tensor:
+    return torch.cat(parts, dim=-1)
+
+
+def _sums(held: Sequence[Tensor] | None, partials: Iterable[Tensor]) -> list[Tensor]:
     return list(partials) if held is None else [h + p for h, p in zip(held, partials, strict=True)]
 
 

@@ -4,11 +4,12 @@
 
 Where an engine fuses the all-reduce with the residual addition and the norm behind it into one kernel, that kernel's
 time counts as the all-reduce's, and a dropped one leaves the addition and the norm to do ("time left"); elsewhere
-nothing is left. Bytes are a rank's weights and its KV cache; a recovered plan's predictors add theirs to all but the
-dense step. Nothing is taken to overlap, and no rate is reached in full: both are multiplied by ATTAINED
-(machine_latency.py). The embedding's all-reduce, the gathering of the logits, launches and the scheduler are not in it:
-a real step is longer, and the share saved smaller. Where a machine was measured (`spd-calib bench`) its own dense step
-stands in for the first term.
+nothing is left. Where branches go through a norm, the partial sums of a dropped sync point make another's message twice
+as wide, and what that takes is left. Bytes are a rank's weights and its KV cache; a recovered plan's predictors add
+theirs to all but the dense step. Nothing is taken to overlap, and no rate is reached in full: both are multiplied by
+ATTAINED (machine_latency.py). The embedding's all-reduce, the gathering of the logits, launches and the scheduler are
+not in it: a real step is longer, and the share saved smaller. Where a machine was measured (`spd-calib bench`) its own
+dense step stands in for the first term.
 """
 
 from dataclasses import dataclass

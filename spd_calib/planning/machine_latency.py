@@ -1,5 +1,7 @@
 """The latency model of a machine: from its rates, or from the steps that `spd-calib bench` timed on it."""
 
+from collections.abc import Mapping
+
 from spd_calib.errors import InputError
 from spd_calib.formats.hardware import Hardware
 from spd_calib.formats.machine import Machine
@@ -24,7 +26,8 @@ def on_machine(machine: Machine, sizes: ModelSizes, *, tp: int, step: Step, pred
         )
     dense = _busy(machine, sizes, tp=tp, step=step, more=0)
     message = step.new_tokens * sizes.width * step.itemsize
-    all_reduce = interpolate({r.bytes: r.seconds for r in machine.all_reduces}, message)
+    times = {r.bytes: r.seconds for r in machine.all_reduces}
+    all_reduce = interpolate(times, message)
     fused = machine.fused_norm if machine.fused_norm and message <= machine.fused_norm.max_bytes else None
     return LatencyModel(
         hardware=machine.name,
@@ -32,9 +35,14 @@ def on_machine(machine: Machine, sizes: ModelSizes, *, tp: int, step: Step, pred
         blocks=sizes.blocks,
         compute=dense,
         all_reduce=all_reduce,
-        left=min(fused.left_seconds, all_reduce) if fused else 0.0,
+        left=_left(times, sizes, message=message, fused=min(fused.left_seconds, all_reduce) if fused else 0.0),
         predictors=_busy(machine, sizes, tp=tp, step=step, more=predictors) - dense,
     )
+
+
+def _left(times: Mapping[int, float], sizes: ModelSizes, *, message: int, fused: float = 0.0) -> float:
+    """Return the seconds that a dropped sync point leaves: of a fused kernel `fused`, behind norms a wider message."""
+    return interpolate(times, 2 * message) - interpolate(times, message) if sizes.side_by_side else fused
 
 
 def _busy(machine: Machine, sizes: ModelSizes, *, tp: int, step: Step, more: int) -> float:
@@ -56,7 +64,8 @@ def as_measured(hardware: Hardware, sizes: ModelSizes, *, phase: Phase, name: st
     if row is None:
         raise InputError(f"{name} holds no {phase} step of the dense model; run `spd-calib bench` again.")
     step = Step(phase, row.batch, row.tokens, ITEMSIZE[hardware.provenance.dtype])
-    one = interpolate(hardware.all_reduce_seconds(), step.new_tokens * sizes.width * step.itemsize)
+    times, message = hardware.all_reduce_seconds(), step.new_tokens * sizes.width * step.itemsize
+    one = interpolate(times, message)
     compute = row.seconds.median - 2 * sizes.blocks * one
     if compute <= 0:
         raise InputError(
@@ -67,7 +76,15 @@ def as_measured(hardware: Hardware, sizes: ModelSizes, *, phase: Phase, name: st
     share = predictors * step.itemsize / bytes_moved(sizes, step, tp=tp)
     if phase == "prefill":
         share = 2 * step.new_tokens * predictors / flops(sizes, step, tp=tp)
-    return LatencyModel(name, step, sizes.blocks, compute=compute, all_reduce=one, predictors=compute * share)
+    return LatencyModel(
+        hardware=name,
+        step=step,
+        blocks=sizes.blocks,
+        compute=compute,
+        all_reduce=one,
+        left=_left(times, sizes, message=message),
+        predictors=compute * share,
+    )
 
 
 def held_against(hardware: Hardware, model: LatencyModel) -> dict[str, tuple[float, float]]:

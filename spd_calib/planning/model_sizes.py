@@ -28,6 +28,7 @@ class ModelSizes:
     head_weights: int  # what makes logits of the last hidden state; the embedding is looked up, not read
     expert_weights: float = 0  # of a block, all its experts
     expert_share: float = 1.0  # of the experts, those that one token goes through
+    side_by_side: bool = False  # partial sums that wait take room of their own in a message: behind norms
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "ModelSizes":
@@ -43,6 +44,7 @@ class ModelSizes:
             mlp_weights=sum(linear.weight.numel() for p in layers for linear in p.ffn.linears) / len(layers),
             head_weights=model.get_output_embeddings().weight.numel(),
             **_of_experts(layers),
+            side_by_side=parts.attention_out_norm is not None,
         )
 
     def kv_heads(self, tp: int) -> int:
@@ -91,5 +93,5 @@ def predictor_weights(plan: Plan, sizes: ModelSizes) -> int:
         math.prod(shape)
         for block in plan.blocks
         if (c := block.compensation)
-        for shape in predictor_shapes(c.kind, c.rank, d_rank=d_rank, d=sizes.width).values()
+        for shape in predictor_shapes(c.kind, c.rank, d_rank=d_rank, d=sizes.width, scaled=c.scaled).values()
     )

@@ -24,7 +24,7 @@ def tiers_of(plan: Plan, *, tau1: float | None = None, tau2: float | None = None
     A plan made by the paper's rule holds the tiers; for any other, the block's own KL is compared with tau1 and tau2
     (sensitivity.tiers). Raises InputError for a plan that drops no attention's, or that was recovered before.
     """
-    if plan.compensation is not None or plan.recovered_from is not None:
+    if plan.recovered_from is not None:
         raise InputError(f"{plan.model.id} was recovered already; recover the plan it was made from instead.")
     blocks = drops_to_recover(plan).blocks("attention")
     if not blocks:

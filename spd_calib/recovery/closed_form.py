@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from . import predictor_fit
+from .behind_norm import fit_behind_norm
 from .error_cost import ErrorCost
 from .feed import Feed
 from .head_grouping import head_orders
@@ -78,7 +79,7 @@ def treat_block(
         moments = HeadMoments.of(trial.student, feed)  # of its order of heads
     if treatment.compensate:
         began = time.monotonic()
-        fit = _best_fit(trial.student, moments, treatment, options)
+        fit = _best_fit(trial.student, moments, treatment, options, feed=feed, cost=cost)
         predicting = trial.student.copy().with_predictors(fit.predictors)
         trial.decide(predicting, "compensation", began=began, detail=fit.detail())
     reads_refitted = False
@@ -119,13 +120,28 @@ class _Trial:
         return kept
 
 
-def _best_fit(student: Student, moments: HeadMoments, treatment: ClosedForm, options: RecoveryOptions) -> Fit:
-    """Return the predictors of the form that is worth its weights."""
+def _best_fit(
+    student: Student,
+    moments: HeadMoments,
+    treatment: ClosedForm,
+    options: RecoveryOptions,
+    *,
+    feed: Feed,
+    cost: ErrorCost | None,
+) -> Fit:
+    """Return the predictors of the form that is worth its weights; `moments` are of the student's order of heads.
+
+    They tell all where what joins the stream is linear in the heads; behind a norm it is looked at anew.
+    """
     block = student.block
     forms = predictor_fit.forms_up_to(treatment.max_rank, d_rank=block.d_rank)
     weights = sum(linear.weight.numel() for linear in student.parts.linears) // block.comm.size
+    if block.attention_out_norm is None:
+        fits = predictor_fit.fit(student, moments, forms=forms)
+    else:
+        fits = fit_behind_norm(student, feed, forms=forms, cost=cost)
     return predictor_fit.choose(
-        predictor_fit.fit(student, moments, forms=forms),
+        fits,
         d_rank=block.d_rank,
         d=block.width,
         block_weights=weights,
@@ -160,7 +176,14 @@ class _Grouping:
         permute_heads(student.parts, student.counts, order)
         if predict:
             z = entries(order, student.counts.head_dim).to(self.moments.fitting.mean.device)
-            fit = _best_fit(student, self.moments.permuted(z), self.treatment, self.options)
+            fit = _best_fit(
+                student,
+                self.moments.permuted(z),
+                self.treatment,
+                self.options,
+                feed=self.feed,
+                cost=self.cost,
+            )
             student, detail = student.with_predictors(fit.predictors), detail | fit.detail()
         fits = None
         if self.treatment.refit and "mlp_in" in self.options.refit_parts:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from spd_calib.parallel.comm import Comm
+from spd_calib.parallel.streams import in_full
 
 from .feed import Batch, Feed
 from .student import Student
@@ -83,8 +84,7 @@ def distil_block(
 
     def loss(batch: Batch, _: int | None) -> Tensor:
         y = student.run(feed.inputs(batch), **feed.kwargs(batch))
-        whole = y.shared if y.debt is None else y.shared + sum(y.debt)  # a deferred MLP is settled later, in full
-        difference = (whole - targets[id(batch)])[batch.mask]
+        difference = (in_full(y) - targets[id(batch)])[batch.mask]  # a deferred MLP is settled later
         return _total(difference.square().sum(-1) * scale)
 
     return _train([student], feed, loss=loss, schedule=schedule, hooks=hooks)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spd_calib.formats.drops import KEPT
 from spd_calib.parallel.comm import Comm, SimulatedComm
-from spd_calib.parallel.streams import Streams, keep
+from spd_calib.parallel.streams import Streams
 from spd_calib.sensitivity.measure import batches
 
 from .planned_model import PlannedModel
@@ -94,9 +95,8 @@ class Feed:
         if batch.output is not None:
             return
         block, s = self.model.lm.blocks[self.index], Streams(batch.dense)
-        partials, _ = block.attend(s, **self.kwargs(batch))
-        read = keep(s, partials, block.o_bias, block.comm)
-        output = keep(read, block.feed(read), block.down_bias, block.comm)
+        read, _ = block.behind_attention(KEPT, s, *block.attend(s, **self.kwargs(batch)))
+        output = block.behind_mlp(KEPT, read, block.feed(read))
         batch.read, batch.output = read.shared, output.shared
 
     @torch.no_grad()

@@ -67,7 +67,7 @@ def moments(student: Student, feed: Feed, batches: Iterable[Batch]) -> Moments:
 
 def o_matrix(student: Student) -> Tensor:
     """Return O [D, d], float64, scaled where the block scales what its attention adds to the residual stream."""
-    return student.parts.scale * student.parts.o.weight.detach().double().T
+    return student.parts.o_scale * student.parts.o.weight.detach().double().T
 
 
 def rank_columns(student: Student) -> list[Tensor]:

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spd_calib.formats.drops import KEPT
 from spd_calib.models.mlp import activations
-from spd_calib.parallel.streams import Streams, keep
+from spd_calib.parallel.streams import Streams, in_full
 
 from .assignment import balanced, order_of
 from .error_cost import ErrorCost
@@ -83,7 +84,8 @@ def neuron_errors(
         s = feed.inputs(batch)
         partials, heads = block.attend(s, **feed.kwargs(batch))
         partly = mlp_reads(student, s, partials, heads)
-        whole = keep(s, partials, block.o_bias, block.comm) if fits is None else Streams(feed.dense_read(batch))
+        kept, _ = block.behind_attention(KEPT, s, partials, heads)
+        whole = kept if fits is None else Streams(feed.dense_read(batch))
         right: Tensor | None = None
         errors = []
         for rank in range(block.comm.size):
@@ -132,8 +134,8 @@ def distortion(student: Student, feed: Feed, batches: Iterable[Batch]) -> float:
     with_attention_kept = student.drops.only([block.mlp_point])
     for batch in batches:
         s, kwargs = feed.inputs(batch), feed.kwargs(batch)
-        dropped = student.run(s, **kwargs).shared
-        kept = block.run(s, with_attention_kept, **kwargs).shared
+        dropped = in_full(student.run(s, **kwargs))
+        kept = in_full(block.run(s, with_attention_kept, **kwargs))
         wrong += (dropped - kept)[batch.mask].double().square().sum().item()
         right += (kept - s.shared)[batch.mask].double().square().sum().item()
     return wrong / max(right, 1e-30)

@@ -28,7 +28,7 @@ class PlannedModel:
         self._decoder, self._layers = decoder, decoder.layers
         self._norm, self._head = getattr(decoder.owner, decoder.norm), model.get_output_embeddings()
         self.lm = TensorParallelLM.simulated(model.requires_grad_(False), tp)
-        drops.check_fits(self.lm.num_blocks)
+        drops = self.lm.fitted(drops)
         # until it is treated, a student shares the dense layer's weights
         self.students = {
             i: Student.of(self._layers[i], self.lm.blocks[i], drops) for i in sorted({p.block for p in drops})

@@ -138,7 +138,7 @@ def _fit_rank(
             continue
         tried = []
         for w, root in full:
-            a, b = _project(w, root, form.rank) if form.kind == "low_rank" else (w, None)
+            a, b = project(w, root, form.rank) if form.kind == "low_rank" else (w, None)
             slope = a if b is None else a @ b
             bias = target - fitting.own_mean @ slope
             tried.append((choosing.left(slope, bias), bias, a, b))
@@ -156,7 +156,7 @@ def _ridge(missing: _Missing, ridge: float) -> tuple[Tensor, Tensor]:
     return torch.cholesky_solve(missing.cross, root), root
 
 
-def _project(w: Tensor, root: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def project(w: Tensor, root: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Return W projected on the k directions in which its predictions vary most, as A [d_rank, k] and B [k, d]."""
     v = torch.linalg.svd(root.T @ w, full_matrices=False).Vh[:k]
     return w @ v.T, v

@@ -2,17 +2,15 @@
 
 from torch import Tensor
 
-from spd_calib.parallel.streams import Streams, defer
+from spd_calib.formats.drops import Drop, Strategy
+from spd_calib.parallel.streams import Streams, in_full
 
 from .student import Student
 
 
 def mlp_reads(student: Student, s: Streams, partials: list[Tensor], heads: list[Tensor]) -> Streams:
     """Return what each rank's MLP reads (before the norm) with the attention's sync point dropped."""
-    drop = student.drops.at(student.block.attention_point)
-    if drop.predictors is None:
-        return defer(s, partials, student.block.o_bias)
-    return student.block.predicted(drop, s, partials, heads)
+    return student.block.behind_attention(Drop(Strategy.BLOCK_DROP, student.predictors), s, partials, heads)[1]
 
 
 def settled(s: Streams) -> Tensor:
@@ -20,7 +18,5 @@ def settled(s: Streams) -> Tensor:
 
     Of what was written off, the mean over ranks: the stream that lies nearest to all of theirs.
     """
-    x = s.shared
-    if s.debt is not None:
-        x = x + sum(s.debt)
+    x = in_full(s)
     return x if s.written_off is None else x + sum(s.written_off) / len(s.written_off)

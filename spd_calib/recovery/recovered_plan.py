@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spd_calib.formats.common import ModelRef, Provenance, TextRef
-from spd_calib.formats.plan import Compensation, CompensationFile, Plan, PlannedBlock, Predicted, Verified
+from spd_calib.formats.plan import CompensationFile, Plan, PlannedBlock, Predicted, Verified
+from spd_calib.models.plan_files import form_of
 from spd_calib.sensitivity.metrics import Tally
 from spd_calib.sensitivity.tiers import Tier
 
@@ -51,12 +52,12 @@ def _block(block: PlannedBlock, model: PlannedModel, report: RecoveryReport) -> 
     student = model.students.get(block.index)
     if student is None:
         return block
-    first = next(iter((student.predictors or {}).values()), None)  # those of the other ranks have the same form
     return block.model_copy(
         update={
             "strategy": student.strategy,
             "recovery": None,
-            "compensation": None if first is None else Compensation(kind=first.kind, rank=first.rank),
+            "compensation": form_of(student.drops, student.block.attention_point),
+            "mlp_compensation": form_of(student.drops, student.block.mlp_point),
             "kl": None,  # of the block before it was treated
             "reason": _reason(report.tiers.get(block.index), report.kept(block.index)),
         }

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from spd_calib.formats.drops import KEPT
 from spd_calib.models.architecture import LinearRows
 from spd_calib.models.mlp import activations
 from spd_calib.models.shard import ALL_ROWS, RankLinear, Rows
-from spd_calib.parallel.streams import keep
 
 from .error_cost import ErrorCost, token_weights
 from .feed import Batch, Feed
@@ -47,7 +47,7 @@ def refit_attention(student: Student, feed: Feed, *, cost: ErrorCost | None = No
         for batch in batches:
             read = student.block.norm1(feed.inputs(batch).shared)[batch.mask]
             should = dense.norm1(batch.dense)[batch.mask]
-            weights = _weights_of_reads(cost, batch, output=batch.dense, part=batch.dense)
+            weights = weights_of_reads(cost, batch, output=batch.dense, part=batch.dense)
             products.add(_features(read, constant), should - read, weights=weights)
     ridge = Ridge(fitting, choosing)
     return {name: _put([layer], ALL_ROWS, _fit_for([layer], ridge)) for name, layer in layers.items()}
@@ -55,15 +55,20 @@ def refit_attention(student: Student, feed: Feed, *, cost: ErrorCost | None = No
 
 @torch.no_grad()
 def refit_o(student: Student, feed: Feed, *, cost: ErrorCost | None = None) -> Detail:
-    """Refit o_proj in place, so that the MLP's residual stream is the dense model's; return what the report says."""
+    """Refit o_proj in place, so that the MLP's residual stream is the dense model's; return what the report says.
+
+    Nothing is done where a norm follows: as for `refit_down`.
+    """
     parts = student.parts
+    if parts.attention_out_norm is not None:
+        return {}
     fitting, choosing = Products(), Products()
     for products, batches in ((fitting, feed.fitting), (choosing, feed.choosing)):
         for batch in batches:
             block, s = student.block, feed.inputs(batch)
             partials, heads = block.attend(s, **feed.kwargs(batch))
-            before = settled(keep(s, partials, block.o_bias, block.comm))
-            missing = (feed.dense_read(batch) - before)[batch.mask] / parts.scale
+            before, _ = block.behind_attention(KEPT, s, partials, heads)
+            missing = (feed.dense_read(batch) - settled(before))[batch.mask] / parts.o_scale
             features = _features(torch.cat(heads, -1)[batch.mask], parts.o.bias is not None)
             products.add(features, missing, weights=token_weights(cost, feed.dense_output(batch), batch.mask))
     return {"o": _add(parts.o, Ridge(fitting, choosing).best())}
@@ -79,7 +84,7 @@ def fit_mlp_reads(student: Student, feed: Feed, *, cost: ErrorCost | None = None
     for products, batches in ((fitting, feed.fitting), (choosing, feed.choosing)):
         for batch in batches:
             h, y = feed.dense_read(batch), feed.dense_output(batch)
-            should, weights = dense.norm2(h)[batch.mask], _weights_of_reads(cost, batch, output=y, part=y - h)
+            should, weights = dense.norm2(h)[batch.mask], weights_of_reads(cost, batch, output=y, part=y - h)
             s = feed.inputs(batch)
             reads = mlp_reads(student, s, *block.attend(s, **feed.kwargs(batch)))
             for rank in ranks:
@@ -101,14 +106,19 @@ def refit_mlp_inputs(student: Student, feed: Feed, *, cost: ErrorCost | None = N
 
 @torch.no_grad()
 def refit_down(student: Student, feed: Feed, *, cost: ErrorCost | None = None) -> Detail:
-    """Refit down_proj in place, to leave the block where the dense model does; return what the report says."""
+    """Refit down_proj in place, to leave the block where the dense model does; return what the report says.
+
+    Nothing is done where the MLP's output goes through a norm: what joins the stream is not linear in down_proj then.
+    """
     parts = student.parts
+    if parts.mlp_out_norm is not None:
+        return {}
     fitting, choosing = Products(), Products()
     for products, batches in ((fitting, feed.fitting), (choosing, feed.choosing)):
         for batch in batches:
             should = feed.dense_output(batch)
             before, neurons = _before_down(student, feed, batch)
-            missing = (should[batch.mask] - before) / parts.scale - parts.down(neurons)
+            missing = (should[batch.mask] - before) / parts.down_scale - parts.down(neurons)
             features = _features(neurons, parts.down.bias is not None)
             products.add(features, missing, weights=token_weights(cost, should, batch.mask))
     return {"down": _add(parts.down, Ridge(fitting, choosing).best())}
@@ -133,7 +143,7 @@ def _squares(x: Tensor, direction: Tensor | None) -> Tensor:
     return (x * (x if direction is None else x @ direction.to(x))).sum(-1)
 
 
-def _weights_of_reads(cost: ErrorCost | None, batch: Batch, *, output: Tensor, part: Tensor) -> Tensor | None:
+def weights_of_reads(cost: ErrorCost | None, batch: Batch, *, output: Tensor, part: Tensor) -> Tensor | None:
     """Return what a share of error in `part` of the output costs, [N]: a read is of unit size behind its norm."""
     if cost is None:
         return None
@@ -149,7 +159,8 @@ def _before_down(student: Student, feed: Feed, batch: Batch) -> tuple[Tensor, Te
         activations(list(mlp.mlp_in), mlp.activation, block.norm2(reads.read(rank))[batch.mask], neurons=mlp.neurons)  # type: ignore[arg-type]
         for rank, mlp in enumerate(block.mlps)
     ]
-    return settled(keep(s, partials, block.o_bias, block.comm))[batch.mask], torch.cat(neurons, -1)
+    kept, _ = block.behind_attention(KEPT, s, partials, heads)
+    return settled(kept)[batch.mask], torch.cat(neurons, -1)
 
 
 def _fit_for(layers: Sequence[nn.Linear | LinearRows], ridge: Ridge) -> RidgeFit | None:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spd_calib.formats.drops import Point, Sublayer
+from spd_calib.formats.drops import KEPT, Drops, Point, Strategy, Sublayer
 from spd_calib.parallel.block import Block
 from spd_calib.parallel.model import Recording, TensorParallelLM
-from spd_calib.parallel.streams import Streams, defer, keep
+from spd_calib.parallel.streams import Streams
 
 LOGITS_AT_A_TIME = 2**22  # float32 logits and their scores held at once: 16 MiB a tensor
 Term = tuple[Point, ...]  # one sync point, or two consecutive ones: what they change beyond their sum
@@ -22,14 +22,14 @@ Term = tuple[Point, ...]  # one sync point, or two consecutive ones: what they c
 class _Passed:
     """A block run with every sync point kept: its partial sums, the streams, and the gradients behind each sync point.
 
-    entered, mid (behind the attention's) and out (behind the MLP's) are [B, T, d], as are the ranks' partial sums
-    `attended` and `fed`; the gradients are [samples, B, T, d].
+    entered, mid (behind the attention's) and out (behind the MLP's) are [B, T, d]; `attended` are the ranks' partial
+    sums [B, T, d] and head outputs, `fed` their partial sums of the MLP; the gradients are [samples, B, T, d].
     """
 
     block: Block
     kwargs: dict
     entered: Tensor
-    attended: list[Tensor]
+    attended: tuple[list[Tensor], list[Tensor]]
     fed: list[Tensor]
     mid: Tensor
     out: Tensor
@@ -54,6 +54,8 @@ def score(
     without it F is the dense model's alone.
     """
     d: dict[Term, Tensor] = {}
+    points = [point for block in lm.blocks for point in (block.attention_point, block.mlp_point)][:-1]
+    drops = lm.fitted(Drops.of(dict.fromkeys(points, Strategy.BLOCK_DROP)))
     gradient = final_gradient(
         lm, recording.final, lengths=lengths, samples=samples, generator=generator, dropped=dropped
     )
@@ -61,10 +63,10 @@ def score(
     for block, entered, kwargs in reversed(list(zip(lm.blocks, recording.streams, recording.kwargs, strict=True))):
         x = entered.shared.detach().requires_grad_()
         with torch.enable_grad():
-            attended = block.attend(Streams(x), **kwargs)[0]
-            mid = keep(Streams(x), attended, block.o_bias, lm.comm)
+            attended = block.attend(Streams(x), **kwargs)
+            mid, _ = block.behind_attention(KEPT, Streams(x), *attended)
             fed = block.feed(mid)
-            out = keep(mid, fed, block.down_bias, lm.comm).shared
+            out = block.behind_mlp(KEPT, mid, fed).shared
             if following is None:
                 left = out.detach().requires_grad_()
                 gradient = backward(lm.final_norm(Streams(left)), [left], gradients=gradient)[0]
@@ -73,7 +75,7 @@ def score(
             block,
             kwargs,
             entered=x.detach(),
-            attended=[a.detach() for a in attended],
+            attended=([a.detach() for a in attended[0]], [z.detach() for z in attended[1]]),
             fed=[f.detach() for f in fed],
             mid=mid.shared.detach(),
             out=out.detach(),
@@ -81,36 +83,37 @@ def score(
             grad_out=gradient,
         )
         with torch.no_grad():
-            _add_terms(d, passed, following=following if "mlp" in sync_points else None)
+            _add_terms(d, passed, following=following if "mlp" in sync_points else None, drops=drops)
         following, gradient = passed, grad_in
     return d
 
 
-def _add_terms(d: dict[Term, Tensor], here: _Passed, *, following: _Passed | None) -> None:
-    """Add to `d` the term of a block's attention and, if a block is `following`, those of its MLP and of the pairs."""
-    block, comm = here.block, here.block.comm
-    attention = block.attention_point
-    owed_by_attention = defer(Streams(here.entered), here.attended, block.o_bias)
-    fed_by_own = block.feed(owed_by_attention)
-    settled = keep(owed_by_attention, fed_by_own, block.down_bias, comm)
+def _add_terms(d: dict[Term, Tensor], here: _Passed, *, following: _Passed | None, drops: Drops) -> None:
+    """Add to `d` the term of a block's attention and, if a block is `following`, those of its MLP and of the pairs.
+
+    `drops` says how each sync point is dropped.
+    """
+    block, attention, mlp = here.block, here.block.attention_point, here.block.mlp_point
+    owed_by_attention, mlps_read = block.behind_attention(drops.at(attention), Streams(here.entered), *here.attended)
+    fed_by_own = block.feed(mlps_read)
+    settled = block.behind_mlp(KEPT, owed_by_attention, fed_by_own)
     d[(attention,)] = _dot(here.grad_out, settled.shared - here.out)
     if following is None:
         return
-    mlp = block.mlp_point
-    next_attention = following.block.attention_point
-    after = following.block
-    owed_by_mlp = defer(Streams(here.mid), here.fed, block.down_bias)
-    attended = after.attend(owed_by_mlp, **following.kwargs)[0]
-    settled = keep(owed_by_mlp, attended, after.o_bias, comm)
+    after, kwargs = following.block, following.kwargs
+    owed_by_mlp = block.behind_mlp(drops.at(mlp), Streams(here.mid), here.fed)
+    attended = after.attend(owed_by_mlp, **kwargs)
+    settled, _ = after.behind_attention(KEPT, owed_by_mlp, *attended)
     d[(mlp,)] = _dot(following.grad_mid, settled.shared - following.mid)
 
-    owed = defer(owed_by_mlp, attended, after.o_bias)
-    settled = keep(owed, after.feed(owed), after.down_bias, comm)
+    next_attention = after.attention_point
+    owed, mlps_read = after.behind_attention(drops.at(next_attention), owed_by_mlp, *attended)
+    settled = after.behind_mlp(KEPT, owed, after.feed(mlps_read))
     together = _dot(following.grad_out, settled.shared - following.out)
     d[(mlp, next_attention)] = together - d[(mlp,)] - d[(next_attention,)]
 
-    owed = defer(owed_by_attention, fed_by_own, block.down_bias)
-    settled = keep(owed, after.attend(owed, **following.kwargs)[0], after.o_bias, comm)
+    owed = block.behind_mlp(drops.at(mlp), owed_by_attention, fed_by_own)
+    settled, _ = after.behind_attention(KEPT, owed, *after.attend(owed, **kwargs))
     together = _dot(following.grad_mid, settled.shared - following.mid)
     d[(attention, mlp)] = together - d[(attention,)] - d[(mlp,)]
 

@@ -40,7 +40,7 @@ def digesting(digest):
     """A hook that adds what the rank reads next; after a deferred MLP sync point the part that all ranks share."""
 
     def hook(module, args, s) -> None:
-        stream = (s.shared if s.debt is not None else s.read(0)).contiguous()
+        stream = (s.read(0) if s.settled else s.shared).contiguous()
         digest.update(stream.view(torch.uint8).numpy())
 
     return hook

@@ -130,7 +130,7 @@ def _digesting_streams(lm: TensorParallelLM) -> Iterator[list[Any]]:
 
 def stream_bytes(streams: Streams) -> bytes:
     """Return what this rank's next block reads; after a deferred MLP sync point the part that all ranks share."""
-    stream = streams.shared if streams.debt is not None else streams.read(0)
+    stream = streams.read(0) if streams.settled else streams.shared
     return stream.contiguous().view(torch.uint8).cpu().numpy().tobytes()
 
 
