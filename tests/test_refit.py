@@ -148,6 +148,26 @@ def test_where_no_ridge_helps_the_weights_stay() -> None:
     assert fit.left == pytest.approx(left.item(), rel=1e-5)
 
 
+def test_the_ridge_is_that_of_least_error_on_the_tokens_to_choose_by() -> None:
+    generator, found = torch.Generator().manual_seed(1), set()
+    for noise in (0.1, 3.0):
+        x, w = torch.randn(60, 6, generator=generator), torch.randn(6, 4, generator=generator)
+        half = torch.randn(4, 4, generator=generator).double()
+        y = x @ w + noise * torch.randn(60, 4, generator=generator)
+        fitting, choosing = ridge.Products(), ridge.Products()
+        fitting.add(x[:12], y[:12])
+        choosing.add(x[12:], y[12:])
+        fit = ridge.Ridge(fitting, choosing).best(half @ half.T)
+        errors, x, y = {}, x.double(), y.double()
+        for r in ridge.RIDGES:
+            inverse = torch.linalg.inv(x[:12].T @ x[:12] + r * x[:12].square().sum(0).mean() * torch.eye(6).double())
+            errors[r] = ((y[12:] - x[12:] @ inverse @ x[:12].T @ y[:12]) @ half).square().sum().item()
+        assert fit is not None and fit.ridge == min(errors, key=errors.__getitem__)
+        assert fit.left == pytest.approx(errors[fit.ridge] / (y[12:] @ half).square().sum().item(), rel=1e-4)
+        found.add(fit.ridge)
+    assert len(found) == 2  # the noisier text wants another
+
+
 @pytest.mark.parametrize(("family", "tp"), [("llama", 8), ("qwen2", 4), ("gemma", 2), ("starcoder2", 2)])
 def test_each_rank_keeps_rows_of_its_own(family: str, tp: int) -> None:
     """What the ranks run is the dense layer's slices, KV heads that ranks share included: it runs unsimulated too."""

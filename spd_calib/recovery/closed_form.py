@@ -35,8 +35,8 @@ from .refit import (
 )
 from .student import Student
 
-COST_BATCHES = 8  # to see what an error costs; its direction is shrunk for so few tokens
-GROUPING_BATCHES = 8  # neurons are placed by as much of the text; everything else is fitted on all of it
+COST_TOKENS = 4096  # to see what an error costs; its direction is shrunk for so few
+GROUPING_TOKENS = 16384  # neurons are placed by as much of the text; everything else is fitted on all of it
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,7 @@ class _Grouping:
         fits = None
         if self.treatment.refit and "mlp_in" in self.options.refit_parts:
             fits = fit_mlp_reads(student, self.feed, cost=self.cost)
-        group_neurons(student, self.feed, self.feed.fitting[:GROUPING_BATCHES], cost=self.cost, fits=fits)
+        group_neurons(student, self.feed, self.feed.some(GROUPING_TOKENS), cost=self.cost, fits=fits)
         detail["distortion"] = distortion(student, self.feed, self.feed.choosing)
         if fits is not None:
             detail["reads"] = put_into_mlp_inputs(student, fits)

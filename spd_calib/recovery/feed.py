@@ -70,6 +70,16 @@ class Feed:
         """Return the batches to choose by (ridges, orders of heads, the best step of training): the last eighth."""
         return self.batches[-max(1, len(self.batches) // 8) :]
 
+    def some(self, tokens: int) -> list[Batch]:
+        """Return the first batches to fit on that hold so many tokens together, at least one."""
+        found, held = list[Batch](), 0
+        for batch in self.fitting:
+            if found and held + batch.mask.numel() > tokens:
+                break
+            found.append(batch)
+            held += batch.mask.numel()
+        return found
+
     def inputs(self, batch: Batch) -> Streams:
         """Return what a student of the present block is shown."""
         return batch.planned if self.own_inputs else Streams(batch.dense)

@@ -15,7 +15,7 @@ from spd_calib.formats.drops import Strategy
 from spd_calib.parallel.comm import Comm, SimulatedComm
 from spd_calib.sensitivity.tiers import Tier
 
-from .closed_form import COST_BATCHES, ClosedForm, treat_block
+from .closed_form import COST_TOKENS, ClosedForm, treat_block
 from .distillation import distil_block, distil_together
 from .error_cost import error_costs, fits_in_memory
 from .feed import Feed
@@ -113,7 +113,7 @@ class _Run:
             return
         began, feed, costs = time.monotonic(), self._feed(SimulatedComm(1)), None
         if fits_in_memory(feed):
-            costs = error_costs(feed, feed.fitting[:COST_BATCHES], seed=self.options.seed)
+            costs = error_costs(feed, feed.some(COST_TOKENS), seed=self.options.seed)
         for block, treatment in treatments.items():
             feed.move_to(block)
             name = f"closed-form-{block}"

@@ -31,13 +31,9 @@ class Products:
         self.xy = self.xy + (weighted_x.T @ y).double()
         self.yy = self.yy + (weighted_y.T @ y).double()
 
-    def error(self, change: Tensor | None, metric: Tensor | None = None) -> float:
-        """Return the sum of (Y - X change) metric (Y - X change)^T over tokens; no change: that of Y, no metric: I."""
-        left = self.yy
-        if change is not None:
-            cross = change.T @ self.xy
-            left = left - cross - cross.T + change.T @ (self.xx @ change)
-        return (left.diagonal().sum() if metric is None else (left * metric).sum()).item()
+    def error(self, metric: Tensor | None = None) -> float:
+        """Return the sum of Y metric Y^T over tokens; no metric: I."""
+        return (self.yy.diagonal().sum() if metric is None else (self.yy * metric).sum()).item()
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,11 @@ class RidgeFit:
 
 
 class Ridge:
-    """The ridge regressions of `fitting`, the ridge chosen on `choosing`: one eigendecomposition for any number."""
+    """The ridge regressions of `fitting`, the ridge chosen on `choosing`: one eigendecomposition for any number.
+
+    In the eigenvectors of X^T X a ridge only scales the rows of V^T X^T Y, by 1 / (value + ridge): so the error on the
+    tokens to choose by is a quadratic form in these p numbers.
+    """
 
     def __init__(self, fitting: Products, choosing: Products):
         self.choosing = choosing
@@ -62,17 +62,24 @@ class Ridge:
         self._values = values.clamp(min=0)
         self._scale = fitting.xx.diagonal().mean().clamp(min=1e-30)
         self._rotated = self._vectors.T @ fitting.xy
+        self._chosen_xx = self._vectors.T @ choosing.xx @ self._vectors
+        self._chosen_xy = self._vectors.T @ choosing.xy
 
     def best(self, metric: Tensor | None = None) -> RidgeFit | None:
         """Return the fit with the least error in `metric` [q, q]; None where none is better than no change."""
-        untouched = self.choosing.error(None, metric)
-        tried = []
+        weighted = self._rotated if metric is None else self._rotated @ metric
+        linear = (self._chosen_xy * weighted).sum(1)
+        quadratic = self._chosen_xx * (weighted @ self._rotated.T)
+        untouched, tried = self.choosing.error(metric), []
         for ridge in RIDGES:
-            change = self.change(ridge)
-            tried.append((self.choosing.error(change, metric), ridge))
+            by = self._factors(ridge)
+            tried.append((untouched - 2 * (by @ linear).item() + (by @ (quadratic @ by)).item(), ridge))
         error, ridge = min(tried)
         return RidgeFit(self.change(ridge), ridge, error / untouched) if error < untouched else None
 
     def change(self, ridge: float) -> Tensor:
         """Return (X^T X + ridge mean(diagonal) I)^-1 X^T Y."""
-        return self._vectors @ (self._rotated / (self._values + ridge * self._scale)[:, None])
+        return self._vectors @ (self._factors(ridge)[:, None] * self._rotated)
+
+    def _factors(self, ridge: float) -> Tensor:
+        return 1 / (self._values + ridge * self._scale)
