@@ -55,22 +55,22 @@ def refit_attention(student: Student, feed: Feed, *, cost: ErrorCost | None = No
 
 @torch.no_grad()
 def refit_o(student: Student, feed: Feed, *, cost: ErrorCost | None = None) -> Detail:
-    """Refit o_proj in place, so that the MLP's residual stream is the dense model's; return what the report says.
-
-    Nothing is done where a norm follows: as for `refit_down`.
-    """
+    """Refit o_proj in place, so that the MLP's residual stream is the dense model's; return what the report says."""
     parts = student.parts
-    if parts.attention_out_norm is not None:
-        return {}
     fitting, choosing = Products(), Products()
     for products, batches in ((fitting, feed.fitting), (choosing, feed.choosing)):
         for batch in batches:
             block, s = student.block, feed.inputs(batch)
             partials, heads = block.attend(s, **feed.kwargs(batch))
             before, _ = block.behind_attention(KEPT, s, partials, heads)
-            missing = (feed.dense_read(batch) - settled(before))[batch.mask] / parts.o_scale
-            features = _features(torch.cat(heads, -1)[batch.mask], parts.o.bias is not None)
-            products.add(features, missing, weights=token_weights(cost, feed.dense_output(batch), batch.mask))
+            missing, z = (feed.dense_read(batch) - settled(before))[batch.mask], torch.cat(heads, -1)[batch.mask]
+            weights = token_weights(cost, feed.dense_output(batch), batch.mask)
+            if parts.attention_out_norm is None:
+                missing = missing / parts.o_scale
+            else:
+                norm, total = parts.attention_out_norm, parts.o(z)
+                missing, weights = _before_norm(missing / parts.scale, weights, norm=norm, of=total)
+            products.add(_features(z, parts.o.bias is not None), missing, weights=weights)
     return {"o": _add(parts.o, Ridge(fitting, choosing).best())}
 
 
@@ -106,22 +106,34 @@ def refit_mlp_inputs(student: Student, feed: Feed, *, cost: ErrorCost | None = N
 
 @torch.no_grad()
 def refit_down(student: Student, feed: Feed, *, cost: ErrorCost | None = None) -> Detail:
-    """Refit down_proj in place, to leave the block where the dense model does; return what the report says.
-
-    Nothing is done where the MLP's output goes through a norm: what joins the stream is not linear in down_proj then.
-    """
+    """Refit down_proj in place, to leave the block where the dense model does; return what the report says."""
     parts = student.parts
-    if parts.mlp_out_norm is not None:
-        return {}
     fitting, choosing = Products(), Products()
     for products, batches in ((fitting, feed.fitting), (choosing, feed.choosing)):
         for batch in batches:
             should = feed.dense_output(batch)
             before, neurons = _before_down(student, feed, batch)
-            missing = (should[batch.mask] - before) / parts.down_scale - parts.down(neurons)
-            features = _features(neurons, parts.down.bias is not None)
-            products.add(features, missing, weights=token_weights(cost, should, batch.mask))
+            wanted, given = (should[batch.mask] - before) / parts.scale, parts.down(neurons)
+            weights = token_weights(cost, should, batch.mask)
+            if parts.mlp_out_norm is None:
+                missing = wanted - given
+            else:
+                missing = wanted - parts.mlp_out_norm(given)
+                missing, weights = _before_norm(missing, weights, norm=parts.mlp_out_norm, of=given)
+            products.add(_features(neurons, parts.down.bias is not None), missing, weights=weights)
     return {"down": _add(parts.down, Ridge(fitting, choosing).best())}
+
+
+def _before_norm(missing: Tensor, weights: Tensor, *, norm: nn.Module, of: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what is to be added to `of` [N, d] so that `norm` of it gains about `missing`, and weights to fit it by.
+
+    To first order, the size of `of` held fast: an RMSNorm multiplies channel c by w_c / rms(of), w what it gives for
+    ones, so missing_c takes missing_c rms(of) / w_c. Errors are small where rms(of) is large: weights [N] become
+    weights / rms(of)^2. Channels that the norm all but cuts off are left alone.
+    """
+    w, size = norm(torch.ones_like(of[:1])), of.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
+    through = w.abs() > 1e-2 * w.abs().mean()
+    return torch.where(through, missing * size / torch.where(through, w, 1.0), 0.0), weights / size[:, 0].square()
 
 
 @torch.no_grad()
