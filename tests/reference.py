@@ -192,7 +192,8 @@ def _streams(
             ("n1", "o", "behind_attention", strategies[block]),
             ("n2", "down", "behind_mlp", mlp_strategies[block]),
         ):
-            branch = _branch(part, config, names[linear] + ".bias", names.get(behind))
+            norm_behind = names[behind] if f"{names.get(behind)}.weight" in part else None
+            branch = _branch(part, config, names[linear] + ".bias", norm_behind)
             if linear == "down" and experts.are_in(part):
                 expected = torch.zeros_like(x)
                 if block in routers:
@@ -216,9 +217,9 @@ def _streams(
                     x = x + through(sum(owed))
                 x = x + branch(sum(shares))
                 p, late = [torch.zeros_like(x) for _ in p], []
-            elif strategy == "plain_drop" and names.get(behind):
+            elif strategy == "plain_drop" and norm_behind:
                 w = [w[rank] + branch(shares[rank]) for rank in range(tp)]
-            elif names.get(behind):
+            elif norm_behind:
                 late = [*late, (shares, branch)]
             else:  # what joins is linear in the shares: each rank adds its own, and all of them the bias
                 b = branch(torch.zeros_like(x))

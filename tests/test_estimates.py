@@ -45,8 +45,9 @@ def seen_by(model, ids) -> dict:
 @pytest.mark.parametrize("family", ["gemma2", "hyperclovax"])
 def test_scale_and_mean_are_a_regression_channel_by_channel(family):
     """Of both sync points, padding left out; biases are inside the norm, a scalar behind it."""
-    model, tp = tiny.build(family), 2
-    lm = TensorParallelLM.simulated(tiny.build(family), tp)
+    more = tiny.NORMS_AND_SCALE if family == "hyperclovax" else {}
+    model, tp = tiny.build(family, **more), 2
+    lm = TensorParallelLM.simulated(tiny.build(family, **more), tp)
     found = fit_estimates(lm, SEQUENCES, batch_size=3)
     assert found.points == tuple(Point(b, kind) for b in range(4) for kind in ("attention", "mlp"))[:-1]
     scale = 0.4 if family == "hyperclovax" else 1.0

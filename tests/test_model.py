@@ -54,6 +54,16 @@ def test_every_mixture_equals_the_reference(family, tp):
     assert ((found - expected).abs().amax(-1) * mask).max() < 1e-5
 
 
+def test_branches_through_a_norm_and_a_scalar_equal_the_reference():
+    dense, ids = tiny.build("hyperclovax", **tiny.NORMS_AND_SCALE), tiny.tokens(2, 10)
+    lm = TensorParallelLM.simulated(tiny.build("hyperclovax", **tiny.NORMS_AND_SCALE), 4)
+    for attention, mlp in (("keep", "kept"), ("mixed", "some"), ("block_drop", "deferred")):
+        with lm.running(Drops.of_blocks(ATTENTION[attention], MLP[mlp])):
+            found = lm(ids)
+        expected = reference.logits(dense, ids, 4, words(ATTENTION[attention]), words(MLP[mlp]))
+        assert (found - expected).abs().max() < 1e-5, attention
+
+
 @pytest.mark.parametrize("family", tiny.SUPPORTED)
 def test_generate_with_a_cache_equals_recomputing(family):
     dense = tiny.build(family)

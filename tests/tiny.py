@@ -93,15 +93,9 @@ FAMILIES: dict[str, tuple[str, dict]] = {
             "mlp_bias": True,
         },
     ),
-    "hyperclovax": (  # branches through a norm, then times 0.4
+    "hyperclovax": (
         "hyperclovax",
-        {
-            "residual_multiplier": 0.4,
-            "attention_multiplier": 0.3,
-            "embedding_multiplier": 2.0,
-            "attention_bias": True,
-            "mlp_bias": True,
-        },
+        {"use_post_norm": False, "residual_multiplier": 0.4, "attention_multiplier": 0.3, "embedding_multiplier": 2.0},
     ),
     "gemma2": (
         "gemma2",  # blocks 0 and 2 with a window; scores and logits are capped where it shows
@@ -139,6 +133,9 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     ),
 }
 """Family -> (model type of transformers, what its configuration has besides SHAPE)."""
+
+NORMS_AND_SCALE = {"use_post_norm": True, "attention_bias": True, "mlp_bias": True}
+"""What makes `hyperclovax` one whose branches go through a norm, and then times a number."""
 
 SUPPORTED: tuple[str, ...] = tuple(FAMILIES)
 
