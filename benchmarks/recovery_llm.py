@@ -9,6 +9,7 @@ many sequences is not run again. `--methods` and `--blocks` (only the first ones
 
 import argparse
 import json
+import math
 import os
 import resource
 import sys
@@ -70,11 +71,16 @@ def one(args: argparse.Namespace, method: str | None) -> dict:
         )
         attempts = report.json()["attempts"]
     seconds, cpu = time.monotonic() - began, time.process_time() - cpu
-    tally = HeldOut(model, measured, batch_size=args.batch).measure()
-    found = tally.comparison()
+    found = HeldOut(model, measured, batch_size=args.batch).measure().comparison()
+    second = None
+    if args.second:
+        of_second = TextOptions(str(args.second), args.seq_len, args.seq_len, args.measured, 1, pack=True)
+        sequences_of_second = load_text(of_second, tokenizer).calibration
+        second = HeldOut(model, sequences_of_second, batch_size=args.batch).measure().comparison().kl
     return {
         "method": method or "as is", "sequences": len(sequences) - args.judged, "kl": found.kl,
-        "kl_stderr": found.kl_stderr, "ppl_increase": found.ppl_increase, "accuracy_drop": found.accuracy_drop,
+        "kl_stderr": found.kl_stderr, "kl_second": second, "ppl_increase": found.ppl_increase,
+        "accuracy_drop": found.accuracy_drop,
         "tokens": found.tokens, "seconds": seconds, "cpu_seconds": cpu,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "predictor_weights_a_rank": sum(
@@ -89,6 +95,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--tp", type=int, required=True)
     parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--second", type=Path, help="a text of another kind, to measure on as well")
     parser.add_argument("--methods", help="separated by semicolons [default: all]")
     parser.add_argument("--blocks", type=int, help="drop and treat the first ones only [all]")
     parser.add_argument("--seq-len", type=int, default=256)
@@ -107,7 +114,8 @@ def main() -> None:
     path = args.output or RESULTS / f"{args.model.name}-tp{args.tp}{part}.json"
     document = {
         "model": args.model.name, "tp": args.tp, "dropped": args.blocks, "data": args.data.name,
-        "data_sha256": sha256_of(args.data), "seq_len": args.seq_len, "measured": args.measured,
+        "data_sha256": sha256_of(args.data), "second": args.second and args.second.name,
+        "seq_len": args.seq_len, "measured": args.measured,
         "exchange": args.exchange, "versions": versions(), "rows": [],
     }  # fmt: skip
     if path.exists():
@@ -118,11 +126,12 @@ def main() -> None:
         if not any(method is None or r["sequences"] == args.sequences for r in done):
             document["rows"].append(one(args, method))
             path.write_text(json.dumps(document, indent=1) + "\n")
-    print("| method | fitted on, sequences | KL | perplexity | CPU s | predictors' weights a rank |")
-    print("|---|---|---|---|---|---|")
+    print("| method | fitted on, sequences | KL | KL, second text | perplexity | CPU s | predictors' weights a rank |")
+    print("|---|---|---|---|---|---|---|")
     for row in document["rows"]:
         print(
             f"| {row['method']} | {row['sequences']} | {row['kl']:.4f} ± {row['kl_stderr']:.4f} | "
+            f"{row.get('kl_second') or math.nan:.4f} | "
             f"{100 * row['ppl_increase']:+.1f} % | {row['cpu_seconds']:.0f} | {row['predictor_weights_a_rank']:,} |"
         )
 
