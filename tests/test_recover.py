@@ -15,7 +15,7 @@ from spd_calib.recovery import recover as recover_module
 from spd_calib.recovery.distillation import Schedule
 from spd_calib.recovery.held_out import HeldOut, kl_fall
 from spd_calib.recovery.journal import TensorJournal
-from spd_calib.recovery.options import RecoveryOptions
+from spd_calib.recovery.options import METHODS, RecoveryOptions
 from spd_calib.recovery.planned_model import PlannedModel
 from spd_calib.recovery.recover import recover
 from spd_calib.recovery.report import TOGETHER
@@ -26,7 +26,7 @@ from spd_calib.sensitivity.tiers import tiers
 def test_recovery_makes_the_whole_plan_better_and_only_keeps_what_does() -> None:
     model = planned("opt", tp=4, layers=2)
     schedule = Schedule(steps=15, check_every=5)
-    options = RecoveryOptions(block_schedule=schedule, whole_schedule=schedule, batch_size=8)
+    options = RecoveryOptions(methods=METHODS, block_schedule=schedule, whole_schedule=schedule, batch_size=8)
     report = recover(
         model, fitting=sequences(48), held_out=sequences(12, seed=1), tiers=extreme(model), options=options
     )
@@ -124,7 +124,9 @@ def test_what_makes_the_whole_worse_is_taken_back_block_by_block(monkeypatch: py
 def test_a_killed_recovery_goes_on_where_it_was(tmp_path: Path, max_rank: int | None) -> None:
     """To the same bits, with full predictors and with low-rank ones."""
     schedule = Schedule(steps=6, check_every=2)
-    options = RecoveryOptions(exchange=0.0, max_rank=max_rank, block_schedule=schedule, whole_schedule=schedule)
+    options = RecoveryOptions(
+        methods=METHODS, exchange=0.0, max_rank=max_rank, block_schedule=schedule, whole_schedule=schedule
+    )
     text = {"fitting": sequences(16), "held_out": sequences(4, seed=1)}
     whole = planned(layers=2)
     expected = recover(whole, **text, tiers=extreme(whole), options=options)

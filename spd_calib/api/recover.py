@@ -19,7 +19,7 @@ from spd_calib.recovery.block_tiers import drops_to_recover, tiers_of
 from spd_calib.recovery.distillation import Schedule
 from spd_calib.recovery.held_out import HeldOut
 from spd_calib.recovery.journal import TensorJournal
-from spd_calib.recovery.options import METHODS, RecoveryMethod, RecoveryOptions
+from spd_calib.recovery.options import METHODS, WITHOUT_TRAINING, RecoveryMethod, RecoveryOptions
 from spd_calib.recovery.planned_model import PlannedModel
 from spd_calib.recovery.recover import recover as treat
 from spd_calib.recovery.recovered_plan import Measured, recovered_plan
@@ -41,7 +41,7 @@ def recover(
     data: str,
     model: str | Path | None = None,
     text: TextSelection = TextSelection(max_samples=512),
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] = WITHOUT_TRAINING,
     max_rank: int | None = None,
     exchange: float = 1.0,
     tau1: float | None = None,
@@ -64,7 +64,7 @@ def recover(
         model: where the model is, in place of what the plan says.
         text: which sequences of it are used; a fifth of `max_samples` judges, the rest is fitted on. The lengths are by
             default those of the text that the plan was verified on.
-        methods: some of 'grouping', 'compensation', 'refit' and 'distillation'.
+        methods: some of 'grouping', 'compensation', 'refit' and 'distillation', which is left out by default.
         max_rank: bound on the predictors' rank; 0 allows the mean alone (default: the full predictor, too).
         exchange: what one per cent more weights of a block must explain, in per cent of what its ranks miss.
         tau1, tau2: blocks up to tau1 of KL are left alone, blocks above tau2 regrouped (default: see block_tiers).

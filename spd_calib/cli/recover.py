@@ -28,8 +28,8 @@ def recover(
     ],
     methods: Annotated[
         str,
-        typer.Option(metavar="NAMES", help="What is tried, comma-separated."),
-    ] = "grouping,compensation,refit,distillation",
+        typer.Option(metavar="NAMES", help="What is tried, comma-separated; 'distillation' trains."),
+    ] = "grouping,compensation,refit",
     max_rank: Annotated[
         int | None,
         typer.Option(min=0, help="Bound on the predictor; 0: the mean shift only [full].", rich_help_panel=TREAT),
@@ -78,7 +78,7 @@ def recover(
     json: Json = False,
     recipe: Recipe = None,
 ) -> None:
-    """Regroup, compensate, refit and distil the blocks a plan drops; keep what makes the whole plan better.
+    """Regroup, compensate, refit, distil the blocks a plan drops; keep what makes the whole plan better.
 
     A killed run goes on when given again. Under torchrun, processes train together.
     """

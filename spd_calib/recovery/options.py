@@ -7,6 +7,7 @@ from .distillation import Schedule
 
 RecoveryMethod = Literal["grouping", "compensation", "refit", "distillation"]
 METHODS: tuple[RecoveryMethod, ...] = ("grouping", "compensation", "refit", "distillation")
+WITHOUT_TRAINING: tuple[RecoveryMethod, ...] = ("grouping", "compensation", "refit")
 RefitPart = Literal["attention", "o", "mlp_in", "down"]
 REFIT_PARTS: tuple[RefitPart, ...] = ("attention", "o", "mlp_in", "down")
 
@@ -20,7 +21,7 @@ class RecoveryOptions:
     the dense model's. The schedules are those of training a block, and all treated blocks together.
     """
 
-    methods: tuple[RecoveryMethod, ...] = METHODS
+    methods: tuple[RecoveryMethod, ...] = WITHOUT_TRAINING
     refit_parts: tuple[RefitPart, ...] = REFIT_PARTS  # of those, where `refit` is a method
     max_rank: int | None = None
     exchange: float = 1.0
