@@ -37,6 +37,7 @@ KINDS: dict[str, tuple[str, dict, dict]] = {
         },
         {"downsample_ratio": 0.5},
     ),
+    "gemma3": ("gemma3_text", SIGLIP, {"mm_tokens_per_image": 4}),
     "mistral3": ("mistral", PIXTRAL, {"vision_feature_layer": -1}),
 }
 

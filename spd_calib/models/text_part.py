@@ -17,6 +17,7 @@ from .config_checks import first_line
 from .source import Source
 
 WITH_TEXT_PART = (
+    "Gemma3ForConditionalGeneration",
     "InternVLForConditionalGeneration",
     "LlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration",
