@@ -164,6 +164,7 @@ def plan_with_details(
         calibration=calibration,
         held_out=held_out,
         module_paths=subject.lm.module_paths,
+        mixtures=subject.lm.mixtures,
         provenance=made_by,
         compare=compare,
         recovered=recovered.plan if recovered else None,

@@ -8,7 +8,7 @@ from .common import Count, Finite, ModelRef, Part, Provenance, Sha256, TensorPar
 from .drops import Drops, Strategy
 from .profile import Comparison
 
-Requirement = Literal["mlp_drop", "compensation"]
+Requirement = Literal["mlp_drop", "compensation", "router_predictor"]
 
 
 class Budget(Part):
@@ -32,7 +32,8 @@ class Budget(Part):
 class CompensationFile(Part):
     """The file beside the plan that holds the predictors' tensors, `blocks.<index>.ranks.<rank>.{bias,scale,a,b,w}`.
 
-    Those of an MLP's sync point are called `blocks.<index>.mlp.ranks.<rank>.{bias,scale}`.
+    Those of an MLP's sync point are called `blocks.<index>.mlp.ranks.<rank>.{bias,scale}`, those of a router
+    `blocks.<index>.router.{bias,a,b,w}`.
     """
 
     file: str = Field(
@@ -66,6 +67,25 @@ class Compensation(Part):
         return self
 
 
+class RouterPredictor(Part):
+    """What the router of a mixture of experts reads where the attention's sync point is dropped.
+
+    The stream that all ranks share, and what this predictor makes of u = n1(x), x that stream before the attention; its
+    weights are the same on every rank.
+    """
+
+    kind: Literal["zero", "mean", "low_rank", "full"] = Field(
+        description="zero: nothing more; mean: bias; low_rank: bias + (u a) b; full: u w + bias"
+    )
+    rank: Count = Field(description="Of the low-rank predictor; 0 for the other kinds")
+
+    @model_validator(mode="after")
+    def _rank_fits(self) -> Self:
+        if (self.kind == "low_rank") != (self.rank > 0):
+            raise ValueError(f"a {self.kind} predictor of a router cannot have rank {self.rank}")
+        return self
+
+
 class PlannedBlock(Part):
     index: Count
     module: str = Field(min_length=1, description="Path of the decoder layer in the transformers model")
@@ -81,6 +101,12 @@ class PlannedBlock(Part):
         default=None,
         exclude_if=lambda value: value is None,
         description="Predictors of what this block's MLP adds, where its sync point is dropped and a norm follows",
+    )
+    router: RouterPredictor | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="What the block's router reads, where it is a mixture of experts and its attention's sync point is "
+        "dropped",
     )
     kl: Finite | None = Field(default=None, description="Cost of dropping the attention's sync point alone")
     mlp_kl: Finite | None = Field(default=None, description="Cost of dropping the MLP's sync point alone")
@@ -174,8 +200,16 @@ class Plan(Part):
         predicted = [b for b in self.blocks if b.compensation]
         if any(b.strategy != Strategy.BLOCK_DROP for b in predicted):
             raise ValueError("only a block whose strategy is block_drop can have a compensation")
-        if not bool(predicted) == ("compensation" in self.requires) == (self.compensation is not None):
+        if bool(predicted) != ("compensation" in self.requires):
             raise ValueError("blocks with a compensation need 'compensation' in requires and the file that holds it")
+        routed = [b for b in self.blocks if b.router]
+        if any(b.strategy != Strategy.BLOCK_DROP for b in routed):
+            raise ValueError("only the router of a block whose strategy is block_drop needs to be told what to read")
+        if bool(routed) != ("router_predictor" in self.requires):
+            raise ValueError("blocks with a router need 'router_predictor' in requires")
+        stored = bool(predicted) or any(b.router and b.router.kind != "zero" for b in routed)
+        if stored != (self.compensation is not None):
+            raise ValueError("blocks with predictors need the file that holds them, in `compensation`")
         return self
 
     @property

@@ -40,6 +40,14 @@ class Comparison(Part):
     max_abs_logprob_diff: Finite = Field(
         ge=0, description="Largest |delta log p|, of any token of the vocabulary, nats"
     )
+    routed_as_dense: Finite | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        exclude_if=lambda value: value is None,
+        description="Of a model with mixtures of experts: share of tokens and blocks whose experts are those that the "
+        "dense model chooses",
+    )
     task_accuracy_drop: dict[str, Finite] = Field(
         default_factory=dict, description="Accuracy lost on lm-eval tasks, where they were run"
     )

@@ -48,9 +48,8 @@ class RankExperts(nn.Module):
         super().__init__()
         self.experts: Any = parts.experts
         self.shared_gate, self.scale = parts.shared_gate, scale
-        cut = (
-            parts.experts.get_parameter("down_proj").shape[-1] != parts.neurons
-        )  # to the rank's slice already, by shard_load.py
+        # to the rank's slice already, by shard_load.py
+        cut = parts.experts.get_parameter("down_proj").shape[-1] != parts.neurons
         own = expert_slices(parts, slices)
         self.own = {name: (ALL_ROWS, ALL) if cut else own[name] for name in own}
         shared = parts.shared

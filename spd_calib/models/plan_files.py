@@ -1,21 +1,22 @@
 """A plan and the predictors in the file beside it, from disk to the drops that a model runs."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spd_calib.errors import InputError
-from spd_calib.formats.drops import Drop, Drops, Point
+from spd_calib.formats.drops import Drop, Drops, Point, Strategy
 from spd_calib.formats.files import read, sha256_of
 from spd_calib.formats.plan import Compensation, Plan
 
 from .predictor import Predictor, predictor_shapes
 
-OfPoints = dict[Point, dict[int, Predictor]]  # predictors by sync point and rank
+Owner = int | Literal["router"]  # of a predictor: a rank, or the router, whose predictor is the same on all ranks
+OfPoints = dict[Point, dict[Owner, Predictor]]  # predictors by sync point and owner
 
 
 def load_plan(path: Path, *, ranks: Iterable[int] | None = None) -> tuple[Plan, Drops]:
@@ -35,24 +36,33 @@ def load_drops(plan: Plan, path: Path | None, *, ranks: Iterable[int] | None = N
     A plan that comes from no file (`path` None) can have none: raises InputError where it has.
     """
     predictors = _load_predictors(plan, plan_path=path, ranks=ranks)
-    return plan.drops | Drops(
-        {point: Drop(plan.drops.strategy(point), of_ranks) for point, of_ranks in predictors.items()}
-    )
+    return plan.drops | Drops({point: _drop(plan.drops.strategy(point), own) for point, own in predictors.items()})
+
+
+def _drop(strategy: Strategy, predictors: Mapping[Owner, Predictor]) -> Drop:
+    of_ranks = {owner: predictor for owner, predictor in predictors.items() if owner != "router"}
+    return Drop(strategy, of_ranks or None, predictors.get("router"))
 
 
 def predictor_tensors(drops: Drops) -> dict[str, Tensor]:
     """Return all predictors of `drops` as they are written beside a plan, float32 on the CPU; empty without any."""
     return {
-        _tensor_name(point, rank=rank, part=part): tensor.detach().to("cpu", torch.float32).contiguous()
+        _tensor_name(point, owner=owner, part=part): tensor.detach().to("cpu", torch.float32).contiguous()
         for point in drops
-        for rank, predictor in (drops.at(point).predictors or {}).items()
+        for owner, predictor in _owned(drops.at(point)).items()
         for part, tensor in predictor.named_parameters()
     }
 
 
-def _tensor_name(point: Point, *, rank: int, part: str) -> str:
+def _owned(drop: Drop) -> dict[Owner, Predictor]:
+    """Return the predictors of a drop by owner."""
+    return {**(drop.predictors or {}), **({} if drop.router is None else {"router": drop.router})}
+
+
+def _tensor_name(point: Point, *, owner: Owner, part: str) -> str:
     """Return the name of a tensor in the file beside the plan; part: bias, scale, a, b or w."""
-    return f"blocks.{point.block}.{'mlp.' if point.sync_point == 'mlp' else ''}ranks.{rank}.{part}"
+    whose = "router" if owner == "router" else f"ranks.{owner}"
+    return f"blocks.{point.block}.{'mlp.' if point.sync_point == 'mlp' else ''}{whose}.{part}"
 
 
 def _load_predictors(plan: Plan, *, plan_path: Path | None, ranks: Iterable[int] | None) -> OfPoints:
@@ -80,12 +90,11 @@ def _read_predictors(plan: Plan, plan_path: Path, *, path: Path, file: Any, rank
     """Return what the open safetensors file holds for `ranks`; every name in it must be one of the plan's."""
     names = set(file.keys())
     found: OfPoints = {}
-    for point, form in _forms(plan):
-        found[point] = {}
-        for rank in range(plan.tensor_parallel.size):
+    for point, owners, form in _forms(plan):
+        for owner in owners:
             shapes = predictor_shapes(form.kind, 1, d_rank=1, d=1, scaled=form.scaled)
-            named = {p: _tensor_name(point, rank=rank, part=p) for p in shapes}
-            if rank not in ranks:
+            named = {p: _tensor_name(point, owner=owner, part=p) for p in shapes}
+            if owner != "router" and owner not in ranks:
                 names -= set(named.values())
                 continue
             parts = {p: file.get_tensor(n) if n in names else None for p, n in named.items()}
@@ -97,19 +106,23 @@ def _read_predictors(plan: Plan, plan_path: Path, *, path: Path, file: Any, rank
             for part, tensor in parts.items():
                 if tensor is None or tensor.shape != expected[part] or not tensor.isfinite().all():
                     raise InputError(f"{path}: {named[part]} is missing or not what it should be.")
-            found[point][rank] = Predictor(**parts)  # type: ignore[arg-type]
+            found.setdefault(point, {})[owner] = Predictor(**parts)  # type: ignore[arg-type]
     if names:
         raise InputError(f"{path} holds {min(names)}, which {plan_path} does not name.")
     return found
 
 
-def _forms(plan: Plan) -> Iterator[tuple[Point, Compensation]]:
-    """Yield the sync points whose drops have predictors, and the form of these."""
+def _forms(plan: Plan) -> Iterator[tuple[Point, Sequence[Owner], Compensation]]:
+    """Yield the sync points whose drops have predictors, whose these are, and their form."""
+    ranks = range(plan.tensor_parallel.size)
     for block in plan.blocks:
+        attention = Point(block.index, "attention")
         if block.compensation is not None:
-            yield Point(block.index, "attention"), block.compensation
+            yield attention, ranks, block.compensation
+        if block.router is not None and block.router.kind != "zero":
+            yield attention, ["router"], Compensation(kind=block.router.kind, rank=block.router.rank)
         if block.mlp_compensation is not None:
-            yield Point(block.index, "mlp"), block.mlp_compensation
+            yield Point(block.index, "mlp"), ranks, block.mlp_compensation
 
 
 def form_of(drops: Drops, point: Point) -> Compensation | None:

@@ -88,6 +88,11 @@ class TensorParallelLM:
         """Return the device that token ids go to."""
         return self.model.device
 
+    @property
+    def mixtures(self) -> list[int]:
+        """Return the blocks that are mixtures of experts."""
+        return [block.index for block in self.blocks if block.experts is not None]
+
     @contextmanager
     def running(self, drops: Drops) -> Iterator[None]:
         """Run `drops`, and nothing else, in every forward of the model while this lasts.
@@ -109,7 +114,7 @@ class TensorParallelLM:
         Raises as `running` does.
         """
         drops.check_fits(self.num_blocks)
-        if drops.streams_differ and (mixed := [b.index for b in self.blocks if b.experts]):
+        if drops.streams_differ and (mixed := self.mixtures):
             raise InputError(
                 f"plain_drop cannot be used in this model: block {mixed[0]} is a mixture of experts, and ranks whose "
                 "residual streams differ for good would choose different experts; use block_drop."

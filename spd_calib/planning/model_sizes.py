@@ -89,9 +89,13 @@ def flops(sizes: ModelSizes, step: Step, *, tp: int) -> float:
 def predictor_weights(plan: Plan, sizes: ModelSizes) -> int:
     """Return the elements that the predictors of a recovered plan add to a rank, all blocks together."""
     d_rank = sizes.counts.heads // plan.tensor_parallel.size * sizes.counts.head_dim
-    return sum(
-        math.prod(shape)
-        for block in plan.blocks
-        if (c := block.compensation)
-        for shape in predictor_shapes(c.kind, c.rank, d_rank=d_rank, d=sizes.width, scaled=c.scaled).values()
-    )
+    d = sizes.width
+    shapes = [
+        *(
+            predictor_shapes(c.kind, c.rank, d_rank=d_rank, d=d, scaled=c.scaled)
+            for b in plan.blocks
+            if (c := b.compensation)
+        ),
+        *(predictor_shapes(r.kind, r.rank, d_rank=d, d=d) for b in plan.blocks if (r := b.router) and r.kind != "zero"),
+    ]
+    return sum(math.prod(shape) for of_one in shapes for shape in of_one.values())

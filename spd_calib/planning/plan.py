@@ -1,12 +1,21 @@
 """The plan file: what was chosen, why, what was predicted, and what the whole measures on held-out text."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from spd_calib.formats.common import Provenance
 from spd_calib.formats.drops import NOTHING_DROPPED, Drops, Point, Strategy
-from spd_calib.formats.plan import Budget, CompensationFile, Plan, PlannedBlock, Predicted, Requirement, Verified
+from spd_calib.formats.plan import (
+    Budget,
+    CompensationFile,
+    Plan,
+    PlannedBlock,
+    Predicted,
+    Requirement,
+    RouterPredictor,
+    Verified,
+)
 from spd_calib.formats.profile import Comparison, Metric, Profile
 
 from .baselines import Baselines
@@ -34,6 +43,7 @@ def make_plan(
     calibration: Calibration,
     held_out: HeldOut,
     module_paths: Sequence[str],
+    mixtures: Collection[int] = (),
     provenance: Provenance,
     compare: bool = False,
     recovered: Plan | None = None,
@@ -41,21 +51,21 @@ def make_plan(
 ) -> Planned:
     """Choose what to drop within `budget`, verify it, and write down the plan.
 
-    `module_paths` names the decoder layers of the model. With `compare` the baseline sets of the same size are measured
-    as well, and may be chosen. Where the profile is of a checkpoint that `recover` wrote, `recovered` is its own plan,
-    and `predictors` the file of its predictors, if any, that will lie beside the new plan. Raises SpdError where the
-    budget cannot be met.
+    `module_paths` names the decoder layers of the model, `mixtures` those blocks that are mixtures of experts. With
+    `compare` the baseline sets of the same size are measured as well, and may be chosen. Where the profile is of a
+    checkpoint that `recover` wrote, `recovered` is its own plan, and `predictors` the file of its predictors, if any,
+    that will lie beside the new plan. Raises SpdError where the budget cannot be met.
     """
     found = candidates(profile, budget)
     baselines = Baselines(drops_of(found), calibration) if compare else None
     choice = choose(profile, budget, calibration=calibration, verify=held_out.verify, baselines=baselines)
-    blocks = _blocks(profile, budget, choice=choice, module_paths=module_paths, recovered=recovered)
+    blocks = _blocks(profile, budget, choice=choice, module_paths=module_paths, mixtures=mixtures, recovered=recovered)
     number, text = held_out.after(choice.rounds)
     reused = held_out.reused(choice.rounds)
     plan = Plan(
         model=profile.model,
         tensor_parallel=profile.tensor_parallel,
-        requires=_requirements(blocks, predictors),
+        requires=_requirements(blocks),
         compensation=predictors,
         recovered_from=recovered.recovered_from if recovered else None,
         blocks=blocks,
@@ -67,15 +77,25 @@ def make_plan(
     return Planned(plan, choice, baselines.compare(choice.drops) if baselines else {})
 
 
-def _requirements(blocks: Sequence[PlannedBlock], predictors: CompensationFile | None) -> list[Requirement]:
+def _requirements(blocks: Sequence[PlannedBlock]) -> list[Requirement]:
     """Return what a plain runtime lacks and this plan needs."""
     mlp_drop = any(b.mlp_strategy != Strategy.KEEP_SYNC for b in blocks)
-    needed: dict[Requirement, bool] = {"mlp_drop": mlp_drop, "compensation": predictors is not None}
+    needed: dict[Requirement, bool] = {
+        "mlp_drop": mlp_drop,
+        "compensation": any(b.compensation for b in blocks),
+        "router_predictor": any(b.router for b in blocks),
+    }
     return [name for name, wanted in needed.items() if wanted]
 
 
 def _blocks(
-    profile: Profile, budget: Budget, *, choice: Choice, module_paths: Sequence[str], recovered: Plan | None
+    profile: Profile,
+    budget: Budget,
+    *,
+    choice: Choice,
+    module_paths: Sequence[str],
+    mixtures: Collection[int],
+    recovered: Plan | None,
 ) -> list[PlannedBlock]:
     """Return every block of the plan; what the plan of a `recovered` checkpoint drops stays dropped."""
     settled = recovered.drops if recovered else NOTHING_DROPPED
@@ -97,12 +117,20 @@ def _blocks(
                 mlp_strategy=drops.strategy(mlp),  # type: ignore[arg-type]  # Drops allows no other
                 recovery=_recovery(own, profile, budget, drops=choice.drops),
                 compensation=old.compensation if old else None,
+                router=_router(old, drops.strategy(attention)) if index in mixtures else None,
                 kl=kl.get(attention),
                 mlp_kl=kl.get(mlp),
                 reason="; ".join(reasons) or "not profiled",
             )
         )
     return blocks
+
+
+def _router(old: PlannedBlock | None, strategy: Strategy) -> RouterPredictor | None:
+    """Return what a mixture's router reads: as in the plan of a recovered checkpoint, or the shared stream alone."""
+    if strategy != Strategy.BLOCK_DROP:
+        return None
+    return old.router if old and old.router else RouterPredictor(kind="zero", rank=0)
 
 
 def _reason(candidate: Candidate, profile: Profile, budget: Budget, *, drops: Drops) -> str:

@@ -12,9 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
+from spd_calib.models.architecture import ExpertParts
+
 from . import predictor_fit
 from .behind_norm import fit_behind_norm
 from .error_cost import ErrorCost
+from .expert_grouping import group_expert_neurons
 from .feed import Feed
 from .head_grouping import head_orders
 from .judge import Judge
@@ -33,6 +36,7 @@ from .refit import (
     refit_mlp_inputs,
     refit_o,
 )
+from .router_fit import choose_router, fit_router, forms_for
 from .student import Student
 
 COST_TOKENS = 4096  # to see what an error costs; its direction is shrunk for so few
@@ -70,6 +74,9 @@ def treat_block(
     cost = costs[block] if costs else None
     trial = _Trial(feed.model.students[block], feed, judge, cost)
     parts = options.refit_parts if treatment.refit else ()
+    mixture = trial.student.parts.experts
+    if mixture is not None:  # an expert sees few tokens, and which ones depends on the weights: no one regression
+        parts = tuple(part for part in parts if part not in ("mlp_in", "down"))
     if "attention" in parts:
         before = costs[block - 1] if costs and block else None
         trial.refit("refit of q, k, v", refit_attention, cost=before)
@@ -82,6 +89,8 @@ def treat_block(
         fit = _best_fit(trial.student, moments, treatment, options, feed=feed, cost=cost)
         predicting = trial.student.copy().with_predictors(fit.predictors)
         trial.decide(predicting, "compensation", began=began, detail=fit.detail())
+        if mixture is not None:
+            trial.predict_for_router(mixture, treatment, options)
     reads_refitted = False
     if treatment.group:
         began = time.monotonic()
@@ -111,6 +120,15 @@ class _Trial:
         if any(detail.values()):
             self.decide(student, name, began=began, detail=detail)
 
+    def predict_for_router(self, mixture: ExpertParts, treatment: ClosedForm, options: RecoveryOptions) -> None:
+        """Try the router's predictor that is worth its weights."""
+        began, block = time.monotonic(), self.student.block
+        forms = forms_for(len(mixture.experts.get_parameter("down_proj")), block.width, max_rank=treatment.max_rank)
+        fits = fit_router(self.student, self.feed, forms=forms)
+        fit = choose_router(fits, block_weights=_block_weights(self.student), exchange=options.exchange)
+        detail = fit.detail() | {"tried": {f.form: f.routed_as_dense for f in fits}}
+        self.decide(self.student.copy().with_router(fit.predictor), "router", began=began, detail=detail)
+
     def decide(self, student: Student, name: str, *, began: float, detail: dict) -> bool:
         """Take a treated student in place of the present one if the error is less with it; say whether it is."""
         error = output_error(student, self.feed, self.feed.choosing, cost=self.cost)
@@ -118,6 +136,13 @@ class _Trial:
         if kept:
             self.student, self.error, self.improved = student, error, True
         return kept
+
+
+def _block_weights(student: Student) -> int:
+    """Return the weights that a rank reads of the block for a token, all experts counted."""
+    mixture = student.parts.experts
+    of_experts = sum(p.numel() for p in mixture.experts.parameters()) if mixture else 0
+    return (sum(linear.weight.numel() for linear in student.parts.linears) + of_experts) // student.block.comm.size
 
 
 def _best_fit(
@@ -135,7 +160,7 @@ def _best_fit(
     """
     block = student.block
     forms = predictor_fit.forms_up_to(treatment.max_rank, d_rank=block.d_rank)
-    weights = sum(linear.weight.numel() for linear in student.parts.linears) // block.comm.size
+    weights = _block_weights(student)
     if block.attention_out_norm is None:
         fits = predictor_fit.fit(student, moments, forms=forms)
     else:
@@ -185,6 +210,9 @@ class _Grouping:
                 cost=self.cost,
             )
             student, detail = student.with_predictors(fit.predictors), detail | fit.detail()
+        if student.parts.experts is not None:
+            group_expert_neurons(student, self.feed, self.feed.fitting[:GROUPING_BATCHES])
+            return student, detail | {"distortion": distortion(student, self.feed, self.feed.choosing)}
         fits = None
         if self.treatment.refit and "mlp_in" in self.options.refit_parts:
             fits = fit_mlp_reads(student, self.feed, cost=self.cost)

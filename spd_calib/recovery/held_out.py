@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from spd_calib.parallel.model import Recording
+from spd_calib.parallel.routing import Chosen, tokens_routed_alike, watching_routers
 from spd_calib.sensitivity.measure import batches
 from spd_calib.sensitivity.metrics import Tally
 from spd_calib.sensitivity.predictions import FIELDS
@@ -23,6 +24,7 @@ class _RecordedBatch:
     input_ids: Tensor
     lengths: list[int]
     recording: Recording
+    experts: Chosen  # of the dense model
 
 
 class HeldOut:
@@ -36,7 +38,9 @@ class HeldOut:
 
     def _recorded(self) -> Iterator[_RecordedBatch]:
         for input_ids, lengths in batches(self.sequences, self.batch_size, self.model.lm.device):
-            yield _RecordedBatch(input_ids, lengths, self.model.lm.record(input_ids))
+            with watching_routers(self.model.lm.blocks) as experts:
+                recording = self.model.lm.record(input_ids)
+            yield _RecordedBatch(input_ids, lengths, recording, experts)
 
     @torch.no_grad()
     def measure(self) -> Tally:
@@ -46,7 +50,10 @@ class HeldOut:
             reference = Reference(
                 self.model.lm, batch.recording.final, input_ids=batch.input_ids, lengths=batch.lengths
             )
-            (found,) = reference.compare([reference.streams(self.model.run(batch.recording))])
+            with watching_routers(self.model.blocks) as experts:
+                final = self.model.run(batch.recording)
+            (found,) = reference.compare([reference.streams(final)])
+            found.routed = tokens_routed_alike(batch.experts, experts, reference.predicting)
             tally.add(found)
         return tally
 

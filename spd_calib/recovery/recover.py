@@ -52,10 +52,6 @@ def recover(
     """
     if not model.students:
         raise InputError("The plan drops nothing, so there is nothing to recover; plan with a larger budget.")
-    if mixed := [b.index for b in model.lm.blocks if b.experts]:
-        raise InputError(
-            f"Block {mixed[0]} is a mixture of experts, which recover cannot treat yet; serve its plan as it is."
-        )
     if len(fitting) < 8 or len(held_out) < 2:
         raise InputError(
             f"{len(fitting)} sequences to fit on and {len(held_out)} to judge by are too few to recover with (8 and 2 "

@@ -4,13 +4,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spd_calib.formats.common import ModelRef, Provenance, TextRef
-from spd_calib.formats.plan import CompensationFile, Plan, PlannedBlock, Predicted, Verified
+from spd_calib.formats.plan import (
+    CompensationFile,
+    Plan,
+    PlannedBlock,
+    Predicted,
+    Requirement,
+    RouterPredictor,
+    Verified,
+)
 from spd_calib.models.plan_files import form_of
 from spd_calib.sensitivity.metrics import Tally
 from spd_calib.sensitivity.tiers import Tier
 
 from .planned_model import PlannedModel
 from .report import RecoveryReport
+from .student import Student
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ def recovered_plan(
     return Plan(
         model=checkpoint,
         tensor_parallel=plan.tensor_parallel,
-        requires=[*(r for r in plan.requires if r != "compensation"), *(["compensation"] if predictors else [])],  # type: ignore[list-item]
+        requires=_requirements(plan, model),
         compensation=predictors,
         recovered_from=plan.model,
         blocks=[_block(b, model, report) for b in plan.blocks],
@@ -46,6 +55,12 @@ def recovered_plan(
         verified=Verified(**vars(measured.verified.comparison()), text=measured.text),
         provenance=provenance,
     )
+
+
+def _requirements(plan: Plan, model: PlannedModel) -> list[Requirement]:
+    """Return what the plan needed of a runtime, and, of predictors for the ranks' MLPs, what it needs now."""
+    needed: list[Requirement] = [name for name in plan.requires if name != "compensation"]
+    return [*needed, "compensation"] if any(s.predictors for s in model.students.values()) else needed
 
 
 def _block(block: PlannedBlock, model: PlannedModel, report: RecoveryReport) -> PlannedBlock:
@@ -58,10 +73,18 @@ def _block(block: PlannedBlock, model: PlannedModel, report: RecoveryReport) -> 
             "recovery": None,
             "compensation": form_of(student.drops, student.block.attention_point),
             "mlp_compensation": form_of(student.drops, student.block.mlp_point),
+            "router": _router(block, student),
             "kl": None,  # of the block before it was treated
             "reason": _reason(report.tiers.get(block.index), report.kept(block.index)),
         }
     )
+
+
+def _router(block: PlannedBlock, student: Student) -> RouterPredictor | None:
+    """Return what the block's router reads now; None where it has none, or reads what it did in the dense model."""
+    if block.router is None or student.router is None:
+        return block.router
+    return RouterPredictor(kind=student.router.kind, rank=student.router.rank)
 
 
 def _reason(tier: Tier | None, kept: Sequence[str]) -> str:

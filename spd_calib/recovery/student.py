@@ -56,6 +56,11 @@ class Student:
         """Return the predictors by rank; None where the ranks' MLPs read their own partial sums."""
         return self.drops.at(self.block.attention_point).predictors
 
+    @property
+    def router(self) -> Predictor | None:
+        """Return the predictor of the block's router; None where that reads the shared stream alone."""
+        return self.drops.at(self.block.attention_point).router
+
     def run(self, streams: Streams, **kwargs) -> Streams:
         """Run the block with its sync points dropped; kwargs as transformers hands them to its layers."""
         return self.block.run(streams, self.drops, **kwargs)
@@ -64,7 +69,7 @@ class Student:
         """Return another student with weights and predictors of its own."""
         other = Student.of(copy.deepcopy(self.layer), self.block, self.drops)
         own = None if self.predictors is None else {r: copy.deepcopy(p) for r, p in self.predictors.items()}
-        return other.with_predictors(own)
+        return other.with_predictors(own).with_router(copy.deepcopy(self.router))
 
     def with_predictors(self, predictors: Mapping[int, Predictor] | None) -> "Student":
         """Return the same student (the same weights) with these predictors, by rank, in place of those it has.
@@ -75,12 +80,18 @@ class Student:
             check_predictors(self.index, predictors, d_rank=self.block.d_rank, d=self.block.width)
             like = next(self.block.mlps.parameters())
             predictors = {rank: predictors[rank].like(like) for rank in self.block.comm.ranks}
-        point = self.block.attention_point
-        return replace(self, drops=self.drops | Drops({point: Drop(self.strategy, predictors)}))
+        return self._with(Drop(self.strategy, predictors, self.router))
+
+    def with_router(self, router: Predictor | None) -> "Student":
+        """Return the same student with this predictor of its router in place of the one it has."""
+        return self._with(Drop(self.strategy, self.predictors, router))
+
+    def _with(self, drop: Drop) -> "Student":
+        return replace(self, drops=self.drops | Drops({self.block.attention_point: drop}))
 
     def trainable(self) -> list[nn.Parameter]:
         """Return the parameters that training changes: the layer's weights, each once, and the predictors'."""
-        of_ranks = (self.predictors or {}).values()
+        of_ranks = (self.predictors or {}).values()  # a router's predictor stays as it was fitted
         return [*self.layer.parameters(), *(parameter for p in of_ranks for parameter in p.parameters())]
 
     def state(self) -> dict[str, Tensor]:
@@ -88,6 +99,8 @@ class Student:
         tensors = {f"layer.{name}": t for name, t in self.layer.state_dict().items()}
         for rank, predictor in (self.predictors or {}).items():
             tensors |= {f"compensation.{rank}.{name}": t for name, t in predictor.named_parameters()}
+        if self.router is not None:
+            tensors |= {f"router.{name}": t for name, t in self.router.named_parameters()}
         return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
 
     def with_state(self, tensors: Mapping[str, Tensor]) -> "Student":
@@ -99,6 +112,8 @@ class Student:
             if name.startswith("compensation."):
                 _, rank, part = name.split(".")
                 of_ranks.setdefault(int(rank), {})[part] = _as_fitted(part, tensor)
+        router = {n.removeprefix("router."): t.clone() for n, t in tensors.items() if n.startswith("router.")}
+        other = other.with_router(Predictor(**router) if router else None)
         return other.with_predictors({rank: Predictor(**parts) for rank, parts in of_ranks.items()} or None)
 
 

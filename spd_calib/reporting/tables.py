@@ -52,6 +52,11 @@ def _ranking(profile: Profile, *, strategy: Strategy, kind: Sublayer) -> Table:
         for block in order
     ]
     columns = ["block", unit, "KL", "ppl", "top-1 lost, points", "agreement"]
+    if any(m.routed_as_dense is not None for m in by_block.values()):
+        columns.insert(-1, "routed as dense")
+        for row, block in zip(rows, order, strict=True):
+            share = by_block[block].routed_as_dense
+            row.insert(-1, "" if share is None else f"{100 * share:.1f} %")
     if any(m.stopped_early for m in by_block.values()):
         from spd_calib.sensitivity.tiers import tiers  # imports torch
 

@@ -15,3 +15,5 @@ class Observed(BaseModel):
     all_reduces: list[list[int]]  # by rank, the number in each forward
     streams: list[list[str]] = []
     """By rank, a digest of the residual stream after each block over all forwards; empty where a runtime hides it."""
+    experts: list[list[str]] = []
+    """By rank, a digest of the experts chosen in each mixture of experts over all forwards; empty without any."""

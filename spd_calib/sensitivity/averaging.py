@@ -44,8 +44,10 @@ def average(each: Sequence[Comparison]) -> Comparison:
         values[name] = _mean([getattr(c, name) for c in each])
     for name in ("kl_stderr", "nll_increase_stderr", "accuracy_drop_stderr", "top1_agreement_stderr"):
         values[name] = _stderr([getattr(c, name) for c in each])
+    routed = [c.routed_as_dense for c in each if c.routed_as_dense is not None]
     return Comparison(
         **values,
+        routed_as_dense=_mean(routed) if len(routed) == len(each) else None,
         max_abs_logprob_diff=max(c.max_abs_logprob_diff for c in each),
         task_accuracy_drop=each[0].task_accuracy_drop,
         task_accuracy_drop_stderr=each[0].task_accuracy_drop_stderr,

@@ -16,6 +16,7 @@ from spd_calib.formats.drops import NOTHING_DROPPED, Drops
 from spd_calib.formats.profile import Baseline, Comparison
 from spd_calib.parallel.distributed import from_main_rank
 from spd_calib.parallel.model import Recording, TensorParallelLM
+from spd_calib.parallel.routing import Chosen, tokens_routed_alike, watching_routers
 
 from .journal import Journal, once
 from .lockstep import at_a_time, run_in_lockstep
@@ -115,6 +116,9 @@ class _Batch:
         self.subject, self.input_ids, self.lengths, self.plans = subject, input_ids, lengths, plans
         self.reference: Reference | None = None
         self.found: dict[Drops, Tally] = {}
+        self.dense_experts: Chosen = {}
+        self.recorded_experts: Chosen = {}
+        self.routed: dict[Drops, list[float]] = {}
 
     def dense(self) -> dict:
         return (self.reference or self._run(0)).tally().state()
@@ -130,25 +134,36 @@ class _Batch:
         run = self._in_lockstep if self.subject.lm.streamed else self._resumed
         reference, some, streams = run(first)
         self.found = dict(zip(some, reference.compare(streams), strict=True))
+        for drops, tally in self.found.items():
+            tally.routed = self.routed.get(drops, [])
         return reference
 
     def _resumed(self, first: int) -> tuple[Reference, Sequence[Drops], list[Tensor]]:
         """Run plans of a model in memory: the batch is recorded once, and resumed for each of them."""
         lm, dense, recording = self.subject.lm, self.subject.dense, self.recording
         if self.reference is None:
-            final = recording.final
+            final, self.dense_experts = recording.final, self.recorded_experts
             if dense is not lm or self.subject.always:
-                with dense.running(NOTHING_DROPPED):
+                with dense.running(NOTHING_DROPPED), watching_routers(dense.blocks) as self.dense_experts:
                     final = dense.record(self.input_ids).final
             self.reference = Reference(lm, final, input_ids=self.input_ids, lengths=self.lengths)
         reference = self.reference
         some = self.plans[first : first + plans_at_a_time(lm, len(reference.targets))]
-        return reference, some, [reference.streams(lm.resume(recording, recording.drops | drops)) for drops in some]
+        return reference, some, [self._resume(drops, reference) for drops in some]
+
+    def _resume(self, drops: Drops, reference: Reference) -> Tensor:
+        """Return the streams of one plan, and keep how many tokens of each sequence are routed as dense."""
+        with watching_routers(self.subject.lm.blocks) as experts:
+            final = self.subject.lm.resume(self.recording, self.recording.drops | drops)
+        planned = {**self.recorded_experts, **experts}
+        self.routed[drops] = tokens_routed_alike(self.dense_experts, planned, reference.predicting)
+        return reference.streams(final)
 
     @cached_property
     def recording(self) -> Recording:
-        with self.subject.lm.running(self.subject.always):
-            return self.subject.lm.record(self.input_ids)
+        lm = self.subject.lm
+        with lm.running(self.subject.always), watching_routers(lm.blocks) as self.recorded_experts:
+            return lm.record(self.input_ids)
 
     def _in_lockstep(self, first: int) -> tuple[Reference, Sequence[Drops], list[Tensor]]:
         """Run plans of a model that is read from disk: they go through its blocks together."""

@@ -36,11 +36,13 @@ class Tally:
     sums: list[Tensor] = field(default_factory=list)  # [6] float64 each
     tokens: list[int] = field(default_factory=list)
     max_abs_logprob_diff: float = 0.0
+    routed: list[float] = field(default_factory=list)  # tokens routed as dense; empty without mixtures of experts
 
     def add(self, other: "Tally") -> None:
         """Add the sequences of `other`, behind those that stand here."""
         self.sums += other.sums
         self.tokens += other.tokens
+        self.routed += other.routed
         self.max_abs_logprob_diff = max(self.max_abs_logprob_diff, other.max_abs_logprob_diff)
 
     def state(self) -> dict:
@@ -55,13 +57,14 @@ class Tally:
             "sums": [row.tolist() for row in self.sums],
             "tokens": self.tokens,
             "max_abs_logprob_diff": self.max_abs_logprob_diff,
+            **({"routed": self.routed} if self.routed else {}),
         }
 
     @classmethod
     def of_state(cls, state: dict) -> "Tally":
         """Return the tally that `state` wrote down."""
         sums = [torch.tensor(row, dtype=torch.float64) for row in state["sums"]]
-        return cls(sums, list(state["tokens"]), state["max_abs_logprob_diff"])
+        return cls(sums, list(state["tokens"]), state["max_abs_logprob_diff"], list(state.get("routed", [])))
 
     def finite(self) -> bool:
         """Tell whether every sum is finite, which NaN or Inf in logits leaves no sum to be."""
@@ -95,6 +98,7 @@ class Tally:
             top1_agreement=agreement,
             top1_agreement_stderr=agreement_stderr,
             max_abs_logprob_diff=self.max_abs_logprob_diff,
+            routed_as_dense=sum(self.routed) / sum(self.tokens) if self.routed else None,
             tokens=sum(self.tokens),
             sequences=len(self.tokens),
         )

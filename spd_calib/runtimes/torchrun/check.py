@@ -68,7 +68,17 @@ def _rows(
         compare_streams(
             f"{name}: residual streams of the ranks", observed.streams, drops=drops, num_blocks=lm.num_blocks
         ),
+        *([compare_experts(f"{name}: experts the ranks chose", observed.experts, lm.mixtures)] if lm.mixtures else []),
     ]
+
+
+def compare_experts(what: str, found: Sequence[Sequence[str]], mixtures: Sequence[int]) -> CheckRow:
+    """Check digests of the experts chosen, by rank, in each of the blocks `mixtures`: the same on all ranks."""
+    expected = "the same in every block"
+    if not found or any(len(rank) != len(mixtures) for rank in found):
+        return CheckRow(what, expected, "not all seen", False)
+    differ = [block for block, digests in zip(mixtures, zip(*found, strict=True), strict=True) if len(set(digests)) > 1]
+    return CheckRow(what, expected, f"differ from block {differ[0]} on" if differ else expected, not differ)
 
 
 def compare_streams(what: str, found: Sequence[Sequence[str]], *, drops: Drops, num_blocks: int) -> CheckRow:

@@ -64,7 +64,7 @@ def observe(lm: TensorParallelLM, job: CheckJob) -> Observed:
     """Run every prompt of the job under what `lm` runs at present, each continued greedily with the KV cache."""
     prompt, tokens, chosen = [], [], []
     lm.model.generation_config = GenerationConfig()  # nothing ends a continuation, nothing bends the probabilities
-    with _counting_all_reduces(lm) as counts, _digesting_streams(lm) as digests:
+    with _counting_all_reduces(lm) as counts, _digesting_streams(lm) as digests, _digesting_routers(lm) as choices:
         for ids in job.prompts:
             row = torch.tensor([ids], device=lm.device)
             log_p = lm(row)[0].float().log_softmax(-1)
@@ -87,6 +87,7 @@ def observe(lm: TensorParallelLM, job: CheckJob) -> Observed:
         chosen=chosen,
         all_reduces=_of_all_ranks(counts),
         streams=_of_all_ranks([digest.hexdigest() for digest in digests]),
+        experts=_of_all_ranks([digest.hexdigest() for digest in choices]) if choices else [],
     )
 
 
@@ -121,6 +122,23 @@ def _digesting_streams(lm: TensorParallelLM) -> Iterator[list[Any]]:
 
     digests = [hashlib.sha256() for _ in lm.blocks]
     hooks = [block.register_forward_hook(hook_of(d)) for block, d in zip(lm.blocks, digests, strict=True)]
+    try:
+        yield digests
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _digesting_routers(lm: TensorParallelLM) -> Iterator[list[Any]]:
+    """Hash the experts that each router chooses, over all forwards, into the sha256 objects it yields."""
+
+    def hook_of(digest: Any, place: int) -> Callable[[Any, Any, tuple], None]:
+        return lambda router, args, given: digest.update(given[place].contiguous().cpu().numpy().tobytes())
+
+    mixtures = [block.experts for block in lm.blocks if block.experts is not None]
+    digests = [hashlib.sha256() for _ in mixtures]
+    hooks = [m.router.register_forward_hook(hook_of(d, m.chosen)) for m, d in zip(mixtures, digests, strict=True)]
     try:
         yield digests
     finally:
