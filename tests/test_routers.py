@@ -126,7 +126,8 @@ def test_a_router_goes_through_the_plans_file(tmp_path: Path) -> None:
     router = Predictor(torch.rand(HIDDEN), a=torch.rand(HIDDEN, 3), b=torch.rand(3, HIDDEN))
     tensors = predictor_tensors(Drops({Point(1, "attention"): Drop(Strategy.BLOCK_DROP, router=router)}))
     assert set(tensors) == {f"blocks.1.router.{part}" for part in ("bias", "a", "b")}
-    save_file(tensors, tmp_path / "routers.safetensors")
+    beside = tmp_path / "routers.safetensors"
+    save_file(tensors, beside)
     plan = read(Plan, write_plan(tmp_path / "plan.json", folder, 2, ["keep_sync", "block_drop"] + ["keep_sync"] * 2))
     form = RouterPredictor(kind="low_rank", rank=3)
     changes = {
