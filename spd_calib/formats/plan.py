@@ -200,6 +200,7 @@ class Plan(Part):
         predicted = [b for b in self.blocks if b.compensation]
         if any(b.strategy != Strategy.BLOCK_DROP for b in predicted):
             raise ValueError("only a block whose strategy is block_drop can have a compensation")
+        predicted = [b for b in self.blocks if b.compensation or b.mlp_compensation]
         if bool(predicted) != ("compensation" in self.requires):
             raise ValueError("blocks with a compensation need 'compensation' in requires and the file that holds it")
         routed = [b for b in self.blocks if b.router]

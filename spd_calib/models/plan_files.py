@@ -56,7 +56,8 @@ def predictor_tensors(drops: Drops) -> dict[str, Tensor]:
 
 def _owned(drop: Drop) -> dict[Owner, Predictor]:
     """Return the predictors of a drop by owner."""
-    return {**(drop.predictors or {}), **({} if drop.router is None else {"router": drop.router})}
+    owned: dict[Owner, Predictor] = dict((drop.predictors or {}).items())
+    return owned if drop.router is None else {**owned, "router": drop.router}
 
 
 def _tensor_name(point: Point, *, owner: Owner, part: str) -> str:

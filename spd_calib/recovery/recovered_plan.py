@@ -60,7 +60,8 @@ def recovered_plan(
 def _requirements(plan: Plan, model: PlannedModel) -> list[Requirement]:
     """Return what the plan needed of a runtime, and, of predictors for the ranks' MLPs, what it needs now."""
     needed: list[Requirement] = [name for name in plan.requires if name != "compensation"]
-    return [*needed, "compensation"] if any(s.predictors for s in model.students.values()) else needed
+    predicted = any(drop.predictors for drop in model.drops.by_point.values())
+    return [*needed, "compensation"] if predicted else needed
 
 
 def _block(block: PlannedBlock, model: PlannedModel, report: RecoveryReport) -> PlannedBlock:
