@@ -1,8 +1,8 @@
 """Measure a mixture of experts with its sync points dropped: python benchmarks/moe.py MODEL FIT.jsonl HELD_OUT.jsonl
 
-For the model of recipes/demo_model/train_moe.py. Predictors are fitted, block by block, on the last documents of FIT, which
-were not trained on, and everything is measured on HELD_OUT. Writes results/moe/figures.json: KL, its standard error, the
-share of tokens routed as dense, and what experts chosen at random cost the dense model.
+For the model of recipes/demo_model/train_moe.py. Predictors are fitted, block by block, on the last documents of FIT,
+which were not trained on, and everything is measured on HELD_OUT. Writes results/moe/figures.json: KL, its standard
+error, the share of tokens routed as dense, and what experts chosen at random cost the dense model.
 """
 
 import argparse

@@ -211,7 +211,7 @@ class _Grouping:
             )
             student, detail = student.with_predictors(fit.predictors), detail | fit.detail()
         if student.parts.experts is not None:
-            group_expert_neurons(student, self.feed, self.feed.fitting[:GROUPING_BATCHES])
+            group_expert_neurons(student, self.feed, self.feed.some(GROUPING_TOKENS))
             return student, detail | {"distortion": distortion(student, self.feed, self.feed.choosing)}
         fits = None
         if self.treatment.refit and "mlp_in" in self.options.refit_parts:
