@@ -8,6 +8,7 @@ import tiny
 import torch
 from transformers import AutoTokenizer
 
+from spd_calib.api.estimates import with_estimates
 from spd_calib.api.options import RunOptions
 from spd_calib.api.plan import plan_with_details
 from spd_calib.api.profile import profile
@@ -131,6 +132,12 @@ def test_from_a_profile_to_a_plan_and_back(tmp_path: Path):
     assert plan.requires == ["mlp_drop", "compensation"] and len(drops) == 6
     assert all(drop.predictors is not None for drop in drops.by_point.values())
     lm = TensorParallelLM.simulated(tiny.build("gemma3"), 2)
+    lm.estimates = drops
+    kept = {"mlp_strategy": Strategy.KEEP_SYNC, "mlp_compensation": None, "compensation": None}
+    plain = [b.model_copy(update={**kept, "strategy": Strategy.PLAIN_DROP}) for b in plan.blocks]
+    without = plan.model_copy(update={"blocks": plain, "requires": [], "compensation": None})
+    assert with_estimates(without, Subject(lm)) == (without, None)  # what is written off waits for nothing
+    lm.estimates = NOTHING_DROPPED
     tokenizer = AutoTokenizer.from_pretrained(folder)
     verifying = [json.loads(line)["text"] for line in text.read_text().splitlines()[12:18]]
     sequences = [tokenizer(document)["input_ids"][:24] for document in verifying]

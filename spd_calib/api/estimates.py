@@ -40,7 +40,7 @@ def with_estimates(plan: Plan, subject: Subject) -> tuple[Plan, bytes | None]:
     is, where there are no estimates. Under torchrun all ranks call this at once.
     """
     drops = subject.lm.fitted(plan.drops | subject.always)
-    if not any(point in subject.lm.estimates for point in drops):
+    if not any(drops.at(point).predictors is not None for point in subject.lm.estimates):
         return plan, None
     tensors: dict[str, Tensor] = {}
     for of_rank in from_all_ranks(predictor_tensors(drops)):
