@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test coverage mutation faults fuzz test-vllm .venv-vllm lint format pipeline results latency bench docs generated schemas tutorial dist release-check clean FORCE
+.PHONY: demo test coverage mutation faults fuzz test-vllm .venv-vllm lint format pipeline results latency bench docs generated schemas tutorial families dist release-check clean FORCE
 
 demo: $(READY)
 	$(BIN)/spd-calib demo -o runs/demo
@@ -111,6 +111,10 @@ generated: $(READY)
 	$(BIN)/python docs/generate.py
 
 schemas: generated
+
+# What happens with every causal language model of transformers, into docs/families.md (some minutes).
+families: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/families.py
 
 # Runs every command of the tutorial and puts what it printed behind it (some minutes).
 tutorial: $(READY)
