@@ -86,6 +86,9 @@ NAMES: dict[str, dict] = {
     "gemma3_text": SANDWICH_NAMES,
     "glm4": GLM4_NAMES,
     "exaone4": POST_NORM_NAMES,
+    "olmo2": POST_NORM_NAMES,
+    "olmo3": POST_NORM_NAMES,
+    "olmoe": LLAMA_NAMES,
     "phi3": LLAMA_NAMES,
     "glm": LLAMA_NAMES,
     "mixtral": LLAMA_NAMES,
@@ -96,6 +99,9 @@ NAMES: dict[str, dict] = {
 
 GEMMA = ("gemma", "gemma2", "gemma3_text")
 """Model types whose norms multiply by one more than their weight, and that scale their embeddings."""
+
+OVER_ALL_HEADS = ("olmo2", "olmo3", "olmoe")
+"""Model types that norm queries and keys over all heads together."""
 
 SCALED = ("granite", "hyperclovax")
 """Model types that multiply what their sub-layers add, their embeddings, and the products of queries and keys."""
@@ -163,7 +169,7 @@ def _check(config: PreTrainedConfig, tp: int, strategies: Sequence[str], mlp_str
     assert set(strategies) <= set(ATTENTION_STRATEGIES) and set(mlp_strategies) <= set(MLP_STRATEGIES)
     assert mlp_strategies[blocks - 1] == "keep_sync", "nothing is left to settle the last block's debt"
     assert config.num_attention_heads % tp == 0 and _neurons(config) % tp == 0, "the TP degree does not divide"
-    if config.model_type not in ("opt", "gemma3_text"):
+    if config.model_type not in ("opt", "gemma3_text", "olmo3"):
         assert config.rope_parameters["rope_type"] == "default", "plain rotary only"
 
 
@@ -200,13 +206,15 @@ def _streams(
                     slope, bias = routers[block]
                     expected = shared_before @ slope + bias
                 routed = experts.choose(part, config, _norm(part, config, names["n2"], x + expected))
-            shares = []
+            shares, reads = [], []
             for rank in range(tp):
                 read = x + w[rank] + p[rank] + sum(through(owed[rank]) for owed, through in late)
                 if names[norm] is not None:
                     read = _norm(part, config, names[norm], read)
+                reads.append(read)
+            for rank, read in enumerate(reads):
                 if linear == "o":
-                    shares.append(_attention(part, config, block, rank, tp, read))
+                    shares.append(_attention(part, config, block, rank, tp, reads))
                 elif routed is not None:
                     shares.append(experts.partial(part, config, rank, tp, read, routed))
                 else:
@@ -298,8 +306,14 @@ def _norm(weights: dict[str, Tensor], config: PreTrainedConfig, name: str, x: Te
     return x / ((x**2).mean(-1, keepdim=True) + config.rms_norm_eps).sqrt() * weight
 
 
-def _attention(part: dict[str, Tensor], config: PreTrainedConfig, block: int, rank: int, tp: int, x: Tensor) -> Tensor:
-    """The sum over the rank's own query heads of head times its columns of `o`; the bias of `o` is left out."""
+def _attention(
+    part: dict[str, Tensor], config: PreTrainedConfig, block: int, rank: int, tp: int, reads: list[Tensor]
+) -> Tensor:
+    """The sum over the rank's own query heads of head times its columns of `o`; the bias of `o` is left out.
+
+    `reads` is what every rank's attention reads: norms over all heads need the squares of the others' heads.
+    """
+    x = reads[rank]
     names = NAMES[config.model_type]
     heads = config.num_attention_heads
     kv_heads = heads if config.model_type == "opt" else config.num_key_value_heads
@@ -314,6 +328,12 @@ def _attention(part: dict[str, Tensor], config: PreTrainedConfig, block: int, ra
         if config.model_type in ("qwen3", "qwen3_moe", "apertus", "gemma3_text", "exaone4"):
             q = _norm(part, config, "self_attn.q_norm", q)
             k = _norm(part, config, "self_attn.k_norm", k)
+        if config.model_type in OVER_ALL_HEADS:
+            q_square, k_square = _mean_squares(part, config, tp, reads)
+            of_q = part["self_attn.q_norm.weight"][head * size : (head + 1) * size]
+            of_k = part["self_attn.k_norm.weight"][served_by * size : (served_by + 1) * size]
+            q = q / (q_square + config.rms_norm_eps).sqrt() * of_q
+            k = k / (k_square + config.rms_norm_eps).sqrt() * of_k
         if _has_rotary(config, block):
             q, k = _rotate(q, config, block), _rotate(k, config, block)
         if config.model_type == "hunyuan_v1_dense":
@@ -338,6 +358,25 @@ def _attention(part: dict[str, Tensor], config: PreTrainedConfig, block: int, ra
     return total
 
 
+def _mean_squares(part: dict[str, Tensor], config: PreTrainedConfig, tp: int, reads: list[Tensor]) -> list[Tensor]:
+    """The mean square over all heads' queries, and keys, [length, 1] each: every head from what its rank reads.
+
+    Of a KV head that several ranks hold the mean of theirs.
+    """
+    found = []
+    for letter, heads in (("q", config.num_attention_heads), ("k", config.num_key_value_heads)):
+        whole = part[f"self_attn.{letter}_proj.weight"]
+        size = len(whole) // heads
+        total = torch.zeros(len(reads[0]), 1, dtype=torch.float64)
+        for head in range(heads):
+            holders = [head * tp // heads] if heads >= tp else range(head * tp // heads, (head + 1) * tp // heads)
+            for rank in holders:
+                own = reads[rank] @ whole[head * size : (head + 1) * size].T
+                total += (own**2).sum(-1, keepdim=True) / len(holders)
+        found.append(total / len(whole))
+    return found
+
+
 def _window(config: PreTrainedConfig, block: int) -> int | None:
     """How many tokens, itself included, a token of this block sees; None for all."""
     window = getattr(config, "sliding_window", None)
@@ -358,7 +397,7 @@ def _rotate(x: Tensor, config: PreTrainedConfig, block: int) -> Tensor:
     Pairs are j and j + half, in some families 2j and 2j + 1; in some only the first entries of a head turn at all.
     """
     rope = config.rope_parameters
-    if config.model_type == "gemma3_text":  # of its kind of block
+    if config.model_type in ("gemma3_text", "olmo3"):  # of its kind of block
         rope = rope[config.layer_types[block]]
     size = int(x.shape[1] * rope.get("partial_rotary_factor", 1.0))
     half = size // 2

@@ -125,6 +125,8 @@ FAMILIES: dict[str, tuple[str, dict]] = {
             "sliding_window_pattern": 3,
         },
     ),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {"sliding_window": 5}),  # every fourth block without a window
     "phi3": ("phi3", {"sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
     "glm": ("glm", {"head_dim": 8, "attention_bias": True}),
     "cwm": (
@@ -148,6 +150,7 @@ MIXTURES: dict[str, tuple[str, dict]] = {
         {**_EXPERTS, "shared_expert_intermediate_size": 48, "mlp_only_layers": [1], "norm_topk_prob": False},
     ),
     "qwen3_moe": ("qwen3_moe", {**_EXPERTS, "head_dim": 8, "norm_topk_prob": True}),
+    "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 64, "norm_topk_prob": False}),
 }
 """Mixtures of experts: family -> as in FAMILIES. No part of SUPPORTED: their streams may not differ for good."""
 
@@ -155,8 +158,6 @@ _REFUSED: dict[str, tuple[str, dict, tuple[str, ...]]] = {
     "hyperclovax_logits": ("hyperclovax", {"use_post_norm": False, "logits_scaling": 3.0}, ("differs",)),
     "gemma3_embedding": ("gemma3_text", {"head_dim": 8, "use_bidirectional_attention": True}, ("follows",)),
     "gemma4": ("gemma4_text", {"head_dim": 8, "hidden_size_per_layer_input": 0}, ("layer_scalar",)),
-    "olmo2": ("olmo2", {}, ("all heads together",)),
-    "olmo3": ("olmo3", {}, ("all heads together",)),
     "qwen3_5": ("qwen3_5_text", {"head_dim": 8}, ("hybrid", "linear_attention")),
     "minicpm3": ("minicpm3", {"kv_heads": 8}, ("latent attention",)),
     "diffllama": ("diffllama", {"kv_heads": 4}, ("lambda_q1", "all heads share")),

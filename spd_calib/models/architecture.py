@@ -93,7 +93,7 @@ LAYERS = {  # the first row that fits is taken: those that name more parts come 
         mlp_out_norm="post_mlp_layernorm",
     ),
     "Exaone 4": LayerNames(
-        classes=("Exaone4ForCausalLM",),
+        classes=("Exaone4ForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM"),
         norm1="",
         **_SELF_ATTENTION,
         o="self_attn.o_proj",
@@ -203,7 +203,7 @@ LAYERS = {  # the first row that fits is taken: those that name more parts come 
         down="mlp.down_proj",
     ),
     "Mixtral": LayerNames(
-        classes=("MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"),
+        classes=("MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM"),
         norm1="input_layernorm",
         **_SELF_ATTENTION,
         o="self_attn.o_proj",

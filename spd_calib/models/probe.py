@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from spd_calib.errors import InputError
 
+from .all_heads_norm import all_heads_norms
 from .architecture import SUPPORTED, Decoder, HeadCounts, LayerParts, find_decoder, layer_parts
 from .experts import RankExperts, route
 from .mlp import activations
@@ -114,19 +115,13 @@ def _refuse_other_norms(name: str, layer: nn.Module, parts: LayerParts) -> None:
 def _refuse_other_weights(name: str, parts: LayerParts) -> None:
     """Raise InputError where the attention has weights beside its linear layers that not all heads share.
 
-    Cut over ranks are the linear layers alone. What all heads share are norms of one head's size.
+    Cut over ranks are the linear layers and norms over all heads. What all heads share are norms of one head's size.
     """
     own = {id(p) for linear in parts.linears for p in linear.parameters()}
     shape = (parts.attention.head_dim,)
-    wide = {(parts.q.out_features,), (parts.k.out_features,)} - {shape}
+    over_all = {f"{norm}.weight" for norm in all_heads_norms(parts)}
     for path, parameter in parts.attention.named_parameters():
-        if id(parameter) not in own and "norm" in path and tuple(parameter.shape) in wide:
-            raise InputError(
-                f"{name} norms its queries and keys over all heads together ({path}): each rank needs the sum of "
-                "squares over the others' heads, a sync inside the attention, which is not supported yet."
-            )
-    for path, parameter in parts.attention.named_parameters():
-        if id(parameter) not in own and (parameter.shape != shape or path.count(".") != 1):
+        if id(parameter) not in own and path not in over_all and (parameter.shape != shape or path.count(".") != 1):
             raise InputError(
                 f"{name} has weights in its attention beside q, k, v, o and norms that all heads share ({path}): how "
                 "they are divided over ranks is not supported yet."

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .all_heads_norm import AllHeadsNorm, all_heads_norms
 from .architecture import HeadCounts, LayerParts, LinearRows, MLPParts
 from .mlp import activations
 
@@ -116,6 +117,13 @@ def rank_attention(parts: LayerParts, slices: RankSlices, layer_idx: int) -> nn.
                 is_o = linear is parts.o
                 own = RankLinear(linear, rows, columns, with_bias=not is_o, scale=parts.o_scale if is_o else 1.0)
                 setattr(shard, name, own)
+    ranks = parts.q.out_features // (slices.q.stop - slices.q.start)
+    for name, letter in all_heads_norms(parts).items():
+        whole, places = (parts.q, slices.q) if letter == "q" else (parts.k, slices.kv)
+        project = next(getattr(shard, n) for n, m in parts.attention.named_children() if m is whole)
+        held_by = ranks * (places.stop - places.start) // whole.out_features
+        norm = parts.attention.get_submodule(name)
+        setattr(shard, name, AllHeadsNorm(norm, project, places, width=whole.out_features, held_by=held_by))
     heads = (slices.q.stop - slices.q.start) // (slices.kv.stop - slices.kv.start)
     counts = {
         "num_key_value_groups": heads,

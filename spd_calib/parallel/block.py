@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from spd_calib.formats.drops import NOTHING_DROPPED, Drop, Drops, Point, Strategy
+from spd_calib.models.all_heads_norm import AllHeadsNorm
 from spd_calib.models.architecture import HeadCounts, LayerParts
 from spd_calib.models.experts import RankExperts, Routing, route
 from spd_calib.models.shard import RankMLP, RankSlices, rank_attention
@@ -39,6 +40,7 @@ class Block(nn.Module):
         self.attentions = nn.ModuleList(
             rank_attention(parts, s, layer_idx=i * num_blocks + index) for i, s in enumerate(slices)
         )
+        self.all_heads_norms = [[m for m in a.children() if isinstance(m, AllHeadsNorm)] for a in self.attentions]
         self.experts = parts.experts
         self.mlps = nn.ModuleList(_rank_mlp(parts, s) for s in slices)
         self.attention_out_norm, self.mlp_out_norm = parts.attention_out_norm, parts.mlp_out_norm
@@ -89,12 +91,26 @@ class Block(nn.Module):
         heads: list[Tensor] = []
         hooks = [out.register_forward_pre_hook(lambda m, args: heads.append(args[0])) for out in self.outs]
         try:
-            inputs = self._inputs(self.norm1, s)
+            inputs = self._sharing_squares(self._inputs(self.norm1, s))
             partials = [attn(hidden_states=u, **kwargs)[0] for attn, u in zip(self.attentions, inputs, strict=True)]
         finally:
             for hook in hooks:
                 hook.remove()
         return partials, heads
+
+    def _sharing_squares(self, inputs: Iterable[Tensor]) -> Iterable[Tensor]:
+        """Return what each rank's attention reads; tell its norms over all heads, if any, the mean squares: a sync."""
+        if not any(self.all_heads_norms):
+            return inputs
+        own = list(inputs)
+        shares = (
+            torch.cat([n.squares(u) for n in norms], -1) for norms, u in zip(self.all_heads_norms, own, strict=True)
+        )
+        total = self.comm.all_reduce(shares)
+        for norms in self.all_heads_norms:
+            for norm, squares in zip(norms, total.split(1, dim=-1), strict=True):
+                norm.mean_square = squares / norm.width
+        return own
 
     def behind_attention(
         self, drop: Drop, s: Streams, partials: list[Tensor], heads: list[Tensor]

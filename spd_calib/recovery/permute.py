@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from spd_calib.models.all_heads_norm import all_heads_norms
 from spd_calib.models.architecture import HeadCounts, LayerParts
 
 
@@ -19,7 +20,9 @@ def permute_neurons(parts: LayerParts, order: Tensor) -> None:
 
 @torch.no_grad()
 def permute_heads(parts: LayerParts, counts: HeadCounts, heads: Tensor) -> None:
-    """Make query head `heads[i]` the i-th, and let the KV heads follow; q's and k's norms are shared by all heads.
+    """Make query head `heads[i]` the i-th, and let the KV heads follow, and norms over all heads.
+
+    Other norms of q and k are shared by all heads.
 
     Raises ValueError unless `heads` keeps the query heads of one KV head together.
     """
@@ -33,6 +36,9 @@ def permute_heads(parts: LayerParts, counts: HeadCounts, heads: Tensor) -> None:
         linear.weight.copy_(linear.weight[order])
         if linear.bias is not None:
             linear.bias.copy_(linear.bias[order])
+    for name, letter in all_heads_norms(parts).items():
+        (weight,) = parts.attention.get_submodule(name).parameters()
+        weight.copy_(weight[rows[parts.q if letter == "q" else parts.k]])
     parts.o.weight.copy_(parts.o.weight[:, rows[parts.q]])
 
 
