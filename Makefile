@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test coverage mutation faults fuzz test-vllm .venv-vllm lint format pipeline results latency bench docs generated schemas tutorial families dist release-check clean FORCE
+.PHONY: demo test coverage mutation faults fuzz test-vllm .venv-vllm lint format pipeline results llm latency bench docs generated schemas tutorial families dist release-check clean FORCE
 
 demo: $(READY)
 	$(BIN)/spd-calib demo -o runs/demo
@@ -93,6 +93,12 @@ results: $(READY)
 	$(MAKE) pipeline RECIPE=recipes/demo.yaml
 	$(MAKE) pipeline RECIPE=recipes/stories260k/tp2.yaml
 	$(MAKE) pipeline RECIPE=recipes/stories260k/tp4.yaml
+
+# What recovery without training leaves of SmolLM2 135M, in results/llm/ (hours on two cores; goes on where it stopped).
+llm: $(READY)
+	test -d build/llms/smollm2-135m || ../shared/models/real_llms.sh build/llms $(BIN)/python
+	$(BIN)/python benchmarks/recovery_llm.py build/llms/smollm2-135m --tp 3 --data ../shared/data/wikitext2-a.txt \
+	  --second ../shared/data/tinystories-eval.jsonl
 
 # What dropped sync points save over a link with a delay; needs root, ip and /dev/net/tun, else loopback only.
 latency: $(READY)
