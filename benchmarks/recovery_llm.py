@@ -119,7 +119,10 @@ def main() -> None:
         "exchange": args.exchange, "versions": versions(), "rows": [],
     }  # fmt: skip
     if path.exists():
-        document |= {"rows": json.loads(path.read_text())["rows"]}
+        found = json.loads(path.read_text())
+        if differing := [k for k in document if k not in ("rows", "versions") and document[k] != found[k]]:
+            sys.exit(f"{path} was made with another `{differing[0]}`; name another file with --output")
+        document["rows"] = found["rows"]
     path.parent.mkdir(parents=True, exist_ok=True)
     for method in [None, *(m.strip() for m in (args.methods.split(";") if args.methods else METHODS))]:
         done = [r for r in document["rows"] if r["method"] == (method or "as is")]
