@@ -13,7 +13,7 @@ import typer
 from spd_calib.cli.main import app
 from spd_calib.formats.files import FORMATS, schema
 from spd_calib.models.architecture import LAYERS, LayerNames
-from spd_calib.runtimes.vllm.layers import FORMS
+from spd_calib.runtimes.vllm.forms import SUPPORTED
 
 os.environ["COLUMNS"], os.environ["NO_COLOR"] = "100", "1"
 
@@ -68,7 +68,7 @@ def architectures_page() -> str:
         form += ["mixture of experts"] if row.experts else []
         form += ["gate and up in one layer"] if any("gate_up" in name for name in row.mlp_in) else []
         for name in row.classes:
-            vllm = "both sync points" if name in FORMS else "refused"
+            vllm = "both sync points" if name in SUPPORTED else "refused"
             lines.append(f"| {name} | {'; '.join(form)} | both sync points | {vllm} |\n")
     return "".join([before, TABLE[0], *lines, TABLE[1], after])
 

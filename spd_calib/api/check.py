@@ -50,6 +50,7 @@ def check(
     tokenizer: PreTrainedTokenizerBase | None = None,
     prompts: Sequence[str] = PROMPTS,
     new_tokens: int = 16,
+    as_served: Sequence[str] | None = None,
     run: RunOptions = RunOptions(),
     progress: Progress = SILENT,
 ) -> CheckResult:
@@ -65,6 +66,8 @@ def check(
         tokenizer: of a model in memory.
         prompts: texts that the runtime continues.
         new_tokens: tokens generated behind each, the likeliest ones.
+        as_served: arguments of `vllm serve`. The engine that they make is judged, in its own dtype, compiled or not, on
+            tokens that it samples; without them it is one in float32, compared to the fourth digit.
         run: device and dtype (default float32) of a check on torchrun; vLLM takes float32 and a device of its own.
         progress: callbacks, told how far it is.
 
@@ -74,6 +77,8 @@ def check(
     """
     if runtime not in (None, "torchrun", "vllm"):
         raise InputError(f"`runtime` {runtime!r} is neither torchrun nor vllm.")
+    if as_served is not None and runtime != "vllm":
+        raise InputError("`as_served` are the arguments of an engine of vLLM's; give `runtime` vllm with them.")
     document, path = document_of(Plan, plan)
     drops = load_drops(document, path)
     try:
@@ -86,7 +91,7 @@ def check(
             raise InputError("A runtime reads the plan from its file; give the path of the plan.")
         progress.step(f"{runtime}, {session.tp} ranks")
         rows += _rows_of_runtime(runtime, session, path=path, drops=drops, prompts=prompts,
-                                 new_tokens=new_tokens, run=run)  # fmt: skip
+                                 new_tokens=new_tokens, as_served=as_served, run=run)  # fmt: skip
     return CheckResult(rows)
 
 
@@ -110,6 +115,7 @@ def _rows_of_runtime(
     drops: Drops,
     prompts: Sequence[str],
     new_tokens: int,
+    as_served: Sequence[str] | None,
     run: RunOptions,
 ) -> list[CheckRow]:
     resolved = run.resolved()
@@ -118,8 +124,11 @@ def _rows_of_runtime(
 
         return check_torchrun(session, path, drops=drops, prompts=prompts, new_tokens=new_tokens,
                               device=resolved.device, dtype=str(resolved.dtype))  # fmt: skip
+    from spd_calib.runtimes.vllm.as_served import check_as_served
     from spd_calib.runtimes.vllm.check import check_vllm
 
+    if as_served is not None:
+        return check_as_served(session, path, drops=drops, prompts=prompts, new_tokens=new_tokens, arguments=as_served)
     if resolved.dtype != "float32":
         raise InputError(f"vLLM is checked in float32, not in {resolved.dtype}; leave `dtype` out.")
     return check_vllm(session, path, drops=drops, prompts=prompts, new_tokens=new_tokens)

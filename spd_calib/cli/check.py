@@ -20,6 +20,10 @@ def check(
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Run this there; repeatable [three short ones].")] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens generated after each prompt.")] = 16,
+    as_served: Annotated[
+        str | None,
+        typer.Option(help="With --runtime vllm: arguments of vllm serve, in quotes; judge the very engine they make."),
+    ] = None,
     model: ModelPlace = None,
     device: Device = "auto",
     json: Annotated[bool, typer.Option("--json", help="the rows on stdout", rich_help_panel=COMMON)] = False,
@@ -28,6 +32,7 @@ def check(
     """Check a plan against its schema, its model's form and weights and, with --runtime, against real ranks."""
     from dataclasses import asdict
     from json import dumps
+    from shlex import split
 
     from spd_calib.api import check as api
     from spd_calib.api.options import RunOptions
@@ -41,6 +46,7 @@ def check(
             runtime=runtime,  # type: ignore[arg-type]  # whatever was typed: the call refuses what it does not know
             prompts=prompt or api.PROMPTS,
             new_tokens=new_tokens,
+            as_served=None if as_served is None else split(as_served),
             model=model,
             run=RunOptions(device=device),
             progress=work.progress,

@@ -3,6 +3,7 @@
 An engine takes the better part of a minute to start, so tests share one a model and swap plans in it.
 """
 
+import socket
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,8 +25,15 @@ SHAPE = {"hidden": 128, "heads": 4, "kv_heads": 2, "intermediate": 256}  # vLLM'
 
 def build(family: str, **overrides):
     """A tiny random model of a family, in a shape that vLLM can run on a CPU."""
-    heads = {"head_dim": 32} if family in ("qwen3", "gemma") else {}
-    return tiny.build(family, **{**SHAPE, **heads, **overrides})
+    heads = {"head_dim": 32} if "head_dim" in tiny.FAMILIES[family][1] else {}
+    as_vllm_reads_it = {"use_bias": False} if family == "ernie4_5" else {}
+    return tiny.build(family, **{**SHAPE, **heads, **as_vllm_reads_it, **overrides})
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 @pytest.fixture(scope="session")

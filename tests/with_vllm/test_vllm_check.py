@@ -6,8 +6,10 @@ import pytest
 import tiny
 from conftest import build
 from plans import write_plan
+from vllm import SamplingParams
 
 from spd_calib.api.check import check
+from spd_calib.errors import InputError
 from spd_calib.formats.drops import Drops
 from spd_calib.models.plan_files import load_plan
 from spd_calib.parallel.model import TensorParallelLM
@@ -35,15 +37,34 @@ def test_check_of_a_plan(folder_of, tmp_path):
     assert vllm_files() <= before and os.environ.get("VLLM_HOST_IP") == host
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
-def test_the_compiled_engine_runs_the_plan(folder_of, tmp_path, family):
-    """torch.compile traces the planned layers like any other (and the all-reduces too: only eager ones are counted)."""
+def test_check_of_the_engine_that_is_served(folder_of, tmp_path):
+    """Compiled and in bfloat16; and the engine of another plan, whose drops are at other places, does not pass."""
+    kinds, folder = ["low_rank", None, None, "full"], folder_of("llama")
+    plan = write_plan(tmp_path / "plan.json", folder, 2, [D, P, K, D], [K, D, K, K], kinds)
+    prompts = ["the cat saw a bird near the river .", "one two three", "anna took a red ball and a lamp"]
+    arguments = ["--dtype", "bfloat16", "--max-model-len", "64"]
+    result = check(plan, runtime="vllm", as_served=arguments, prompts=prompts, new_tokens=16)
+    assert result.wrong == []
+    (graphs,) = (row for row in result.rows if "compiled graph" in row.what)
+    assert graphs.expected == graphs.found == "5"
+    with pytest.raises(InputError, match="knows no argument '--telepathy'"):
+        check(plan, runtime="vllm", as_served=["--telepathy"], prompts=prompts)
+    with pytest.raises(InputError, match="give `runtime` vllm"):
+        check(plan, as_served=arguments)
+
+
+def test_the_compiled_engine_runs_the_plan(folder_of, tmp_path):
+    """torch.compile traces the planned layers like any other; and the engine takes no other weights."""
     attention, mlp, kinds = [D, P, K, D], [K, D, K, K], ["low_rank", None, None, "full"]
-    plan = write_plan(tmp_path / "plan.json", folder_of(family), 2, attention, mlp, kinds)
+    plan = write_plan(tmp_path / "plan.json", folder_of("opt"), 2, attention, mlp, kinds)
     prompts = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (20, 7)]
-    with start(folder_of(family), tp=2, max_length=64, plan=plan, enforce_eager=False) as engine:
+    with start(folder_of("opt"), tp=2, max_length=64, plan=plan, enforce_eager=False) as engine:
         observed, vocabulary = engine.observe(prompts, new_tokens=6), engine.vocabulary()
-    lm = TensorParallelLM.simulated(build(family), 2)
+        with pytest.raises(Exception, match="the plan was made for those loaded at the start"):
+            engine.llm.collective_rpc("reload_weights")
+        again = engine.llm.generate([{"prompt_token_ids": prompts[0]}], SamplingParams(temperature=0, max_tokens=6))
+        assert list(again[0].outputs[0].token_ids) == observed.tokens[0]
+    lm = TensorParallelLM.simulated(build("opt"), 2)
     lm.head.cut_at(vocabulary)  # vLLM pads the vocabulary before it cuts it
     simulated = simulate(lm, prompts, continuations=observed.tokens, drops=load_plan(plan)[1])
     assert compare_logprobs("prompt", simulated.prompt, found=observed.prompt, tolerance=TOLERANCE).ok

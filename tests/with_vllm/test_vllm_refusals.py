@@ -12,10 +12,10 @@ from plans import write_plan
 
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import NOTHING_DROPPED, Drop, Drops, Strategy
-from spd_calib.models.plan_files import load_plan
 from spd_calib.models.predictor import Predictor
-from spd_calib.runtimes.vllm.configure import check
+from spd_calib.runtimes.vllm.configure import not_as_measured
 from spd_calib.runtimes.vllm.layers import apply, fitted
+from spd_calib.runtimes.vllm.worker import _apply
 
 K, D = "keep_sync", "block_drop"
 CPU_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
@@ -134,6 +134,11 @@ def test_the_generic_implementation_of_a_known_architecture(folder, plan):
     refused(folder, plan, "whose decoder layer spd-calib does not know", model_impl="transformers")
 
 
+def test_heads_that_no_kernel_on_a_cpu_runs(tmp_path):
+    folder = tiny.save(tiny.build("llama"), tmp_path / "narrow")
+    refused(folder, write_plan(tmp_path / "plan.json", folder, 2, [D, K, K, K]), "no kernel for heads of width 8")
+
+
 def test_pipeline_parallelism(folder, plan):
     refused(folder, plan, "pipeline parallelism", pipeline_parallel_size=2)
 
@@ -144,6 +149,49 @@ def test_lora(folder, plan):
 
 def test_another_worker(folder, plan):
     refused(folder, plan, "worker", worker_cls="vllm.v1.worker.xpu_worker.XPUWorker")
+
+
+def test_a_worker_that_was_named_wants_a_plan(folder, plan):
+    named = {"worker_cls": "spd_calib.runtimes.vllm.cpu_worker.PlannedCPUWorker"}
+    assert configured(folder, plan, **named).parallel_config.worker_cls == named["worker_cls"]
+    with pytest.raises(InputError, match="which runs plans, and there is none"):
+        configured(folder, **named)
+
+
+def test_a_worker_without_the_plugin_says_so():
+    worker = SimpleNamespace(vllm_config=SimpleNamespace(additional_config={}))
+    with pytest.raises(InputError, match="VLLM_PLUGINS must not leave it out"):
+        _apply(worker)
+
+
+@pytest.mark.parametrize(
+    ("method", "args"),
+    [
+        ("reload_weights", ()),
+        ("reset_weights", ()),
+        ("start_weight_update", ()),
+        ("start_draft_weight_update", ()),
+        ("sleep", (2,)),
+        ("discard", (("weights",),)),
+    ],
+)
+def test_a_worker_takes_no_other_weights(method, args):
+    """vLLM has every one of these, under this name."""
+    from spd_calib.runtimes.vllm.gpu_worker import PlannedGPUWorker, Worker
+
+    worker = PlannedGPUWorker.__new__(PlannedGPUWorker)
+    assert callable(getattr(Worker, method))
+    with pytest.raises(InputError, match="the plan was made for those loaded at the start"):
+        getattr(worker, method)(*args)
+
+
+def test_a_worker_may_sleep_with_its_weights(monkeypatch):
+    from spd_calib.runtimes.vllm.gpu_worker import PlannedGPUWorker, Worker
+
+    slept = []
+    monkeypatch.setattr(Worker, "sleep", lambda self, level: slept.append(level))
+    PlannedGPUWorker.__new__(PlannedGPUWorker).sleep()
+    assert slept == [1]
 
 
 @pytest.mark.parametrize(
@@ -175,9 +223,22 @@ def test_a_plan_that_is_not_named(folder):
         ({"offload_group_size": 2}, "weights offloaded to the CPU"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "a KV cache in fp8_e5m2"),
         ({"kv_cache_dtype": "bfloat16"}, "a KV cache in bfloat16"),  # the model is in float32
+        ({"data_parallel_size": 2}, "data parallelism"),
+        ({"speculative_config": {"method": "draft_model", "model": "", "num_speculative_tokens": 2}}, "speculative"),
+        (
+            {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+            "kept or filled elsewhere",
+        ),
+        ({"kv_offloading_size": 1.0}, "kept or filled elsewhere"),
+        ({"weight_transfer_config": {"backend": "nccl"}}, "weights transferred"),
+        ({"load_format": "dummy"}, "--load-format dummy"),
+        ({"hf_overrides": {"rope_theta": 500.0}}, "--hf-overrides"),
+        ({"runner": "pooling"}, "the runner 'pooling'"),
     ],
 )
 def test_an_engine_that_would_compute_something_else(folder, plan, options, words):
+    if "speculative_config" in options:
+        options = {"speculative_config": {**options["speculative_config"], "model": str(folder)}}
     configured(folder, **options)  # without a plan it may
     refused(folder, plan, words, **options)
 
@@ -186,20 +247,13 @@ def test_a_kv_cache_in_the_dtype_of_the_model(folder, plan):
     configured(folder, plan, dtype="bfloat16", kv_cache_dtype="bfloat16")
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "words"),
-    [
-        ("quant_config", object(), "quantised"),
-        ("speculative_config", object(), "speculative"),
-    ],
-)
-def test_what_needs_more_than_a_cpu_to_configure(folder, plan, field, value, words):
+def test_what_needs_more_than_a_cpu_to_configure(folder):
     config = configured(folder)
-    fields = ("parallel_config", "model_config", "cache_config", "offload_config")
-    fields += ("quant_config", "lora_config", "speculative_config")
-    likeness = SimpleNamespace(**{**{name: getattr(config, name) for name in fields}, field: value})
-    with pytest.raises(InputError, match=words):
-        check(load_plan(plan)[0], plan, config=likeness)
+    fields = ("parallel_config", "model_config", "cache_config", "offload_config", "lora_config", "speculative_config")
+    fields += ("load_config", "kv_transfer_config", "weight_transfer_config")
+    likeness = {name: getattr(config, name) for name in fields}
+    assert not_as_measured(SimpleNamespace(**likeness, quant_config=None)) is None
+    assert not_as_measured(SimpleNamespace(**likeness, quant_config=object())) == "a quantised model"
 
 
 def test_a_class_of_the_same_name_is_not_enough():
@@ -225,7 +279,7 @@ def unbuilt_llama(blocks: int):
     from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 
     def linear():
-        return unbuilt(RowParallelLinear, bias=None, reduce_results=True, skip_bias_add=False)
+        return unbuilt(RowParallelLinear, bias=None, reduce_results=True, skip_bias_add=False, input_is_parallel=True)
 
     plain = torch.nn.Identity
     layers = torch.nn.ModuleList(
@@ -239,6 +293,22 @@ def unbuilt_llama(blocks: int):
         for _ in range(blocks)
     )
     return unbuilt(LlamaForCausalLM, model=unbuilt(plain, layers=layers)), layers
+
+
+def test_biases_that_vllm_would_leave_out():
+    from vllm.model_executor.models.ernie45 import Ernie4_5ForCausalLM
+
+    model = unbuilt(Ernie4_5ForCausalLM, config=SimpleNamespace(use_bias=True))
+    with pytest.raises(InputError, match="use_bias = True"):
+        apply(model, NOTHING_DROPPED)
+
+
+def test_a_layer_whose_input_is_gathered_is_refused():
+    """As transformers' GLM is cut in vLLM: each rank's neurons would be of another rank's stream."""
+    model, layers = unbuilt_llama(2)
+    layers[1].mlp.down_proj.input_is_parallel = False
+    with pytest.raises(InputError, match=r"gathers what the layer's mlp.down_proj reads"):
+        apply(model, Drops.of_blocks([D, K]))
 
 
 def test_what_apply_set_it_takes_back():

@@ -25,7 +25,7 @@ from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.runtimes.checks import compare_logprobs
 from spd_calib.runtimes.simulation import simulate
 from spd_calib.runtimes.vllm.check import TOLERANCE
-from spd_calib.runtimes.vllm.engine import remove_shared_memory, vllm_environment
+from spd_calib.runtimes.vllm.processes import remove_shared_memory, vllm_environment
 
 K, D = "keep_sync", "block_drop"
 SERVER = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]

@@ -46,12 +46,14 @@ def compare(
     simulated = simulate(lm, prompts, continuations=planned.tokens, drops=drops)
     simulated_dense = simulate(lm, prompts, continuations=dense.tokens, drops=NOTHING_DROPPED)
     rows = [
-        *compare_run("plan", planned, simulated=simulated, all_reduces=_all_reduces(lm, drops), tolerance=TOLERANCE),
+        *compare_run(
+            "plan", planned, simulated=simulated, all_reduces=all_reduces_expected(lm, drops), tolerance=TOLERANCE
+        ),
         *compare_run(
             "dense",
             dense,
             simulated=simulated_dense,
-            all_reduces=_all_reduces(lm, NOTHING_DROPPED),
+            all_reduces=all_reduces_expected(lm, NOTHING_DROPPED),
             tolerance=TOLERANCE,
         ),
     ]
@@ -63,6 +65,6 @@ def compare(
     return rows
 
 
-def _all_reduces(lm: TensorParallelLM, drops: Drops) -> int:
+def all_reduces_expected(lm: TensorParallelLM, drops: Drops) -> int:
     """Return two a block, one for the vocabulary-parallel embedding, less the sync points dropped; 0 on one rank."""
     return len(SUBLAYERS) * lm.num_blocks + 1 - len(drops) if lm.comm.size > 1 else 0

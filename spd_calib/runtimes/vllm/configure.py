@@ -14,7 +14,9 @@ from spd_calib.formats.files import sha256_of
 from spd_calib.formats.plan import Plan
 from spd_calib.models.plan_files import load_plan
 
-from .layers import FORMS
+from .forms import SUPPORTED as ARCHITECTURES
+from .forms import is_supported
+from .hashed_once import hashed_once
 from .rows import to_rows
 
 PLAN, ENVIRONMENT, RESOLVED = "spd_plan", "SPD_PLAN", "spd_calib"
@@ -27,11 +29,19 @@ WORKERS = {
 SUPPORTED = {"mlp_drop", "compensation"}
 """What a plan may require of this runtime."""
 
+CHECKPOINTS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
+"""The values of --load-format that read the very files whose weights were fingerprinted."""
+
 
 def configure(config: Any) -> None:
     """Prepare a VllmConfig for its plan; leave it alone where there is none. Raises InputError with the reason."""
-    path = plan_path(config)
+    path, worker = plan_path(config), config.parallel_config.worker_cls
     if path is None:
+        if worker in WORKERS.values():
+            raise InputError(
+                f"--worker-cls names {worker}, which runs plans, and there is none: name it in --additional-config "
+                f"'{{\"{PLAN}\": ...}}' or in {ENVIRONMENT}, on every node."
+            )
         return
     plan, drops = load_plan(path, ranks=())  # no predictor yet, but their file must be there, whole, and the plan's
     check(plan, path, config=config)
@@ -45,7 +55,7 @@ def configure(config: Any) -> None:
             "compensation": plan.compensation.sha256 if plan.compensation else None,
         },
     }
-    config.parallel_config.worker_cls = WORKERS[config.parallel_config.worker_cls]
+    config.parallel_config.worker_cls = WORKERS.get(worker, worker)
 
 
 def plan_path(config: Any) -> Path | None:
@@ -65,41 +75,69 @@ def plan_path(config: Any) -> Path | None:
 
 def check(plan: Plan, path: Path, *, config: Any) -> None:
     """Check all that can be known before a process is started. Raises InputError with the reason."""
-    parallel, model, cache = config.parallel_config, config.model_config, config.cache_config.cache_dtype
-    architecture = model.architecture
+    parallel, model = config.parallel_config, config.model_config
     if unknown := sorted(set(plan.requires) - SUPPORTED):
         raise InputError(f"{path} requires {unknown[0]!r}, which the vLLM runtime does not have.")
-    if architecture not in FORMS:
+    if not is_supported(model.architecture, _architecture(model)):
         raise InputError(
-            f"vLLM would run {architecture}, whose decoder layer spd-calib does not know: {path} can be run on "
-            f"{', '.join(FORMS)}."
+            f"vLLM would run {_architecture(model)} as {model.architecture}, whose decoder layer spd-calib does not "
+            f"know: {path} can be run on {', '.join(ARCHITECTURES)}."
         )
-    if parallel.worker_cls not in WORKERS:
+    if parallel.worker_cls not in (*WORKERS, *WORKERS.values()):
         raise InputError(f"vLLM would use the worker {parallel.worker_cls}, which spd-calib does not know: no plan.")
     if parallel.tensor_parallel_size != plan.tensor_parallel.size:
         raise InputError(
             f"{path} is for TP {plan.tensor_parallel.size}, but vLLM was started with TP "
             f"{parallel.tensor_parallel_size}; set --tensor-parallel-size {plan.tensor_parallel.size} or plan anew."
         )
-    for what, used in (
+    if what := not_as_measured(config):
+        raise InputError(f"{path} cannot be run with {what}: the vLLM runtime of spd-calib does not support it.")
+    _check_head_width(config)
+    _check_same_model(plan, path, model=model)
+
+
+def not_as_measured(config: Any) -> str | None:
+    """Return what of a VllmConfig would make the engine compute something else than was measured; None for nothing."""
+    parallel, model, speculative = config.parallel_config, config.model_config, config.speculative_config
+    cache, load = config.cache_config.cache_dtype, config.load_config.load_format
+    found = (
         ("pipeline parallelism", parallel.pipeline_parallel_size > 1),
+        ("data parallelism", parallel.data_parallel_size > 1),
         ("decode context parallelism", parallel.decode_context_parallel_size > 1),
         ("prefill context parallelism", parallel.prefill_context_parallel_size > 1),
         ("a quantised model", config.quant_config is not None or model.quantization is not None),
         ("LoRA adapters", config.lora_config is not None),
-        ("speculative decoding", config.speculative_config is not None),
+        ("speculative decoding by a model", speculative is not None and speculative.method != "ngram"),
         ("weights offloaded to the CPU", _offloads(config.offload_config)),
         (f"a KV cache in {cache}", cache not in ("auto", str(model.dtype).removeprefix("torch."))),
-    ):
-        if used:
-            raise InputError(f"{path} cannot be run with {what}: the vLLM runtime of spd-calib does not support it.")
-    _check_same_model(plan, path, model=model)
+        ("a KV cache that is kept or filled elsewhere", config.kv_transfer_config is not None),
+        ("weights transferred into the engine", config.weight_transfer_config is not None),
+        (f"weights by --load-format {load}", load not in CHECKPOINTS),
+        ("a configuration changed by --hf-overrides", bool(model.hf_overrides)),
+        (f"the runner {model.runner_type!r}", model.runner_type != "generate"),
+    )
+    return next((what for what, used in found if used), None)
 
 
 def _offloads(offload: Any) -> bool:
     """Say whether layers would wait for weights that lie elsewhere: vLLM wraps their forward to that end."""
     prefetches = offload.offload_backend == "prefetch" or offload.prefetch.offload_group_size > 0
     return prefetches or offload.uva.cpu_offload_gb > 0
+
+
+def _check_head_width(config: Any) -> None:
+    """Raise InputError for heads that vLLM's attention on a CPU has no kernel for; it would find out minutes later."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        width, known = config.model_config.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
+        if width not in known:
+            raise InputError(
+                f"vLLM's attention on a CPU has no kernel for heads of width {width}, only of "
+                f"{', '.join(map(str, known))}; run the plan on a GPU, or under torchrun."
+            )
 
 
 def _check_same_model(plan: Plan, path: Path, *, model: Any) -> None:
@@ -109,13 +147,22 @@ def _check_same_model(plan: Plan, path: Path, *, model: Any) -> None:
     """
     from spd_calib.models.load import checked_fingerprint, locate, read_config
 
-    if plan.model.architecture != model.architecture or plan.model.num_blocks != model.hf_config.num_hidden_layers:
+    architecture, blocks = _architecture(model), model.hf_config.num_hidden_layers
+    if (plan.model.architecture, plan.model.num_blocks) != (architecture, blocks):
         raise InputError(
             f"{path} is for {plan.model.architecture} with {plan.model.num_blocks} blocks, but {model.model} is "
-            f"{model.architecture} with {model.hf_config.num_hidden_layers}; name the right model, or plan anew."
+            f"{architecture} with {blocks}; name the right model, or plan anew."
         )
     source = locate(model.model, model.revision)
-    if checked_fingerprint(source, read_config(source)) != plan.model.weight_fingerprint:
+    if (
+        hashed_once(source.folder, lambda: checked_fingerprint(source, read_config(source)))
+        != plan.model.weight_fingerprint
+    ):
         raise InputError(
             f"{path} was made for other weights than those of {model.model}; name the right model, or plan anew."
         )
+
+
+def _architecture(model: Any) -> str:
+    """Return transformers' class of the model, whatever class vLLM would run it by."""
+    return (model.architectures or [model.architecture])[0]

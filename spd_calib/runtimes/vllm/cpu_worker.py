@@ -1,13 +1,7 @@
 """vLLM's CPU worker, with a plan."""
 
-from typing import Any
-
 from vllm.v1.worker.cpu_worker import CPUWorker
 
-from .worker import apply_plan
+from .worker import planned
 
-
-class PlannedCPUWorker(CPUWorker):
-    def load_model(self, **kwargs: Any) -> None:
-        super().load_model(**kwargs)
-        apply_plan(self)
+PlannedCPUWorker = planned(CPUWorker)

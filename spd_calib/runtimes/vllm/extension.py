@@ -3,12 +3,16 @@
 None raises: an error that leaves a worker method puts vLLM's later replies out of step. They return it instead.
 """
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
 
 from .layers import apply
 from .worker import drops_of_this_rank
+
+TRACED: dict[str, list[int]] = {"vllm": [], "torch": []}
+"""All-reduces in each graph that a compiler was given in this process; vLLM's hands pieces of its own to torch's."""
 
 
 class CheckExtension:
@@ -37,6 +41,10 @@ class CheckExtension:
             return f"{type(e).__name__}: {e}"
         return made
 
+    def spd_traced_all_reduces(self: Any) -> int:
+        """Return the all-reduces in the graph that was compiled of the model, 0 where none was."""
+        return max(TRACED["vllm"] or TRACED["torch"], default=0)
+
     def spd_vocabulary(self: Any) -> list[int] | str:
         """Return the first token id, and the one behind the last, that this rank's part of the output head computes."""
         try:
@@ -51,17 +59,54 @@ class CheckExtension:
 
 
 def _count(model: Any, counts: list[int]) -> None:
-    """Count at the communicator of the TP group, below everything that could call it."""
+    """Count at the communicator of the TP group, below everything that could call it.
+
+    A compiled model is left alone: its all-reduces are counted where it is traced.
+    """
     from vllm.distributed import get_tp_group
 
     communicator = get_tp_group().device_communicator
-    if communicator is not None:  # there is none with one rank
-        original = communicator.all_reduce
+    if communicator is None or not getattr(model, "do_not_compile", True):  # there is none with one rank
+        return
+    reduce, forward = communicator.all_reduce, model.forward
 
-        def all_reduce(*args: Any, **kwargs: Any) -> Any:
-            if counts:
-                counts[-1] += 1
-            return original(*args, **kwargs)
+    def all_reduce(*args: Any, **kwargs: Any) -> Any:
+        if counts:
+            counts[-1] += 1
+        return reduce(*args, **kwargs)
 
-        communicator.all_reduce = all_reduce
-    model.register_forward_pre_hook(lambda module, args: counts.append(0))
+    @functools.wraps(forward)  # vLLM looks at its parameters
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        counts.append(0)
+        return forward(*args, **kwargs)
+
+    communicator.all_reduce, model.forward = all_reduce, counting
+
+
+def _count_traced() -> None:
+    """Have every graph counted that is given to vLLM's own compiler from now on, or to torch's where vLLM uses that."""
+    from torch._inductor import compile_fx
+    from vllm.compilation.backends import VllmBackend
+
+    inductor: Any = compile_fx
+    by_vllm, by_torch = VllmBackend.__call__, inductor.compile_fx
+
+    def vllm_compiles(self: Any, graph: Any, example_inputs: Any) -> Any:
+        TRACED["vllm"].append(_all_reduces(graph))
+        return by_vllm(self, graph, example_inputs)
+
+    def torch_compiles(graph: Any, *args: Any, **kwargs: Any) -> Any:
+        TRACED["torch"].append(_all_reduces(graph))
+        return by_torch(graph, *args, **kwargs)
+
+    VllmBackend.__call__, inductor.compile_fx = vllm_compiles, torch_compiles
+
+
+def _all_reduces(graph: Any) -> int:
+    """Return the number of all-reduces in a torch.fx.GraphModule, by the names that their operators have."""
+    nodes = getattr(getattr(graph, "graph", None), "nodes", ())
+    names = (str(node.target) for node in nodes if node.op == "call_function")
+    return sum("all_reduce" in name or "allreduce" in name for name in names)
+
+
+_count_traced()  # a worker imports this module before it loads the model

@@ -1,13 +1,7 @@
 """vLLM's GPU worker, with a plan."""
 
-from typing import Any
-
 from vllm.v1.worker.gpu_worker import Worker
 
-from .worker import apply_plan
+from .worker import planned
 
-
-class PlannedGPUWorker(Worker):
-    def load_model(self, **kwargs: Any) -> None:
-        super().load_model(**kwargs)
-        apply_plan(self)
+PlannedGPUWorker = planned(Worker)

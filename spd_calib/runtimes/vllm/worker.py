@@ -1,8 +1,13 @@
-"""Applying a plan in a worker, once the model is loaded."""
+"""Applying a plan in a worker, once the model is loaded, and only where all ranks of its group apply the same one."""
 
+import hashlib
+import json
 from collections.abc import Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+import torch.distributed as dist
 
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import SUBLAYERS, Drops
@@ -13,29 +18,124 @@ from .configure import PLAN, RESOLVED
 from .layers import apply, count_layers
 from .rows import from_rows
 
+WAIT = timedelta(minutes=10)  # for the slowest node to load its share of the weights
+
+
+def planned(base: type) -> Any:
+    """Return the worker class that is vLLM's `base` with a plan: applied once the model is loaded.
+
+    From then on it refuses whatever would give the engine other weights than those that the plan was made for. It goes
+    on serving after that.
+    """
+
+    class Planned(base):
+        def load_model(self, **kwargs: Any) -> None:
+            super().load_model(**kwargs)
+            apply_plan(self)
+
+        def sleep(self, level: int = 1) -> None:
+            if level > 1:
+                _refuse_other_weights(f"sleep(level={level}) throws the weights away")
+            super().sleep(level)
+
+        def discard(self, tags: tuple[str, ...]) -> None:
+            if "weights" in tags:
+                _refuse_other_weights("discard(['weights']) throws the weights away")
+            super().discard(tags)
+
+        def reset_weights(self) -> None:
+            _refuse_other_weights("reset_weights sets the weights to zero")
+
+        def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+            _refuse_other_weights("reload_weights brings in other weights")
+
+        def start_weight_update(self) -> None:
+            _refuse_other_weights("a weight update brings in other weights")
+
+        def start_draft_weight_update(self) -> None:
+            _refuse_other_weights("a weight update brings in other weights")
+
+    Planned.__qualname__ = Planned.__name__ = f"Planned{base.__name__}"
+    return Planned
+
+
+def _refuse_other_weights(what: str) -> None:
+    raise InputError(f"{what}, and the plan was made for those loaded at the start; start the engine anew.")
+
 
 def apply_plan(worker: Any) -> None:
-    """Apply the drops that `configure` put into the worker's configuration; an error ends the engine's start."""
+    """Apply the drops that `configure` put into the worker's configuration.
+
+    Raises InputError, which ends the engine's start, where this rank or another one of its tensor-parallel group could
+    not, where another applied another plan, and where one has not joined within WAIT.
+    """
+    applied, error = None, None
+    try:
+        applied = _apply(worker)
+    except InputError as e:
+        error = str(e)
+    from vllm.distributed import get_tp_group
+
+    check_agreement(get_tp_group().cpu_group, applied=applied, error=error)
+
+
+def check_agreement(group: Any, *, applied: str | None, error: str | None, wait: timedelta = WAIT) -> None:
+    """Return once every rank of a gloo `group` has said that it applied the same plan.
+
+    `applied`: the digest of what this rank applied, or None and `error` says why it could not. Raises InputError, on
+    every rank that is there, where one could not, applied another, or is not there within `wait`.
+    """
+    size, outcome = dist.get_world_size(group), (applied, error)
+    outcomes: list[Any] = [outcome]
+    if size > 1:
+        try:
+            dist.monitored_barrier(group, timeout=wait, wait_all_ranks=True)
+        except RuntimeError as e:
+            raise InputError(
+                error
+                or f"Not every rank of the tensor-parallel group has applied a plan within {wait}: on each node vLLM "
+                "needs spd-calib's plugin, the same plan, and --worker-cls where a node might lack either."
+            ) from e
+        outcomes = [None] * size
+        dist.all_gather_object(outcomes, outcome, group=group)
+    if errors := [f"rank {rank}: {e}" if size > 1 else e for rank, (_, e) in enumerate(outcomes) if e]:
+        raise InputError(error or errors[0])
+    if len(digests := {digest for digest, _ in outcomes}) > 1:
+        raise InputError(
+            f"The ranks of the tensor-parallel group were given {len(digests)} different plans ("
+            f"{', '.join(digest[:12] for digest, _ in outcomes)} on ranks 0 to {size - 1}); "
+            "start every node with the same one."
+        )
+
+
+def _apply(worker: Any) -> str:
+    """Apply the plan on this rank alone; returns the digest of all that it says."""
     from vllm.logger import init_logger
 
     config = worker.vllm_config.additional_config
-    resolved = config.get(RESOLVED)
+    resolved = config.get(RESOLVED) if isinstance(config, dict) else None
     if resolved is None:
-        raise InputError("This worker runs plans, but its configuration holds none that was checked.")
-    model, path, planned = worker.model_runner.get_model(), Path(config[PLAN]), resolved["blocks"]
-    if (found := count_layers(model)) != planned:
-        raise InputError(f"The plan has {planned} blocks, but the model vLLM loaded has {found}.")
+        raise InputError(
+            "This worker runs plans, but its configuration holds none that was checked: start vLLM on this node with "
+            "spd-calib's plugin (VLLM_PLUGINS must not leave it out) and with the plan."
+        )
+    model, path, blocks = worker.model_runner.get_model(), Path(config[PLAN]), resolved["blocks"]
+    if (found := count_layers(model)) != blocks:
+        raise InputError(f"The plan has {blocks} blocks, but the model vLLM loaded has {found}.")
+    if not path.is_file():
+        raise InputError(f"There is no file {path} on this node; copy the plan, and what lies beside it, to every one.")
     if sha256_of(path) != resolved["sha256"]:
-        raise InputError(f"{path} was changed while the engine started; start it again.")
+        raise InputError(f"{path} is not the plan that this engine was configured with; start it again.")
     drops = drops_of_this_rank(resolved["drops"], path if resolved["compensation"] else None)
     apply(model, drops)
     init_logger("vllm.spd_calib").info(
         "spd-calib: plan %s, %d of %d sync points dropped, %d compensated",
         resolved["sha256"][:12],
         len(drops),
-        len(SUBLAYERS) * planned,
+        len(SUBLAYERS) * blocks,
         sum(drops.at(p).predictors is not None for p in drops),
     )
+    return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()
 
 
 def drops_of_this_rank(rows: Iterable[dict[str, Any]], plan: Path | None = None) -> Drops:
@@ -48,5 +148,5 @@ def drops_of_this_rank(rows: Iterable[dict[str, Any]], plan: Path | None = None)
         return drops
     from vllm.distributed import get_tensor_model_parallel_rank
 
-    _, planned = load_plan(plan, ranks=[get_tensor_model_parallel_rank()])
-    return drops | planned.only(p for p in planned if planned.at(p).predictors is not None)
+    _, of_plan = load_plan(plan, ranks=[get_tensor_model_parallel_rank()])
+    return drops | of_plan.only(p for p in of_plan if of_plan.at(p).predictors is not None)

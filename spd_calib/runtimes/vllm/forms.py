@@ -1,0 +1,161 @@
+"""The list of vLLM's decoder layers that can drop their sync points: a row an architecture.
+
+Names say nothing about what a layer computes (Gemma2 looks like Llama), so the list is of vLLM's own classes; where
+vLLM runs transformers' own layers, it is of the architectures that were tested.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from spd_calib.errors import InputError
+from spd_calib.models.architecture import LAYERS
+
+from .forwards import Parts, fused, granite, opt, transformers_layer, unfused, with_unused_residual
+
+BACKEND = "TransformersForCausalLM"
+"""vLLM's class for models whose layers are transformers' own."""
+
+
+@dataclass(frozen=True)
+class LayerForm:
+    """The classes of an architecture's model and of its layers, with their modules, and the paths of a layer's parts.
+
+    `planned(layer, parts, attention=, mlp=, owes=)` gives the forward that takes the place of the layer's own.
+    """
+
+    model: str
+    layer: str
+    planned: Callable[..., Callable]
+    layers: str = "model.layers"
+    norm1: str = "input_layernorm"
+    norm2: str = "post_attention_layernorm"
+    o: str = "self_attn.o_proj"
+    down: str = "mlp.down_proj"
+    scale: str = ""  # the layer's attribute, if any, by which it multiplies both branches
+    switches: tuple[tuple[str, Any], ...] = ()  # attributes of the layer that must have these values
+    configured: tuple[tuple[str, Any], ...] = ()  # and of the model's configuration, where vLLM reads no others
+
+    def parts(self, layer: nn.Module) -> Parts:
+        """Return the parts of a layer of this form."""
+        norm1, norm2, o, down = map(layer.get_submodule, (self.norm1, self.norm2, self.o, self.down))
+        return Parts(norm1, norm2, o, down, float(getattr(layer, self.scale)) if self.scale else 1.0)
+
+
+def _form(model: str, layer: str, planned: Callable[..., Callable], **names: Any) -> LayerForm:
+    """Return the form of classes of vLLM's own, given by their places below vllm.model_executor.models."""
+    return LayerForm(f"vllm.model_executor.models.{model}", f"vllm.model_executor.models.{layer}", planned, **names)
+
+
+FORMS = {
+    "LlamaForCausalLM": _form("llama.LlamaForCausalLM", "llama.LlamaDecoderLayer", fused),
+    "Ernie4_5ForCausalLM": _form(
+        "ernie45.Ernie4_5ForCausalLM", "llama.LlamaDecoderLayer", fused, configured=(("use_bias", False),)
+    ),
+    "Phi3ForCausalLM": _form("phi3.Phi3ForCausalLM", "llama.LlamaDecoderLayer", fused),
+    "MistralForCausalLM": _form(
+        "mistral.MistralForCausalLM",
+        "mistral.MistralDecoderLayer",
+        fused,
+        switches=(("ada_rms_norm_t_cond", None),),
+    ),
+    "Qwen2ForCausalLM": _form("qwen2.Qwen2ForCausalLM", "qwen2.Qwen2DecoderLayer", fused),
+    "Qwen3ForCausalLM": _form("qwen3.Qwen3ForCausalLM", "qwen3.Qwen3DecoderLayer", fused),
+    "GemmaForCausalLM": _form("gemma.GemmaForCausalLM", "gemma.GemmaDecoderLayer", fused),
+    "NemotronForCausalLM": _form("nemotron.NemotronForCausalLM", "nemotron.NemotronDecoderLayer", fused),
+    "GraniteForCausalLM": _form(
+        "granite.GraniteForCausalLM", "granite.GraniteDecoderLayer", unfused(granite), scale="residual_multiplier"
+    ),
+    "HyperCLOVAXForCausalLM": _form(
+        "hyperclovax.HyperCLOVAXForCausalLM",
+        "hyperclovax.HyperCLOVAXDecoderLayer",
+        unfused(with_unused_residual),
+        scale="residual_multiplier",
+        switches=(("use_post_norm", False),),
+    ),
+    "StableLmForCausalLM": _form(
+        "stablelm.StablelmForCausalLM", "stablelm.StablelmDecoderLayer", unfused(with_unused_residual)
+    ),
+    "OPTForCausalLM": _form(
+        "opt.OPTForCausalLM",
+        "opt.OPTDecoderLayer",
+        unfused(opt),
+        layers="model.decoder.layers",
+        norm1="self_attn_layer_norm",
+        norm2="final_layer_norm",
+        o="self_attn.out_proj",
+        down="fc2",
+        switches=(("do_layer_norm_before", True),),
+    ),
+}
+"""The allow-list: an architecture that vLLM has a class of its own for -> the form of its layers."""
+
+BY_TRANSFORMERS = (
+    "SmolLM3ForCausalLM",
+    "SeedOssForCausalLM",
+    "HunYuanDenseV1ForCausalLM",
+    "CwmForCausalLM",
+    "Starcoder2ForCausalLM",
+    "ArceeForCausalLM",
+)
+"""The allow-list of architectures that vLLM runs by transformers' own layers."""
+
+SUPPORTED = (*FORMS, *BY_TRANSFORMERS)
+
+
+def is_supported(runs: str, architecture: str) -> bool:
+    """Say whether plans for `architecture` can be run by the class that vLLM names `runs`."""
+    return architecture in (BY_TRANSFORMERS if runs == BACKEND else SUPPORTED) and runs in (BACKEND, architecture)
+
+
+def find(model: nn.Module) -> tuple[LayerForm, list[Any]]:
+    """Return the form of a loaded vLLM model's layers, and the layers.
+
+    Raises InputError unless the very classes are those of the list.
+    """
+    form = _form_of(model)
+    for name, value in form.configured:
+        if (found := getattr(model.config, name, value)) != value:
+            raise InputError(f"vLLM would leave out what its configuration asks for by {name} = {found}: no plan.")
+    layers = list(model.get_submodule(form.layers).children())
+    for layer in layers:
+        if _place(layer) != form.layer:
+            raise InputError(f"vLLM loaded a {_place(layer)} where a {form.layer} is expected.")
+        if any(getattr(layer, name) != value for name, value in form.switches):
+            raise InputError(
+                f"This {type(layer).__name__} is not h = x + attn(norm1(x)), y = h + mlp(norm2(h)): no plan."
+            )
+        for path in (form.o, form.down):
+            if type(layer.get_submodule(path)).__name__ != "RowParallelLinear":
+                raise InputError(f"The layer's {path} is no RowParallelLinear: its sync point is not known.")
+            if not layer.get_submodule(path).input_is_parallel:
+                raise InputError(f"vLLM gathers what the layer's {path} reads, so that no rank has a share of its own.")
+    return form, layers
+
+
+def _form_of(model: Any) -> LayerForm:
+    place = _place(model)
+    if place.rpartition(".")[2] == BACKEND and place.startswith("vllm."):
+        architecture = (model.config.architectures or [""])[0]
+        if architecture in BY_TRANSFORMERS:
+            return _form_by_transformers(place, architecture, model.config)
+    for form in FORMS.values():
+        if form.model == place:
+            return form
+    raise InputError(f"vLLM loaded {place}: its layers are not known.")
+
+
+def _form_by_transformers(place: str, architecture: str, config: Any) -> LayerForm:
+    """Return the form of transformers' layers of an architecture, whose parts have the names that its row says."""
+    row = next(names for names in LAYERS.values() if architecture in names.classes)
+    module = type(config).__module__.replace(".configuration_", ".modeling_")
+    layer = f"{module}.{architecture.removesuffix('ForCausalLM')}DecoderLayer"
+    return LayerForm(
+        place, layer, unfused(transformers_layer), norm1=row.norm1, norm2=row.norm2, o=row.o, down=row.down
+    )
+
+
+def _place(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"

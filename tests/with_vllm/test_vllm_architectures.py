@@ -1,0 +1,90 @@
+"""Every other architecture of the allow-list, under one plan that has every strategy and predictors, and as it is."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from conftest import build, free_port
+from plans import write_plan
+
+from spd_calib.formats.drops import NOTHING_DROPPED
+from spd_calib.models.architecture import LAYERS
+from spd_calib.models.plan_files import load_plan
+from spd_calib.parallel.model import TensorParallelLM
+from spd_calib.runtimes.observed import Observed
+from spd_calib.runtimes.vllm.check import compare
+from spd_calib.runtimes.vllm.forms import BACKEND, BY_TRANSFORMERS, FORMS, is_supported
+from spd_calib.runtimes.vllm.processes import vllm_environment
+
+K, D, P = "keep_sync", "block_drop", "plain_drop"
+ATTENTION, MLP, KINDS = [D, P, K, D], [D, K, D, K], ["low_rank", None, None, "full"]
+ALL_REDUCES = 4  # of 9: three attention sync points are dropped, and two MLPs'
+FAMILIES = ("ernie4_5", "phi3", "nemotron", "granite", "hyperclovax", "stablelm")
+FAMILIES += ("smollm3", "seed_oss", "hunyuan", "cwm", "starcoder2", "arcee")
+PROMPTS = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (21, 9)]
+NEW = 4
+
+
+@pytest.fixture(scope="module")
+def engines(folder_of, tmp_path_factory):
+    """What an engine of each family did, rank by rank: {"planned", "dense", "vocabulary"} or {"error"}."""
+    place = tmp_path_factory.mktemp("engines")
+    jobs = {}
+    for family in FAMILIES:
+        (place / family).mkdir()
+        plan = write_plan(place / family / "plan.json", folder_of(family), 2, ATTENTION, MLP, KINDS)
+        jobs[family] = {"folder": str(folder_of(family)), "plan": str(plan), "prompts": PROMPTS, "new": NEW}
+    (place / "jobs.json").write_text(json.dumps(jobs))
+    script = Path(__file__).with_name("rank_of_engines.py")
+    with vllm_environment(2), (place / "log").open("w") as log:
+        common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, script, place / "jobs.json", place / f"{rank}.json"],
+                env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+                stdout=log,
+                stderr=log,
+            )
+            for rank in range(2)
+        ]
+    try:
+        codes = [process.wait(600) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0, 0], (place / "log").read_text()[-3000:]
+    ranks = [json.loads((place / f"{rank}.json").read_text()) for rank in range(2)]
+    return {family: (jobs[family]["plan"], [rank[family] for rank in ranks]) for family in FAMILIES}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_architecture_runs_its_plan(engines, family):
+    path, ranks = engines[family]
+    assert all("error" not in rank for rank in ranks), ranks
+    lm = TensorParallelLM.simulated(build(family), 2)
+    lm.head.cut_at([slice(*rank["vocabulary"][0]) for rank in ranks])  # vLLM pads the vocabulary before it cuts it
+    planned, dense = (_observed(ranks, kind) for kind in ("planned", "dense"))
+    rows = compare(lm, load_plan(Path(path))[1], prompts=PROMPTS, planned=planned, dense=dense)
+    assert not [row for row in rows if not row.ok]
+    assert {count for rank in planned.all_reduces for count in rank} == {ALL_REDUCES}
+    ignored = compare(lm, NOTHING_DROPPED, prompts=PROMPTS, planned=planned, dense=dense)
+    assert "plan: prompt tokens" in {row.what for row in ignored if not row.ok}
+
+
+def _observed(ranks: list, kind: str) -> Observed:
+    """What rank 0 saw, with the all-reduces of both."""
+    first, second = (Observed(**rank[kind]) for rank in ranks)
+    assert first.tokens == second.tokens
+    return first.model_copy(update={"all_reduces": [*first.all_reduces, *second.all_reduces]})
+
+
+def test_every_architecture_is_tested_here_or_with_the_plans():
+    with_the_plans = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "OPT")
+    here = {build(family).config.architectures[0] for family in FAMILIES}
+    assert here | {f"{name}ForCausalLM" for name in with_the_plans} == {*FORMS, *BY_TRANSFORMERS}
+    assert {name for row in LAYERS.values() for name in row.classes} >= {*BY_TRANSFORMERS}
+    assert is_supported(BACKEND, "ArceeForCausalLM") and not is_supported(BACKEND, "LlamaForCausalLM")
