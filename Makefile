@@ -109,6 +109,7 @@ bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/profiling.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/memory_per_rank.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/budgets.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/planning.py
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/streaming.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/latency_model.py
 

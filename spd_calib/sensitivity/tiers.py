@@ -13,6 +13,7 @@ from spd_calib.formats.profile import Comparison
 
 from .metrics import Tally
 from .predictions import FIELDS
+from .standard_error import ratio_and_stderr
 
 Tier = Literal["insensitive", "sensitive", "extremely sensitive"]
 SHARES_OF_MEAN = (1 / 4, 1.0)  # the thresholds between the tiers, of the blocks' mean KL
@@ -107,10 +108,9 @@ class Stopping:
         clear = torch.ones(len(running), dtype=torch.bool)
         for share in SHARES_OF_MEAN:
             share /= len(group)
-            above = kl - share * kl.sum(0)
-            mean = above.sum(1) / tokens.sum()
-            squares = (above - mean[:, None] * tokens).pow(2).sum(1)  # as Tally's error of a ratio
-            stderr = (squares * n / (n - 1)).sqrt() / tokens.sum() * self._unknown(n)
+            mean, stderr = ratio_and_stderr((kl - share * kl.sum(0)).T, tokens)
+            assert stderr is not None  # of MIN_SEQUENCES
+            stderr *= self._unknown(n)
             clear &= (mean - share * known).abs() > t * (stderr + share * doubt)
         return [i for i, sure in zip(running, clear.tolist(), strict=True) if sure]
 
