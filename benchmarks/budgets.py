@@ -28,7 +28,7 @@ from spd_calib.formats.profile import Profile
 from spd_calib.parallel.session import Session, open_session, versions
 from spd_calib.planning.budget import cost, describe
 from spd_calib.planning.plan import Planned, make_plan
-from spd_calib.planning.whole_plans import Calibration, HeldOut, Round, measure_plans
+from spd_calib.planning.whole_plans import Calibration, HeldOut, Round, measure_plans, part_of
 from spd_calib.sensitivity import profile as profiling
 from spd_calib.sensitivity.measure import Subject
 from spd_calib.sensitivity.text import Text, TextOptions, load_text
@@ -110,7 +110,9 @@ def plan(subject: Subject, profile: Profile, budget: Budget, text: Text, rounds:
     return make_plan(
         profile,
         budget,
-        calibration=Calibration(partial(measure, texts=[text.calibration])),
+        calibration=Calibration(
+            partial(measure, texts=[text.calibration]), race=partial(measure, texts=[part_of(text.calibration)])
+        ),
         held_out=HeldOut(rounds, measure=measure),
         module_paths=subject.lm.module_paths,
         provenance=profile.provenance,

@@ -282,27 +282,80 @@ def test_where_held_out_text_breaks_a_set_without_mlps_the_cheapest_of_its_size_
 
 
 @pytest.mark.parametrize(
-    ("measured", "verified", "value", "n"),
+    ("single", "verified", "value", "n"),
     [
-        ({3: 0.3, 2: 0.2, 1: 0.1}, 0.6, 0.41, 2),  # twice as much: 0.4 of two fit
-        ({3: 0.3, 2: 0.2, 1: 0.1}, 0.6, 0.4, 2),  # exactly
-        ({3: 0.3, 2: 0.2, 1: 0.1}, 0.6, 0.2, 1),
-        ({3: 0.3}, 0.6, 0.41, 2),  # by the model: two thirds
-        ({3: 0.0, 2: 0.2}, 0.6, 0.41, 2),  # nothing on the calibration text tells no ratio
-        ({3: 0.3, 2: 0.2, 1: 0.1}, 0.6, 0.1, 1),  # none fits: the smallest is tried all the same
+        (0.1, 0.6, 0.41, 2),  # twice as much as by the model: 0.4 of two fit
+        (0.1, 0.6, 0.4, 2),  # exactly
+        (0.1, 0.6, 0.2, 1),
+        (0.1, 0.6, 0.1, 1),  # none fits: the smallest is tried all the same
+        (0.0, 0.6, 0.1, 2),  # a model that predicts nothing
     ],
 )
-def test_how_many_to_try_next(measured, verified, value, n):
-    calibration = Calibration(total([0.1] * 3))
-    search = Search(make_profile([0.1] * 3), budget(value=value, strategies=[DROP]), calibration=calibration)
-    calibration.measured = {search.front[k]: comparison(kl) for k, kl in measured.items()}
-    assert search._smaller_size(search.front[3], comparison(verified)) == n
+def test_how_many_to_try_next(single, verified, value, n):
+    search = Search(
+        make_profile([single] * 3),
+        budget(value=value, strategies=[DROP]),
+        calibration=Calibration(total([single] * 3)),
+    )
+    assert len(search.next_choice(search.front[3], comparison(verified))) == n
 
 
-def test_of_a_model_that_predicts_nothing_the_first_smaller_set_is_tried():
-    calibration = Calibration(total([0.0] * 3))
-    search = Search(make_profile([0.0] * 3), budget(value=0.1, strategies=[DROP]), calibration=calibration)
-    assert search._smaller_size(search.front[3], comparison(0.6)) == 2
+def raced(costs, whole, part):
+    """A calibration of a world in which sets cost the sum of `costs`; `whole` and `part` list the sets it measures."""
+    world = by_point(costs)
+
+    def on_whole(sets):
+        whole.extend(sets)
+        return world(sets)
+
+    def on_part(sets):
+        part.extend(sets)
+        return world(sets)
+
+    return Calibration(on_whole, race=on_part)
+
+
+def test_only_the_best_of_a_race_are_measured_on_the_whole_text():
+    """Of 30 blocks, the profile 1.5 times too cheap: a few sizes of the front, and two sets each of the last sizes."""
+    costs = {a(i): 0.001 * (i + 1) for i in range(30)}
+    p = make_profile([kl / 1.5 for kl in costs.values()])
+    for value, n in ((0.0951, 13), (0.0185, 5), (0.4301, 28)):
+        whole, part = [], []
+        calibration = raced(costs, whole, part)
+        choice = choose(
+            p,
+            budget(value=value, strategies=[DROP]),
+            calibration=calibration,
+            verify=lambda drops, used_up: by_point(costs)([drops])[0],
+        )
+        assert choice.drops.blocks("attention") == list(range(n)) and choice.given_back == 0
+        assert len(whole) == len(set(whole)) <= 6 and len(part) == len(set(part)) <= 12
+
+
+def test_the_sizes_measured_begin_where_the_model_says():
+    """10 by the model; each costs half as much again: then 6, or 7 with nothing to spare."""
+    costs, whole = {a(i): 0.015 for i in range(30)}, []
+    search = Search(
+        make_profile([0.01] * 30),
+        budget(value=0.1021, strategies=[DROP]),
+        calibration=raced(costs, whole, []),
+    )
+    assert search._bisect() == 6
+    assert [len(drops) for drops in whole[:2]] == [10, 6]
+
+
+def test_what_part_of_the_text_rules_out_is_not_measured_on_the_whole():
+    """Two standard errors of 0.001 above the budget on part of the text; at less it is measured, and found too dear."""
+    for dear, measured in ((0.0531, {1}), (0.0529, {1, 2})):
+        costs, whole = {a(0): 0.01, a(1): dear - 0.01, a(2): dear, a(3): dear}, []
+        search = Search(
+            make_profile([0.01, 0.02, 0.03, 0.04]),
+            budget(value=0.051, strategies=[DROP]),
+            calibration=raced(costs, whole, []),
+        )
+        search._bisect = lambda: 1
+        assert search.largest_kept().blocks("attention") == [0]
+        assert {len(drops) for drops in whole} == measured
 
 
 def test_a_budget_that_cannot_be_met_names_the_best_plan_found():

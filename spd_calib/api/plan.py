@@ -19,7 +19,7 @@ from spd_calib.planning.candidates import candidates
 from spd_calib.planning.latency import LatencyModel, Phase
 from spd_calib.planning.pareto import pareto_of
 from spd_calib.planning.plan import make_plan
-from spd_calib.planning.whole_plans import Calibration, HeldOut, measure_plans
+from spd_calib.planning.whole_plans import Calibration, HeldOut, measure_plans, part_of
 from spd_calib.sensitivity.measure import Subject
 from spd_calib.sensitivity.metrics import Tally
 from spd_calib.sensitivity.text import Text
@@ -279,9 +279,10 @@ def _texts(inputs: _Inputs, subject: Subject, *, progress: Progress) -> tuple[Ca
         tick=partial(_tick, progress),
     )
     calibration = partial(measure, texts=[text.calibration for text in inputs.texts], task_loss=losses[0])
+    race = partial(measure, texts=[part_of(text.calibration) for text in inputs.texts])
     rounds = verification_rounds(inputs.session, inputs.texts)
     held_out = partial(measure, task_loss=losses[1])
-    return Calibration(calibration), HeldOut(rounds, measure=held_out, same_documents=bool(inputs.suites))
+    return Calibration(calibration, race=race), HeldOut(rounds, measure=held_out, same_documents=bool(inputs.suites))
 
 
 def _tick(progress: Progress, plan: int, tally: Tally | None) -> None:

@@ -1,11 +1,13 @@
 """From a profile to a plan: which sync points to drop so that the whole keeps its budget.
 
 KL drives the search, whatever the budget: it is the least noisy measure, and the one with a model for sets
-(interactions.py), which names the best few sets of every size. How many sync points can go, and which of those few
-sets it is, is measured on whole plans, on the calibration text. What was chosen is verified on held-out text, and made
-smaller as long as that says that the budget is broken.
+(interactions.py), which names the best few sets of every size. How many sync points can go is measured on whole plans,
+on the calibration text, from the number that the model expects. Which of the few sets of a size it is, they race for:
+all run on a part of that text, the best of them on the whole of it. What was chosen is verified on held-out text, and
+made smaller as long as that says that the budget is broken.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +24,8 @@ from .whole_plans import Calibration
 
 Verify = Callable[[Drops, int], Comparison]
 """Measures a plan on held-out text, given how many rounds of it were used up before (whole_plans.HeldOut.verify)."""
-RIVALS = 5  # sets of one size that are measured as wholes
+RIVALS = 5  # sets of one size that the model names
+FINALISTS = 2  # of all sets of one size, measured on the whole calibration text
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ class Search:
     """Searches the sets of sync points: a model of the profile proposes them, the calibration text decides.
 
     Of n sync points, front[n] is the cheapest set by the model, ranking[n] the n least sensitive by the profile, few(n)
-    the sets that are measured, cheapest(n) the cheapest of these, and best(n) that or one without MLPs that is as good.
+    the sets that race, finalists(n) those of them that are measured on the whole text, cheapest(n) the cheapest of
+    these, and best(n) that or one without MLPs that is as good.
     """
 
     def __init__(
@@ -100,25 +104,36 @@ class Search:
     def largest_kept(self) -> Drops:
         """Return the largest set found that keeps the budget: of the size that bisection finds, or of more points."""
         n = self._bisect()
-        found = self.best(n)
-        while n < len(self.ranked) and self._keeps_budget(larger := self.best(n + 1)):
+        found = None
+        while n < len(self.ranked) and self._may_keep(n + 1) and self._keeps_budget(larger := self.best(n + 1)):
             n, found = n + 1, larger
-        return found
+        return found or self.best(n)
 
     def _bisect(self) -> int:
-        """Return the size of the largest set of the front that keeps the budget."""
+        """Return the size of the largest set of the front that keeps the budget.
+
+        The sizes to be measured are those that the model expects, corrected by what was measured last; from the fourth
+        on, halves.
+        """
         low, high = 0, len(self.ranked)  # `low` sync points are known to keep it
-        middle = low
-        if self.budget.kind == "max_kl":
-            middle = sum(self.model.kl(drops) <= self.budget.value for drops in self.front[1:])
-        middle = min(max(middle, 1), high)
+        scale, believed = 1.0, 3  # of what the model expects; how often it is relied on
         while low < high:
-            if self._keeps_budget(self.front[middle]):
-                low = middle
-            else:
-                high = middle - 1
-            middle = (low + high + 1) // 2
+            n = self._expected_size(scale) if believed > 0 else (low + high + 1) // 2
+            n = min(max(n, low + 1), high)
+            low, high = (n, high) if self._keeps_budget(self.front[n]) else (low, n - 1)
+            needed = self._cost(self.front[n])[0] + spare(self.budget, self.calibration.cost_of(self.front[n]))
+            scale, believed = needed / (self._expected(self.front[n]) or 1), believed - 1
         return low
+
+    def _expected_size(self, scale: float) -> int:
+        """Return the largest size whose set is expected to keep the budget, if sets cost `scale` times the expected."""
+        fitting = (n for n, drops in enumerate(self.front) if scale * self._expected(drops) <= self.budget.value)
+        return max(fitting, default=0)
+
+    def _expected(self, drops: Drops) -> float:
+        """Return what a set costs by the model, up to a scale: KL, or its root where the budget is no mean."""
+        kl = max(self.model.kl(drops), 0.0)
+        return math.sqrt(kl) if self.budget.kind == "max_logprob_diff" else kl
 
     def best(self, n: int) -> Drops:
         """Return the n sync points to drop: the cheapest set, but without MLPs where that is as good.
@@ -129,7 +144,7 @@ class Search:
         """
         if n == 0 or (self.budget.kind == "drop" and _ranked_by_tasks(self.profile)):
             return self.ranking[n]
-        sets = self.few(n)
+        sets = self.finalists(n)
         cheapest = min(sets, key=self._cost)
         simplest = min((d for d in sets if not d.requires_mlp_drop), key=self._cost, default=cheapest)
         noise = spare(self.budget, *(self.calibration.cost_of(drops) for drops in (simplest, cheapest)))
@@ -137,48 +152,56 @@ class Search:
         return simplest if as_good and self._keeps_budget(simplest) else cheapest
 
     def cheapest(self, n: int) -> Drops:
-        """Return the cheapest of the few sets of n as measured, in the budget's own unit; ties fall to the lower KL."""
-        return min(self.few(n), key=self._cost) if n else NOTHING_DROPPED
+        """Return the cheapest finalist of n as measured, in the budget's own unit; ties fall to the lower KL."""
+        return min(self.finalists(n), key=self._cost) if n else NOTHING_DROPPED
 
     def few(self, n: int) -> list[Drops]:
-        """Return the few sets of n that are worth measuring as wholes.
-
-        Whatever of them is new is measured here, on the calibration text.
+        """Return the few sets of n that are worth running.
 
         They are the model's best and the profile's ranking, of both kinds of sync points and of the attentions' alone
-        (so that no plan over both is worse than the one over the attentions'), and the baselines.
+        (so that no plan over both is worse than the one over the attentions').
         """
-        sets = [drops for space in self.spaces for drops in space.few(n)]
+        return list(dict.fromkeys(drops for space in self.spaces for drops in space.few(n)))
+
+    def finalists(self, n: int) -> list[Drops]:
+        """Return the sets of n worth measuring on the whole of the calibration text, which is done here.
+
+        They are the cheapest of the few on a part of it, by KL, the cheapest without MLPs, and the baselines.
+        """
+        sets = self.few(n)
+        if len(sets) > FINALISTS:
+            raced = self.calibration.measure_on_part(sets)
+            sets.sort(key=lambda drops: raced[drops].kl)
+        found = sets[:FINALISTS] + [drops for drops in sets if not drops.requires_mlp_drop][:1]
         if self.baselines is not None:
-            sets += self.baselines.of_size(n).values()
-        self.calibration.measure(sets)
-        return list(dict.fromkeys(sets))
+            found += self.baselines.of_size(n).values()
+        self.calibration.measure(found)
+        return list(dict.fromkeys(found))
+
+    def _may_keep(self, n: int) -> bool:
+        """Say whether a part of the text leaves it open that one of the few sets of n keeps the budget."""
+        if self.budget.tasks or self.baselines is not None:
+            return True
+        raced = self.calibration.measure_on_part(self.few(n))
+        return any(cost(self.budget, m) - spare(self.budget, m) <= self.budget.value for m in raced.values())
 
     def next_choice(self, broken: Drops, verified: Comparison) -> Drops:
         """Return what to try where held-out text shows that `broken` breaks the budget; nothing where nothing is left.
 
-        That is the cheapest set of the same size, MLPs or not, then those of smaller sizes.
+        That is the cheapest set of the same size, MLPs or not, then those of smaller sizes: of the largest that is
+        expected to keep the budget, by the model and by the calibration text, if both are as wrong about it as about
+        `broken`; or of 1.
         """
         cheapest = self.cheapest(len(broken))
-        return cheapest if cheapest != broken else self.cheapest(self._smaller_size(broken, verified))
-
-    def _smaller_size(self, broken: Drops, verified: Comparison) -> int:
-        """Return the largest size below that of `broken` whose set is expected to keep the budget on held-out text.
-
-        Where none is: 1, to be tried all the same; 0 where `broken` is a single sync point. What `broken` costs on
-        held-out text is scaled by how much less the smaller set costs on the calibration text or, where that is not
-        known, by the model.
-        """
+        if cheapest != broken:
+            return cheapest
         calibrated, held_out = self._cost(broken)[0], cost(self.budget, verified)
-        for n in range(len(broken) - 1, 0, -1):
-            smaller = self.front[n]
-            if smaller in self.calibration.measured and calibrated > 0:
-                expected = self._cost(smaller)[0] * held_out / calibrated
-            else:
-                expected = held_out * self.model.kl(smaller) / (self.model.kl(broken) or 1)
-            if expected <= self.budget.value:
-                return n
-        return min(len(broken) - 1, 1)
+        largest = min(self._expected_size(held_out / (self._expected(broken) or 1)), len(broken) - 1)
+        for n in range(largest, 1, -1):
+            smaller = self.cheapest(n)
+            if calibrated <= 0 or self._cost(smaller)[0] * held_out <= self.budget.value * calibrated:
+                return smaller
+        return self.cheapest(min(len(broken) - 1, 1))
 
     def _cost(self, drops: Drops) -> tuple[float, float]:
         """Return what a set costs on the calibration text: in the budget's own unit, and as KL."""

@@ -46,18 +46,41 @@ def _with_tasks(subject: Subject, drops: Drops, measured: Comparison, *, task_lo
     return measured.model_copy(update={"task_accuracy_drop": lost, "task_accuracy_drop_stderr": stderr})
 
 
-class Calibration:
-    """Whole plans on the calibration text; each is measured once, by `measure_new`, and held in `measured`."""
+SHARE, FEWEST = 8, 4  # of the sequences, or at least so many, is the part of a text that sets race on
 
-    def __init__(self, measure_new: Callable[[Sequence[Drops]], list[Comparison]]):
-        self.measure_new = measure_new
+
+def part_of(text: Sequences) -> Sequences:
+    """Return the part of a calibration text that sets race on; that they race on the same makes it a fair one."""
+    return text[: max(FEWEST, math.ceil(len(text) / SHARE))]
+
+
+class Calibration:
+    """Whole plans on the calibration text; each is measured once, by `measure_new`, and held in `measured`.
+
+    `race` measures plans on a part of that text (by default on the whole).
+    """
+
+    def __init__(
+        self,
+        measure_new: Callable[[Sequence[Drops]], list[Comparison]],
+        *,
+        race: Callable[[Sequence[Drops]], list[Comparison]] | None = None,
+    ):
+        self.measure_new, self.race = measure_new, race or self.measure
         self.measured: dict[Drops, Comparison] = {}
+        self._raced: dict[Drops, Comparison] = {}
 
     def measure(self, plans: Sequence[Drops]) -> list[Comparison]:
         """Return what each of `plans` costs, in their order."""
         if new := [drops for drops in dict.fromkeys(plans) if drops not in self.measured]:
             self.measured.update(zip(new, self.measure_new(new), strict=True))
         return [self.measured[drops] for drops in plans]
+
+    def measure_on_part(self, plans: Sequence[Drops]) -> dict[Drops, Comparison]:
+        """Return what each of `plans` costs on a part of the text."""
+        if new := [drops for drops in plans if drops not in self._raced]:
+            self._raced.update(zip(new, self.race(new), strict=True))
+        return {drops: self._raced[drops] for drops in plans}
 
     def cost_of(self, drops: Drops) -> Comparison:
         """Return what one plan costs."""
