@@ -3,6 +3,8 @@
 Like reference.py it shares no code with the package, and calls nothing of the model.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
@@ -18,18 +20,39 @@ def are_in(part: dict[str, Tensor]) -> bool:
 
 def choose(part: dict[str, Tensor], config: PreTrainedConfig, x: Tensor) -> Routed:
     """What the router chooses for each token of x [length, hidden]."""
-    routed = []
-    for token in x:
-        logits = part["mlp.gate.weight"] @ token
-        probabilities = logits.exp() / logits.exp().sum()
-        best = sorted(range(len(logits)), key=lambda e: -float(probabilities[e]))[: config.num_experts_per_tok]
-        total = sum(float(probabilities[e]) for e in best) if _renormalised(config) else 1.0
-        routed.append([(float(probabilities[e]) / total, e) for e in best])
-    return routed
+    return [_choose_for(part, config, token) for token in x]
+
+
+def _choose_for(part: dict[str, Tensor], config: PreTrainedConfig, token: Tensor) -> list[tuple[float, int]]:
+    kind, k = config.model_type, config.num_experts_per_tok
+    if kind == "granitemoe":
+        logits = part["block_sparse_moe.router.weight"] @ token
+        best = _best(logits, range(len(logits)), k)
+        total = sum(float(logits[e].exp()) for e in best)
+        return [(float(logits[e].exp()) / total, e) for e in best]
+    logits = part["mlp.gate.weight"] @ token
+    scores = torch.sigmoid(logits) if kind == "glm4_moe" else logits.exp() / logits.exp().sum()
+    preferred, allowed = scores, list(range(len(scores)))
+    if kind == "ernie4_5_moe":
+        preferred = scores + part["mlp.gate.moe_statics.e_score_correction_bias"][0]
+    if kind == "glm4_moe":
+        preferred = scores + part["mlp.gate.e_score_correction_bias"]
+        size = len(scores) // config.n_group
+        groups = [range(g * size, (g + 1) * size) for g in range(config.n_group)]
+        of_group = torch.stack([sum(preferred[e] for e in _best(preferred, group, 2)) for group in groups])
+        allowed = [e for g in _best(of_group, range(config.n_group), config.topk_group) for e in groups[g]]
+    best = _best(preferred, allowed, k)
+    total = sum(float(scores[e]) for e in best) if _renormalised(config) else 1.0
+    times = config.routed_scaling_factor if kind == "glm4_moe" else 1.0
+    return [(times * float(scores[e]) / total, e) for e in best]
+
+
+def _best(values: Tensor, among: Iterable[int], count: int) -> list[int]:
+    return sorted(among, key=lambda e: -float(values[e]))[:count]
 
 
 def _renormalised(config: PreTrainedConfig) -> bool:
-    return config.model_type == "mixtral" or config.norm_topk_prob
+    return config.model_type in ("mixtral", "ernie4_5_moe") or config.norm_topk_prob
 
 
 def partial(part: dict[str, Tensor], config: PreTrainedConfig, rank: int, tp: int, x: Tensor, routed: Routed) -> Tensor:
@@ -37,7 +60,8 @@ def partial(part: dict[str, Tensor], config: PreTrainedConfig, rank: int, tp: in
     out = torch.zeros_like(x)
     for t, chosen in enumerate(routed):
         for weight, expert in chosen:
-            gate_up, down = part["mlp.experts.gate_up_proj"][expert], part["mlp.experts.down_proj"][expert]
+            stacked = "block_sparse_moe.experts" if config.model_type == "granitemoe" else "mlp.experts"
+            gate_up, down = part[f"{stacked}.gate_up_proj"][expert], part[f"{stacked}.down_proj"][expert]
             out[t] += weight * _gated(gate_up[: len(gate_up) // 2], gate_up[len(gate_up) // 2 :], down, rank, tp, x[t])
     for shared in ("mlp.shared_expert", "mlp.shared_experts"):
         if f"{shared}.up_proj.weight" in part:

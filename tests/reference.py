@@ -94,6 +94,9 @@ NAMES: dict[str, dict] = {
     "mixtral": LLAMA_NAMES,
     "qwen2_moe": LLAMA_NAMES,
     "qwen3_moe": LLAMA_NAMES,
+    "ernie4_5_moe": LLAMA_NAMES,
+    "granitemoe": LLAMA_NAMES,
+    "glm4_moe": LLAMA_NAMES,
 }
 """Model type -> what the parts are called in its state dict; `gate` is None where the MLP has no gate."""
 
@@ -103,7 +106,7 @@ GEMMA = ("gemma", "gemma2", "gemma3_text")
 OVER_ALL_HEADS = ("olmo2", "olmo3", "olmoe")
 """Model types that norm queries and keys over all heads together."""
 
-SCALED = ("granite", "hyperclovax")
+SCALED = ("granitemoe", "granite", "hyperclovax")
 """Model types that multiply what their sub-layers add, their embeddings, and the products of queries and keys."""
 
 LAYER_NORM_EPS = {"opt": None, "starcoder2": "norm_epsilon", "nemotron": "norm_eps", "stablelm": "layer_norm_eps"}
@@ -137,7 +140,7 @@ def logits(
         for rank in range(tp):
             words = slice(rank * part, (rank + 1) * part)
             out[row, real, words] = streams[rank] @ head[words].T
-    if config.model_type == "granite":
+    if config.model_type in ("granite", "granitemoe"):
         out = out / config.logits_scaling
     if getattr(config, "final_logit_softcapping", None) is not None:
         out = config.final_logit_softcapping * (out / config.final_logit_softcapping).tanh()
@@ -403,7 +406,7 @@ def _rotate(x: Tensor, config: PreTrainedConfig, block: int) -> Tensor:
     half = size // 2
     out = x.clone()
     for j in range(half):
-        a, b = (2 * j, 2 * j + 1) if config.model_type in ("ernie4_5", "glm", "glm4") else (j, j + half)
+        a, b = (2 * j, 2 * j + 1) if config.model_type in ("ernie4_5", "ernie4_5_moe", "glm", "glm4") else (j, j + half)
         angle = torch.arange(x.shape[0], dtype=torch.float64) * rope["rope_theta"] ** (-2 * j / size)
         out[:, a] = x[:, a] * angle.cos() - x[:, b] * angle.sin()
         out[:, b] = x[:, b] * angle.cos() + x[:, a] * angle.sin()

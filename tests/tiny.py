@@ -151,6 +151,44 @@ MIXTURES: dict[str, tuple[str, dict]] = {
     ),
     "qwen3_moe": ("qwen3_moe", {**_EXPERTS, "head_dim": 8, "norm_topk_prob": True}),
     "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 64, "norm_topk_prob": False}),
+    "ernie4_5_moe": (  # block 0 is dense
+        "ernie4_5_moe",
+        {
+            "moe_num_experts": 6,
+            "moe_k": 2,
+            "moe_intermediate_size": 32,
+            "moe_num_shared_experts": 1,
+            "moe_layer_start_index": 1,
+            "head_dim": 8,
+        },
+    ),
+    "granitemoe": (
+        "granitemoe",
+        {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 64,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.3,
+            "embedding_multiplier": 2.0,
+            "logits_scaling": 0.5,
+        },
+    ),
+    "glm4_moe": (  # block 0 is dense; experts in groups
+        "glm4_moe",
+        {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "n_shared_experts": 1,
+            "n_group": 4,
+            "topk_group": 2,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 1.5,
+            "norm_topk_prob": True,
+            "head_dim": 8,
+        },
+    ),
 }
 """Mixtures of experts: family -> as in FAMILIES. No part of SUPPORTED: their streams may not differ for good."""
 
@@ -310,4 +348,7 @@ def _model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
                 parameter.copy_(0.12 * noise)
             else:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):  # of a router; transformers leaves it at zero
+                buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
     return model.eval()

@@ -202,8 +202,26 @@ LAYERS = {  # the first row that fits is taken: those that name more parts come 
         activation="mlp.activation_fn",
         down="mlp.down_proj",
     ),
+    "Granite-MoE": LayerNames(
+        classes=("GraniteMoeForCausalLM",),
+        norm1="input_layernorm",
+        **_SELF_ATTENTION,
+        o="self_attn.o_proj",
+        norm2="post_attention_layernorm",
+        scale="residual_multiplier",
+        experts=ExpertNames(
+            router="block_sparse_moe.router", experts="block_sparse_moe.experts", shared=(), weights=1, chosen=0
+        ),
+    ),
     "Mixtral": LayerNames(
-        classes=("MixtralForCausalLM", "Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM", "OlmoeForCausalLM"),
+        classes=(
+            "MixtralForCausalLM",
+            "Qwen2MoeForCausalLM",
+            "Qwen3MoeForCausalLM",
+            "OlmoeForCausalLM",
+            "Ernie4_5_MoeForCausalLM",
+            "Glm4MoeForCausalLM",
+        ),
         norm1="input_layernorm",
         **_SELF_ATTENTION,
         o="self_attn.o_proj",
