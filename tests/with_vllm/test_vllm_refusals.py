@@ -126,7 +126,7 @@ def test_another_model(folder_of, plan):
 
 
 def test_an_architecture_that_is_not_on_the_list(plan, tmp_path):
-    folder = tiny.save(tiny.build_refused("gemma2"), tmp_path / "gemma2")
+    folder = tiny.save(tiny.build("gemma2"), tmp_path / "gemma2")
     refused(folder, plan, "Gemma2ForCausalLM, whose decoder layer spd-calib does not know")
 
 
