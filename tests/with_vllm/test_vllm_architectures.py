@@ -84,7 +84,7 @@ def _observed(ranks: list, kind: str) -> Observed:
 
 def test_every_architecture_is_tested_here_or_with_the_plans():
     with_the_plans = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "OPT")
-    here = {build(family).config.architectures[0] for family in FAMILIES}
+    here = {type(build(family)).__name__ for family in FAMILIES}
     assert here | {f"{name}ForCausalLM" for name in with_the_plans} == {*FORMS, *BY_TRANSFORMERS}
     assert {name for row in LAYERS.values() for name in row.classes} >= {*BY_TRANSFORMERS}
     assert is_supported(BACKEND, "ArceeForCausalLM") and not is_supported(BACKEND, "LlamaForCausalLM")
