@@ -99,7 +99,7 @@ def spd_calib(words: list[str], spd) -> None:
     assert context(command)
     if (len(words) == 2 and command != "demo") or words[2:] == ["--help"]:
         return  # named in a sentence, not shown to be typed
-    if command == "demo" or words[-2:] == ["--runtime", "vllm"]:
+    if command == "demo" or "--runtime vllm" in " ".join(words):
         # the whole demo is make release-check's; vLLM is tests/with_vllm's
         GROUP.get_command(context(command).parent, command).make_context(command, words[2:])
         return
@@ -133,6 +133,8 @@ def vllm(words: list[str], spd) -> None:
     """Only what is ours of it: the key that the plugin reads. tests/with_vllm starts real engines."""
     from spd_calib.runtimes.vllm import configure
 
+    if len(words) == 2:
+        return  # named in a sentence, not shown to be typed
     given = json.loads(words[words.index("--additional-config") + 1])
     assert list(given) == ["spd_plan"] and '"spd_plan"' in Path(configure.__file__).read_text(encoding="utf-8")
 

@@ -98,7 +98,8 @@ def test_the_weights_of_predictors_counted_one_by_one():
     """Width 5, 4 heads of 3 over 2 ranks: a rank's head outputs are 6 values; a mean, rank 2, a full one."""
     sizes = SimpleNamespace(counts=SimpleNamespace(heads=4, head_dim=3), width=5)
     forms = [("mean", 0), ("low_rank", 2), ("full", 0), None]
-    blocks = [SimpleNamespace(compensation=f and SimpleNamespace(kind=f[0], rank=f[1])) for f in forms]
+    made = [f and SimpleNamespace(kind=f[0], rank=f[1], scaled=False) for f in forms]
+    blocks = [SimpleNamespace(compensation=c, router=None) for c in made]
     plan = SimpleNamespace(tensor_parallel=SimpleNamespace(size=2), blocks=blocks)
     assert predictor_weights(plan, sizes) == 5 + (6 * 2 + 2 * 5 + 5) + (6 * 5 + 5)
 

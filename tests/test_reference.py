@@ -148,7 +148,7 @@ class ByHand:
     def attn(self, block: int, rank: int, x: torch.Tensor) -> torch.Tensor:
         """attn_i(n1(x))"""
         normed = reference._norm(self.parts[block], self.model.config, "input_layernorm", x)
-        return reference._attention(self.parts[block], self.model.config, block, rank, 4, normed)
+        return reference._attention(self.parts[block], self.model.config, block, rank, 4, [normed] * 4)
 
     def mlp(self, block: int, rank: int, h: torch.Tensor) -> torch.Tensor:
         """mlp_i(n2(h))"""
