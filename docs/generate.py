@@ -12,7 +12,7 @@ import typer
 
 from spd_calib.cli.main import app
 from spd_calib.formats.files import FORMATS, schema
-from spd_calib.models.architecture import LAYERS, LayerNames
+from spd_calib.models.layer_names import LAYERS, LayerNames
 from spd_calib.runtimes.vllm.forms import SUPPORTED
 
 os.environ["COLUMNS"], os.environ["NO_COLOR"] = "100", "1"

@@ -225,14 +225,15 @@ def checked(plan: Path, folder: Path, prompts: list[str], *, worker: str, new_to
     return check_torchrun(session, plan, drops=drops, prompts=prompts, new_tokens=new_tokens, worker=worker)
 
 
-def test_check_passes_a_runtime_that_runs_the_plan(folder, tmp_path):
-    plan = plans.write_plan(tmp_path / "plan.json", folder / "llama", 2, PLANNED, words(MLP))
+@pytest.mark.parametrize(("family", "planned", "dense"), [("llama", "3", "8"), ("olmo2", "7", "12")])
+def test_check_passes_a_runtime_that_runs_the_plan(folder, tmp_path, family, planned, dense):
+    plan = plans.write_plan(tmp_path / "plan.json", folder / family, 2, PLANNED, words(MLP))
     prompts = tiny.stories(2, shortest=6, longest=9)
     result = check(plan, runtime="torchrun", prompts=prompts, new_tokens=8, run=RunOptions(device="cpu"))
     assert result.ok and all(row.ok for row in result.rows), result
     found = {row.what: row.found for row in result.rows}
-    assert found["plan: all-reduces per forward and rank"] == "3"
-    assert found["dense: all-reduces per forward and rank"] == "8"
+    assert found["plan: all-reduces per forward and rank"] == planned
+    assert found["dense: all-reduces per forward and rank"] == dense
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from predictors import predictor
 import spd_calib
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import NOTHING_DROPPED, Drop, Drops, Point, Strategy
-from spd_calib.models.architecture import LAYERS, find_decoder
+from spd_calib.models.architecture import find_decoder
+from spd_calib.models.layer_names import LAYERS
 from spd_calib.models.probe import find_layers
 from spd_calib.parallel.head import PerRank
 from spd_calib.parallel.model import TensorParallelLM

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from spd_calib.errors import InputError
 
 from .all_heads_norm import all_heads_norms
-from .architecture import SUPPORTED, Decoder, HeadCounts, LayerParts, find_decoder, layer_parts
+from .architecture import Decoder, HeadCounts, LayerParts, find_decoder, layer_parts
 from .experts import RankExperts, route
+from .layer_names import SUPPORTED
 from .mlp import activations
 from .shard import RankSlices
 

@@ -12,7 +12,7 @@ from conftest import build, free_port
 from plans import write_plan
 
 from spd_calib.formats.drops import NOTHING_DROPPED
-from spd_calib.models.architecture import LAYERS
+from spd_calib.models.layer_names import LAYERS
 from spd_calib.models.plan_files import load_plan
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.runtimes.observed import Observed

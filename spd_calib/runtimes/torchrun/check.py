@@ -61,7 +61,8 @@ def _rows(
 ) -> list[CheckRow]:
     """Compare what the ranks did with the simulation `lm` under the same drops."""
     simulated = simulate(lm, prompts, continuations=observed.tokens, drops=drops)
-    kept = len(SUBLAYERS) * lm.num_blocks - len(drops)
+    over_all_heads = sum(any(block.all_heads_norms) for block in lm.blocks)  # each with a sync of its own
+    kept = len(SUBLAYERS) * lm.num_blocks - len(drops) + over_all_heads
     return [
         compare_counts(f"{name}: ranks", lm.comm.size, found=[len(observed.all_reduces)]),
         *compare_run(name, observed, simulated=simulated, all_reduces=kept, tolerance=tolerance),

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from spd_calib.errors import InputError
-from spd_calib.models.architecture import LAYERS
+from spd_calib.models.layer_names import LAYERS
 
 from .forwards import Parts, fused, granite, opt, transformers_layer, unfused, with_unused_residual
 

@@ -1,0 +1,238 @@
+"""The names under which a decoder layer keeps its parts. An architecture is a row of names, not a class.
+
+A row is only a hint: `probe.py` checks on random input that a layer computes what its row says.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """Module paths, relative to the decoder layer, of the parts of a mixture of experts.
+
+    `experts` holds all experts' weights, stacked. `shared` names, in any of the spellings, the MLP that every token
+    goes through besides, and `shared_gate` the linear layer by whose sigmoid it is multiplied; a layer may lack them.
+    `weights` and `chosen` are the places, in what the router returns, of the weights and the indices of the experts.
+    """
+
+    router: str
+    experts: str
+    shared: tuple[str, ...] = ("mlp.shared_expert", "mlp.shared_experts")
+    shared_gate: str = "mlp.shared_expert_gate"
+    weights: int = 1
+    chosen: int = 2
+
+
+@dataclass(frozen=True)
+class LayerNames:
+    """Module paths relative to the decoder layer, and transformers' classes that are known to have them.
+
+    `qkv` names three linear layers, or a fused one that holds the rows of q, then k's, then v's. `mlp_in` names one
+    linear layer for act(first), two for act(gate) * up, or a fused one that holds the rows of the gate, then those of
+    up. `norm1` and `norm2` are the norms in front of attention and MLP, "" where these read the residual stream itself.
+    `attention_out_norm` and `mlp_out_norm` are those that a branch goes through before it is added to the stream, ""
+    where there is none. `scale` names the layer's attribute, if any, by which both branches are multiplied, last. A row
+    of a mixture of experts names those in `experts`, and no linear layers of an MLP.
+    """
+
+    classes: tuple[str, ...]
+    norm1: str
+    attention: str
+    qkv: tuple[str, ...]
+    o: str
+    norm2: str
+    mlp_in: tuple[str, ...] = ()
+    activation: str = ""
+    down: str = ""
+    attention_out_norm: str = ""
+    mlp_out_norm: str = ""
+    scale: str = ""
+    experts: ExpertNames | None = None
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """Return the names of all norms of the layer."""
+        four = (self.norm1, self.attention_out_norm, self.norm2, self.mlp_out_norm)
+        return tuple(name for name in four if name)
+
+
+_SELF_ATTENTION: dict[str, Any] = {
+    "attention": "self_attn",
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+}
+
+LAYERS = {  # the first row that fits is taken: those that name more parts come before those that name fewer
+    "Gemma 2": LayerNames(
+        classes=("Gemma2ForCausalLM", "Gemma3ForCausalLM"),
+        norm1="input_layernorm",
+        **_SELF_ATTENTION,
+        o="self_attn.o_proj",
+        attention_out_norm="post_attention_layernorm",
+        norm2="pre_feedforward_layernorm",
+        mlp_in=("mlp.gate_proj", "mlp.up_proj"),
+        activation="mlp.act_fn",
+        down="mlp.down_proj",
+        mlp_out_norm="post_feedforward_layernorm",
+    ),
+    "GLM-4-0414": LayerNames(
+        classes=("Glm4ForCausalLM",),
+        norm1="input_layernorm",
+        **_SELF_ATTENTION,
+        o="self_attn.o_proj",
+        attention_out_norm="post_self_attn_layernorm",
+        norm2="post_attention_layernorm",
+        mlp_in=("mlp.gate_up_proj",),
+        activation="mlp.activation_fn",
+        down="mlp.down_proj",
+        mlp_out_norm="post_mlp_layernorm",
+    ),
+    "Exaone 4": LayerNames(
+        classes=("Exaone4ForCausalLM", "Olmo2ForCausalLM", "Olmo3ForCausalLM"),
+        norm1="",
+        **_SELF_ATTENTION,
+        o="self_attn.o_proj",
+        attention_out_norm="post_attention_layernorm",
+        norm2="",
+        mlp_in=("mlp.gate_proj", "mlp.up_proj"),
+        activation="mlp.act_fn",
+        down="mlp.down_proj",
+        mlp_out_norm="post_feedforward_layernorm",
+    ),
+    "HyperCLOVA X": LayerNames(
+        classes=("HyperCLOVAXForCausalLM",),
+        norm1="input_layernorm",
+        **_SELF_ATTENTION,
+        o="self_attn.o_proj",
+        attention_out_norm="post_norm1",  # the identity unless its configuration says use_post_norm
+        norm2="post_attention_layernorm",
+        mlp_in=("mlp.gate_proj", "mlp.up_proj"),
+        activation="mlp.act_fn",
+        down="mlp.down_proj",
+        mlp_out_norm="post_norm2",
+        scale="residual_multiplier",
+    ),
+    "Granite": LayerNames(
+        classes=("GraniteForCausalLM",),
+        norm1="input_layernorm",
+        **_SELF_ATTENTION,
+        o="self_attn.o_proj",
+        norm2="post_attention_layernorm",
+        mlp_in=("mlp.gate_proj", "mlp.up_proj"),
+        activation="mlp.act_fn",
+        down="mlp.down_proj",
+        scale="residual_multiplier",
+    ),
+    "Llama": LayerNames(
+        classes=(
+            "LlamaForCausalLM",
+            "MistralForCausalLM",
+            "Ministral3ForCausalLM",
+            "Qwen2ForCausalLM",
+            "Qwen3ForCausalLM",
+            "GemmaForCausalLM",
+            "SmolLM3ForCausalLM",
+            "SeedOssForCausalLM",
+            "Ernie4_5ForCausalLM",
+            "HunYuanDenseV1ForCausalLM",
+            "StableLmForCausalLM",
+            "CwmForCausalLM",
+        ),
+        norm1="input_layernorm",
+        **_SELF_ATTENTION,
+        o="self_attn.o_proj",
+        norm2="post_attention_layernorm",
+        mlp_in=("mlp.gate_proj", "mlp.up_proj"),
+        activation="mlp.act_fn",
+        down="mlp.down_proj",
+    ),
+    "Starcoder2": LayerNames(
+        classes=("Starcoder2ForCausalLM",),
+        norm1="input_layernorm",
+        **_SELF_ATTENTION,
+        o="self_attn.o_proj",
+        norm2="post_attention_layernorm",
+        mlp_in=("mlp.c_fc",),
+        activation="mlp.act",
+        down="mlp.c_proj",
+    ),
+    "Apertus": LayerNames(
+        classes=("ApertusForCausalLM",),
+        norm1="attention_layernorm",
+        **_SELF_ATTENTION,
+        o="self_attn.o_proj",
+        norm2="feedforward_layernorm",
+        mlp_in=("mlp.up_proj",),
+        activation="mlp.act_fn",
+        down="mlp.down_proj",
+    ),
+    "Arcee": LayerNames(
+        classes=("ArceeForCausalLM", "NemotronForCausalLM"),
+        norm1="input_layernorm",
+        **_SELF_ATTENTION,
+        o="self_attn.o_proj",
+        norm2="post_attention_layernorm",
+        mlp_in=("mlp.up_proj",),
+        activation="mlp.act_fn",
+        down="mlp.down_proj",
+    ),
+    "Phi-3": LayerNames(
+        classes=("Phi3ForCausalLM",),
+        norm1="input_layernorm",
+        attention="self_attn",
+        qkv=("self_attn.qkv_proj",),
+        o="self_attn.o_proj",
+        norm2="post_attention_layernorm",
+        mlp_in=("mlp.gate_up_proj",),
+        activation="mlp.activation_fn",
+        down="mlp.down_proj",
+    ),
+    "GLM": LayerNames(
+        classes=("GlmForCausalLM",),
+        norm1="input_layernorm",
+        **_SELF_ATTENTION,
+        o="self_attn.o_proj",
+        norm2="post_attention_layernorm",
+        mlp_in=("mlp.gate_up_proj",),
+        activation="mlp.activation_fn",
+        down="mlp.down_proj",
+    ),
+    "Granite-MoE": LayerNames(
+        classes=("GraniteMoeForCausalLM",),
+        norm1="input_layernorm",
+        **_SELF_ATTENTION,
+        o="self_attn.o_proj",
+        norm2="post_attention_layernorm",
+        scale="residual_multiplier",
+        experts=ExpertNames(
+            router="block_sparse_moe.router", experts="block_sparse_moe.experts", shared=(), weights=1, chosen=0
+        ),
+    ),
+    "Mixtral": LayerNames(
+        classes=(
+            "MixtralForCausalLM",
+            "Qwen2MoeForCausalLM",
+            "Qwen3MoeForCausalLM",
+            "OlmoeForCausalLM",
+            "Ernie4_5_MoeForCausalLM",
+            "Glm4MoeForCausalLM",
+        ),
+        norm1="input_layernorm",
+        **_SELF_ATTENTION,
+        o="self_attn.o_proj",
+        norm2="post_attention_layernorm",
+        experts=ExpertNames(router="mlp.gate", experts="mlp.experts"),
+    ),
+    "OPT": LayerNames(
+        classes=("OPTForCausalLM",),
+        norm1="self_attn_layer_norm",
+        **_SELF_ATTENTION,
+        o="self_attn.out_proj",
+        norm2="final_layer_norm",
+        mlp_in=("fc1",),
+        activation="activation_fn",
+        down="fc2",
+    ),
+}
+
+SUPPORTED = ", ".join(name.removesuffix("ForCausalLM") for row in LAYERS.values() for name in row.classes)
