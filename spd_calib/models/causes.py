@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import Tensor
 
-from .quantised import ORIGINAL, QuantisedTensor
+from .quantised import ORIGINAL, Piece
 from .stored import StoredTensor
 
 BLOCK = re.compile(r"\.layers\.(\d+)\.")
@@ -41,7 +41,7 @@ def missing(
     lost: Sequence[str],
     *,
     wanted: Mapping[str, Tensor],
-    unread: Sequence[StoredTensor | QuantisedTensor],
+    unread: Sequence[Piece],
     rename: Callable[[str], str],
 ) -> str:
     """Return the sentence for parameters `lost`, of all those `wanted`, that no stored tensor is for.
@@ -57,7 +57,7 @@ def _why_missing(
     lost: Sequence[str],
     wanted: Mapping[str, Tensor],
     *,
-    unread: Sequence[StoredTensor | QuantisedTensor],
+    unread: Sequence[Piece],
     rename: Callable[[str], str],
 ) -> str:
     """Return the likely cause of missing tensors, and the way out."""
@@ -92,7 +92,7 @@ def _why_missing(
     return f"no weight file holds it; {FETCH}" if len(lost) == 1 else f"no weight file holds them; {FETCH}"
 
 
-def left_over(model: str, unread: Sequence[StoredTensor | QuantisedTensor], *, wanted: Collection[str]) -> str:
+def left_over(model: str, unread: Sequence[Piece], *, wanted: Collection[str]) -> str:
     """Return the sentence for stored tensors that no parameter of `wanted` takes."""
     said = f"{model} holds {_counted(unread)}, which the model of its configuration does not read"
     names = [t.name for t in unread]
@@ -128,6 +128,6 @@ def _blocks(names: Collection[str]) -> set[int]:
     return {int(found[1]) for name in names if (found := BLOCK.search(f".{name}"))}
 
 
-def _counted(tensors: Sequence[StoredTensor | QuantisedTensor]) -> str:
+def _counted(tensors: Sequence[Piece]) -> str:
     """Return the first tensor's name, and how many come with it."""
     return tensors[0].name + (f" and {len(tensors) - 1} more" if len(tensors) > 1 else "")

@@ -24,9 +24,9 @@ from transformers.core_model_loading import (
 from spd_calib.errors import InputError
 
 from .causes import foreign_number, left_over, missing
-from .quantised import QuantisedTensor, Scheme, gathered, scheme_of
+from .quantised import Piece, QuantisedTensor, Scheme, gathered, scheme_of
 from .source import Source
-from .stacked import AnyTensor, Piece, StackedTensor, read_cuts
+from .stacked import AnyTensor, StackedTensor, read_cuts
 from .stored import StoredTensor, stored_tensors
 from .text_part import names_in_whole, whole_of, whole_skeleton
 

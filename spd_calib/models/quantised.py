@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spd_calib.errors import InputError
 
 from .source import Source
-from .stored import StoredTensor
+from .stored import StoredTensor, opened
 from .text_part import whole_of
 
 ORIGINAL = "name the one it was made from, in float32, bfloat16 or float16"
@@ -79,32 +78,21 @@ class QuantisedTensor:
     parts: Mapping[str, StoredTensor]
     scheme: Scheme
 
-    @property
-    def dtype(self) -> str:
-        return self.scheme.method
-
-    @property
-    def file(self) -> Any:
-        """Return the file that holds its first part."""
-        return next(iter(self.parts.values())).file
-
     def read(self) -> Tensor:
         """Return the whole weight in float32. Raises InputError where its parts hold what the scheme does not allow."""
-        tensors: dict[str, Tensor] = {}
+        with opened({part.file for part in self.parts.values()}) as files:
+            tensors = {suffix: files[part.file].get_tensor(part.name) for suffix, part in self.parts.items()}
         try:
-            for suffix, part in self.parts.items():
-                with safe_open(part.file, framework="pt") as f:
-                    tensors[suffix] = f.get_tensor(part.name)
             return self.scheme.layout.dequantise(tensors)
         except ValueError as e:
             raise InputError(f"{self.name} cannot be dequantised: {e}; {ORIGINAL}.") from None
-        except (SafetensorError, OSError):
-            raise InputError(f"{self.file} cannot be read any more; fetch the model again.") from None
 
 
-def gathered(
-    source: Source, stored: Mapping[str, StoredTensor], scheme: Scheme
-) -> dict[str, StoredTensor | QuantisedTensor]:
+Piece = StoredTensor | QuantisedTensor
+"""A tensor of a checkpoint, in one stored tensor or in the several of a quantised weight."""
+
+
+def gathered(source: Source, stored: Mapping[str, StoredTensor], scheme: Scheme) -> dict[str, Piece]:
     """Return the tensors of a quantised checkpoint with each weight's parts as one tensor, under the weight's name.
 
     Raises InputError for a weight that lacks a part, or has one in a form that the scheme does not have.
@@ -112,7 +100,7 @@ def gathered(
     layout = scheme.layout
     own = frozenset(layout.dtypes) - {"weight"}
     modules = dict.fromkeys(n.rpartition(".")[0] for n in stored if n.rpartition(".")[2] in own)
-    found: dict[str, StoredTensor | QuantisedTensor] = dict(stored)
+    found: dict[str, Piece] = dict(stored)
     for module in modules:
         parts = {suffix: found.pop(f"{module}.{suffix}", None) for suffix in layout.dtypes}
         held = {suffix: part for suffix, part in parts.items() if isinstance(part, StoredTensor)}

@@ -1,22 +1,17 @@
 """Reading cuts of a model's tensors from the files of a checkpoint, experts stored one by one among them."""
 
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from spd_calib.errors import InputError
-
-from .quantised import QuantisedTensor
-from .stored import StoredTensor
+from .quantised import Piece, QuantisedTensor
+from .stored import StoredTensor, opened
 
 ALL = slice(None)
-Piece = StoredTensor | QuantisedTensor
 
 
 @dataclass(frozen=True)
@@ -53,11 +48,12 @@ def read_cuts(tensor: AnyTensor, *, rows: tuple[slice, ...], columns: slice) -> 
     file that has gone.
     """
     if isinstance(tensor, StackedTensor):
-        with _opened({p.file for pieces in tensor.pieces for p in pieces if isinstance(p, StoredTensor)}) as files:
+        with opened({p.file for pieces in tensor.pieces for p in pieces if isinstance(p, StoredTensor)}) as files:
             return torch.stack([_of_expert(files, pieces, rows, columns) for pieces in tensor.pieces])
     if isinstance(tensor, QuantisedTensor):
-        return torch.cat([tensor.read()[r, columns] for r in rows])
-    with _opened({tensor.file}) as files:
+        dequantised = tensor.read()
+        return torch.cat([dequantised[r, columns] for r in rows])
+    with opened({tensor.file}) as files:
         if not tensor.shape:
             return files[tensor.file].get_tensor(tensor.name)
         whole, stacks = files[tensor.file].get_slice(tensor.name), (ALL,) * (len(tensor.shape) - 2)
@@ -78,20 +74,3 @@ def _of_expert(files: Mapping[Path, Any], pieces: tuple[Piece, ...], rows: tuple
                 cuts.append(whole[own, columns])
             above += piece.shape[0]
     return torch.cat(cuts)
-
-
-@contextmanager
-def _opened(paths: Collection[Path]) -> Iterator[dict[Path, Any]]:
-    """Open weight files while this lasts: what is read of a file that stays open counts as this process's memory.
-
-    Raises InputError for one that has gone.
-    """
-    path = None
-    try:
-        with ExitStack() as stack:
-            files = {}
-            for path in paths:
-                files[path] = stack.enter_context(safe_open(path, framework="pt"))
-            yield files
-    except (SafetensorError, OSError):
-        raise InputError(f"{path} cannot be read any more; fetch the model again.") from None

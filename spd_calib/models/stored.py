@@ -4,9 +4,11 @@ Nothing here knows a model, and nothing reads a weight: the headers of the files
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -111,6 +113,23 @@ def _header(path: Path) -> Iterator[StoredTensor]:
                 yield StoredTensor(name, str(view.get_dtype()), tuple(view.get_shape()), path)
     except (SafetensorError, OSError):
         raise InputError(f"{path} is not a whole safetensors file, it may be cut off; fetch the model again.") from None
+
+
+@contextmanager
+def opened(paths: Collection[Path]) -> Iterator[dict[Path, Any]]:
+    """Open weight files while this lasts: what is read of a file that stays open counts as this process's memory.
+
+    Raises InputError for one that has gone.
+    """
+    path = None
+    try:
+        with ExitStack() as stack:
+            files = {}
+            for path in paths:
+                files[path] = stack.enter_context(safe_open(path, framework="pt"))
+            yield files
+    except (SafetensorError, OSError):
+        raise InputError(f"{path} cannot be read any more; fetch the model again.") from None
 
 
 def _plain(name: object) -> bool:
