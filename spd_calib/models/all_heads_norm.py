@@ -15,17 +15,14 @@ from .architecture import LayerParts
 
 def all_heads_norms(parts: LayerParts) -> dict[str, str]:
     """Return the attention's norms over all heads, by name in the attention: "q" or "k" for what they norm."""
-    found = {}
-    for name, module in parts.attention.named_children():
-        own = [tuple(p.shape) for p in module.parameters()]
-        for letter, linear in (("q", parts.q), ("k", parts.k)):
-            if name.startswith(letter) and "norm" in name and own == [(linear.out_features,)]:
-                found[name] = letter
-    return {name: letter for name, letter in found.items() if parts.attention.head_dim not in _sizes(parts, name)}
-
-
-def _sizes(parts: LayerParts, name: str) -> set[int]:
-    return {p.shape[0] for p in parts.attention.get_submodule(name).parameters()}
+    widths = {"q": parts.q.out_features, "k": parts.k.out_features}
+    return {
+        name: name[0]
+        for name, module in parts.attention.named_children()
+        if "norm" in name
+        and (width := widths.get(name[0])) != parts.attention.head_dim
+        and [p.shape for p in module.parameters()] == [(width,)]
+    }
 
 
 class AllHeadsNorm(nn.Module):

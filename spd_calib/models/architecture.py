@@ -49,7 +49,10 @@ class MLPParts:
 
 @dataclass(frozen=True)
 class ExpertParts:
-    """The parts of a mixture of experts. `experts` is transformers' module of all experts, their weights stacked."""
+    """The parts of a mixture of experts. `experts` is transformers' module of all experts, their weights stacked.
+
+    `weights` and `chosen` are the places of the experts' weights and indices in what the router returns.
+    """
 
     router: nn.Module
     experts: nn.Module
@@ -68,11 +71,6 @@ class ExpertParts:
     def linears(self) -> tuple[nn.Linear, ...]:
         """Return the linear layers that are cut over ranks, which are those of the shared experts alone."""
         return self.shared.linears if self.shared else ()
-
-    def route(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weights and the indices of the experts [N, k] that the model's own router chooses for u [N, d]."""
-        given = self.router(u)
-        return given[self.weights], given[self.chosen]
 
 
 @dataclass(frozen=True)

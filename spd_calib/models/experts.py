@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .architecture import ExpertParts
-from .shard import ALL, ALL_ROWS, RankMLP, RankSlices, Rows
+from .shard import ALL, ALL_ROWS, RankMLP, RankSlices, Rows, of_ranges
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class Routing:
 
 def route(parts: ExpertParts, u: Tensor) -> Routing:
     """Return what the model's own router chooses where it reads u [B, T, d]."""
-    return Routing(*parts.route(u.flatten(0, -2)))
+    given = parts.router(u.flatten(0, -2))
+    return Routing(given[parts.weights], given[parts.chosen])
 
 
 def expert_slices(parts: ExpertParts, slices: RankSlices) -> dict[str, tuple[Rows, slice]]:
@@ -72,9 +73,7 @@ class RankExperts(nn.Module):
 
     def _expert(self, expert: int, x: Tensor) -> Tensor:
         """Return the partial sum [n, d] of one expert for the tokens x [n, d] that chose it."""
-        (rows, _), (_, columns) = self.own["gate_up_proj"], self.own["down_proj"]
-        gate_up, down = self.experts.gate_up_proj[expert], self.experts.down_proj[expert]
-        # range by range: to put the rows themselves together would copy weights
-        outs = [F.linear(x, gate_up[r]) for r in rows]
-        neurons = self.experts._apply_gate(outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1))
-        return F.linear(neurons, down[:, columns])
+        (gate_up, columns), (all_rows, own) = self.own["gate_up_proj"], self.own["down_proj"]
+        first = of_ranges(x, self.experts.gate_up_proj[expert], rows=gate_up, columns=columns)
+        neurons = self.experts._apply_gate(first)
+        return of_ranges(neurons, self.experts.down_proj[expert], rows=all_rows, columns=own)

@@ -82,6 +82,13 @@ def is_cut(linear: nn.Linear) -> bool:
     return linear.weight.shape != (linear.out_features, linear.in_features)
 
 
+def of_ranges(x: Tensor, weight: Tensor, *, rows: Rows, columns: slice, bias: Tensor | None = None) -> Tensor:
+    """Return what ranges of the output rows, and a range of the input columns, of a linear layer make of x."""
+    # range by range: to put the rows themselves together would copy weights
+    outs = [F.linear(x, weight[r, columns], None if bias is None else bias[r]) for r in rows]
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
+
+
 class RankLinear(nn.Module):
     """Some output rows, or some input columns, of a dense linear layer whose weight it shares; times `scale`.
 
@@ -95,11 +102,7 @@ class RankLinear(nn.Module):
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        # range by range: to put the rows themselves together would copy weights
-        outs = [
-            F.linear(x, self.weight[r, self.columns], None if self.bias is None else self.bias[r]) for r in self.rows
-        ]
-        out = outs[0] if len(outs) == 1 else torch.cat(outs, dim=-1)
+        out = of_ranges(x, self.weight, rows=self.rows, columns=self.columns, bias=self.bias)
         return out if self.scale == 1.0 else out * self.scale
 
 
