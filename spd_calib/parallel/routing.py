@@ -1,6 +1,6 @@
 """Watching which experts a model's routers choose."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,21 +18,28 @@ Chosen = Mapping[int, Tensor]
 def watching_routers(blocks: Sequence[Block]) -> Iterator[dict[int, Tensor]]:
     """Collect, while this lasts, what the routers choose; of several forwards, what they chose in the last."""
     chosen: dict[int, Tensor] = {}
+    with telling_choices(blocks, chosen.__setitem__):
+        yield chosen
+
+
+@contextmanager
+def telling_choices(blocks: Sequence[Block], tell: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Call `tell`, while this lasts, with every choice of a router: its block, and the experts chosen [B * T, k]."""
     hooks = [
-        block.experts.router.register_forward_hook(partial(_keep, chosen, block))
+        block.experts.router.register_forward_hook(partial(_tell, tell, block))
         for block in blocks
         if block.experts is not None
     ]
     try:
-        yield chosen
+        yield
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _keep(chosen: dict[int, Tensor], block: Block, router: nn.Module, args: tuple, given: Any) -> None:
+def _tell(tell: Callable[[int, Tensor], None], block: Block, router: nn.Module, args: tuple, given: Any) -> None:
     assert block.experts is not None
-    chosen[block.index] = given[block.experts.chosen]
+    tell(block.index, given[block.experts.chosen])
 
 
 def tokens_routed_alike(dense: Chosen, planned: Chosen, counted: Tensor) -> list[float]:

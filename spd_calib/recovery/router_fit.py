@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spd_calib.models.experts import Routing
 from spd_calib.models.predictor import Predictor
+from spd_calib.parallel.routing import tokens_routed_alike
 from spd_calib.parallel.streams import Streams, defer
 
 from .feed import Batch, Feed
@@ -102,19 +102,15 @@ def _shared_behind(student: Student, s: Streams) -> Tensor:
 
 def _routed_as_dense(student: Student, feed: Feed, batches: Sequence[Batch]) -> float:
     """Return the share of tokens for which the student's router chooses what the dense model's does."""
-    block, alike, count = student.block, 0, 0
+    block, alike, count = student.block, 0.0, 0
     drop = student.drops.at(block.attention_point)
     for batch in batches:
         s = feed.inputs(batch)
-        planned = block.route(_shared_behind(student, s), block.expected(drop, s))
-        dense = feed.model.lm.blocks[feed.index].route(feed.dense_read(batch))
-        same = (_as_sets(planned) == _as_sets(dense)).all(-1)[batch.mask.flatten()]
-        alike, count = alike + int(same.sum()), count + len(same)
+        planned = block.route(_shared_behind(student, s), block.expected(drop, s)).chosen
+        dense = feed.model.lm.blocks[feed.index].route(feed.dense_read(batch)).chosen
+        alike += sum(tokens_routed_alike({block.index: dense}, {block.index: planned}, batch.mask))
+        count += int(batch.mask.sum())
     return alike / max(count, 1)
-
-
-def _as_sets(routing: Routing) -> Tensor:
-    return routing.chosen.sort(-1).values
 
 
 def _reduced(w: Tensor, xx: Tensor, metric: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from spd_calib.formats.files import write_text
 from spd_calib.models.plan_files import load_plan
 from spd_calib.parallel.ending import ending_together
 from spd_calib.parallel.model import TensorParallelLM
+from spd_calib.parallel.routing import telling_choices
 from spd_calib.parallel.session import open_session
 from spd_calib.parallel.streams import Streams
 from spd_calib.ranks import rank
@@ -132,18 +133,13 @@ def _digesting_streams(lm: TensorParallelLM) -> Iterator[list[Any]]:
 @contextmanager
 def _digesting_routers(lm: TensorParallelLM) -> Iterator[list[Any]]:
     """Hash the experts that each router chooses, over all forwards, into the sha256 objects it yields."""
+    digests = {block: hashlib.sha256() for block in lm.mixtures}
 
-    def hook_of(digest: Any, place: int) -> Callable[[Any, Any, tuple], None]:
-        return lambda router, args, given: digest.update(given[place].contiguous().cpu().numpy().tobytes())
+    def add(block: int, chosen: Tensor) -> None:
+        digests[block].update(chosen.contiguous().cpu().numpy().tobytes())
 
-    mixtures = [block.experts for block in lm.blocks if block.experts is not None]
-    digests = [hashlib.sha256() for _ in mixtures]
-    hooks = [m.router.register_forward_hook(hook_of(d, m.chosen)) for m, d in zip(mixtures, digests, strict=True)]
-    try:
-        yield digests
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with telling_choices(lm.blocks, add):
+        yield list(digests.values())
 
 
 def stream_bytes(streams: Streams) -> bytes:
