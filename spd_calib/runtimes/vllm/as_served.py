@@ -93,23 +93,23 @@ def judge(
     `lm` simulates in float32; `rounded` holds the log-probabilities that the simulated plan gives the same tokens in
     `dtype`, one tensor a round. As many rounds are looked at as it takes to tell each change of one sync point apart.
     """
-    found, plan, dense, in_dtype = [], [], [], []
+    off_plan, off_dense, off_by_rounding = [], [], []  # log-probabilities less others', round by round
     others = neighbours(drops, lm.num_blocks)
     apart: dict[str, list[Tensor]] = {name: [] for name in others}
     leanings: list[Leaning] = []
     for sample, narrow in zip(samples, rounded, strict=True):
-        found.append(_flat(sample.prompt, sample.chosen))
-        plan.append(log_probs(lm, drops, prompts, sample))
-        dense.append(log_probs(lm, NOTHING_DROPPED, prompts, sample))
-        in_dtype.append(narrow)
+        found, plan = _flat(sample.prompt, sample.chosen), log_probs(lm, drops, prompts, sample)
+        off_plan.append(found - plan)
+        off_dense.append(found - log_probs(lm, NOTHING_DROPPED, prompts, sample))
+        off_by_rounding.append(narrow - plan)
         for name, other in others.items():
-            apart[name].append(log_probs(lm, other, prompts, sample))
-        off = torch.cat(found) - torch.cat(plan)
-        leanings = [leaning(name, off, torch.cat(apart[name]) - torch.cat(plan)) for name in others]
+            apart[name].append(log_probs(lm, other, prompts, sample) - plan)
+        off = torch.cat(off_plan)
+        leanings = [leaning(name, off, torch.cat(differences)) for name, differences in apart.items()]
         if max(found_at.spread for found_at in leanings) <= SPREAD:
             break
-    distance, rounding = _rms(torch.cat(found) - torch.cat(plan)), _rms(torch.cat(in_dtype) - torch.cat(plan)) + FLOOR
-    tokens = sum(map(len, found))
+    distance, rounding = _rms(torch.cat(off_plan)), _rms(torch.cat(off_by_rounding)) + FLOOR
+    tokens = sum(map(len, off_plan))
     worst = max(leanings, key=lambda at: abs(at.share))
     blurred = max(leanings, key=lambda at: at.spread)
     rows = [
@@ -121,7 +121,7 @@ def judge(
         )
     ]
     if drops:
-        nearer = _rms(torch.cat(found) - torch.cat(dense)) / distance
+        nearer = _rms(torch.cat(off_dense)) / distance
         what = "as served: nearer to the plan than to the dense model"
         rows.append(CheckRow(what, f"≥ {FACTOR:g} times", f"{nearer:.1f} times", nearer >= FACTOR))
     return [
