@@ -25,7 +25,7 @@ from spd_calib.models.load import check_config
 from spd_calib.models.source import Source
 from spd_calib.parallel.comm import SimulatedComm
 from spd_calib.parallel.model import TensorParallelLM, tolerance
-from spd_calib.parallel.small_copy import RANKS, _narrow
+from spd_calib.parallel.small_copy import RANKS, narrowed
 
 BLOCKS = 2
 RUNS = "runs"
@@ -43,12 +43,12 @@ exit code 2: none gives a number.
 
 def small(config: Any) -> Any:
     """Return a copy of a configuration with BLOCKS blocks, few heads, neurons and tokens."""
-    narrow = copy.deepcopy(config)
+    few = copy.deepcopy(config)
     for name, value in vars(config).items():
         if isinstance(value, list) and len(value) == config.num_hidden_layers:
-            setattr(narrow, name, value[:BLOCKS])
-    narrow.num_hidden_layers = BLOCKS
-    return _narrow(narrow)
+            setattr(few, name, value[:BLOCKS])
+    few.num_hidden_layers = BLOCKS
+    return narrowed(few)
 
 
 @torch.no_grad()

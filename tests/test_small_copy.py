@@ -5,7 +5,7 @@ import tiny
 import torch
 
 from spd_calib.parallel import small_copy
-from spd_calib.parallel.small_copy import _narrow
+from spd_calib.parallel.small_copy import narrowed
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -42,18 +42,18 @@ def test_a_small_copy_is_float32_with_random_biases_and_no_code_of_its_own(famil
 
 def test_a_small_copy_shares_kv_heads_where_the_model_does():
     whole, shared = tiny.build("llama", num_key_value_heads=8).config, tiny.build("llama", num_key_value_heads=4).config
-    assert (_narrow(whole).num_key_value_heads, _narrow(shared).num_key_value_heads) == (2, 1)
+    assert (narrowed(whole).num_key_value_heads, narrowed(shared).num_key_value_heads) == (2, 1)
     opt = tiny.build("opt").config
     opt.pad_token_id = 77
-    assert _narrow(opt).pad_token_id == 0 and opt.pad_token_id == 77
-    assert not hasattr(_narrow(opt), "num_key_value_heads")
+    assert narrowed(opt).pad_token_id == 0 and opt.pad_token_id == 77
+    assert not hasattr(narrowed(opt), "num_key_value_heads")
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen3", "gemma"])
 def test_a_small_copy_is_narrow_and_otherwise_the_same(family):
     config = tiny.build(family).config
     before = config.to_dict()
-    narrow = _narrow(config).to_dict()
+    narrow = narrowed(config).to_dict()
     assert config.to_dict() == before, "the configuration itself stays as it is"
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -65,12 +65,12 @@ def test_a_small_copy_is_narrow_and_otherwise_the_same(family):
     }  # fmt: skip
     for name in before:
         assert narrow[name] == (expected[name] if name in expected else before[name]), name
-    assert "num_hidden_layers" in narrow and "XX" not in "".join(vars(_narrow(config)))
+    assert "num_hidden_layers" in narrow and "XX" not in "".join(vars(narrowed(config)))
 
 
 def test_positions_of_a_small_copy_are_bounded():
     config = tiny.build("llama").config
     config.max_position_embeddings = 2**20
-    assert _narrow(config).max_position_embeddings == 2**17
+    assert narrowed(config).max_position_embeddings == 2**17
     config.max_position_embeddings = 100
-    assert _narrow(config).max_position_embeddings == 100
+    assert narrowed(config).max_position_embeddings == 100

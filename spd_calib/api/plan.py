@@ -24,8 +24,8 @@ from spd_calib.sensitivity.measure import Subject
 from spd_calib.sensitivity.metrics import Tally
 from spd_calib.sensitivity.text import Text
 
-from .estimates import give_estimates, with_estimates
 from .latency import LatencyOptions, latency_models
+from .norm_estimates import give_estimates, with_estimates
 from .opening import Model, document_of, resolved_for
 from .options import RunOptions
 from .progress import SILENT, Progress

@@ -15,8 +15,8 @@ from spd_calib.sensitivity.measure import Subject
 from spd_calib.sensitivity.profile import Experiment
 from spd_calib.sensitivity.text import Text
 
-from .estimates import give_estimates
 from .method import Method
+from .norm_estimates import give_estimates
 from .opening import Model, open_model, resolved_for
 from .options import RunOptions
 from .progress import Progress

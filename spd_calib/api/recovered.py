@@ -70,8 +70,7 @@ class RecoveredCheckpoint:
         own = self.plan.compensation
         if own is None:
             return None
-        name = f"compensation-{own.sha256[:12]}.safetensors"
-        return CompensationFile(file=name, sha256=own.sha256), (self.path.parent / own.file).read_bytes()
+        return CompensationFile.named_by(own.sha256), (self.path.parent / own.file).read_bytes()
 
 
 def find_recovered(session: Session) -> RecoveredCheckpoint | None:

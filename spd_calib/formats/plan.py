@@ -41,6 +41,11 @@ class CompensationFile(Part):
     )
     sha256: Sha256
 
+    @classmethod
+    def named_by(cls, sha256: str) -> Self:
+        """Return the file of this content under a name that no other content has."""
+        return cls(file=f"compensation-{sha256[:12]}.safetensors", sha256=sha256)
+
 
 class Compensation(Part):
     """The form of the predictors by which a block's MLPs read more than their own rank's partial sum.

@@ -25,7 +25,7 @@ def check_small_copy(config: Any) -> None:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            _run(_narrow(config))
+            _run(narrowed(config))
     except InputError:
         raise
     except Exception as e:  # values that only a forward stumbles over
@@ -47,7 +47,7 @@ def _run(config: Any) -> None:
     lm.model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, do_sample=False)  # type: ignore[operator]
 
 
-def _narrow(config: Any) -> Any:
+def narrowed(config: Any) -> Any:
     """Return a copy of `config` with RANKS query heads and few neurons.
 
     The query heads share one KV head where those of the real model share any, else each has its own.

@@ -8,7 +8,7 @@ import tiny
 import torch
 from transformers import AutoTokenizer
 
-from spd_calib.api.estimates import with_estimates
+from spd_calib.api.norm_estimates import with_estimates
 from spd_calib.api.options import RunOptions
 from spd_calib.api.plan import plan_with_details
 from spd_calib.api.profile import profile
@@ -19,8 +19,8 @@ from spd_calib.models.plan_files import load_plan
 from spd_calib.models.predictor import Predictor
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.planning.budget_options import BudgetOptions
-from spd_calib.sensitivity.estimates import fit_estimates
 from spd_calib.sensitivity.measure import Subject, measure
+from spd_calib.sensitivity.norm_estimates import fit_estimates
 
 DROP = Strategy.BLOCK_DROP
 SEQUENCES = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (12, 9, 16, 12)]

@@ -10,8 +10,8 @@ from spd_calib.formats.drops import Drops, Point
 from spd_calib.formats.plan import CompensationFile, Plan, PlannedBlock
 from spd_calib.models.plan_files import form_of, predictor_tensors
 from spd_calib.parallel.distributed import from_all_ranks
-from spd_calib.sensitivity.estimates import fit_estimates
 from spd_calib.sensitivity.measure import Subject
+from spd_calib.sensitivity.norm_estimates import fit_estimates
 from spd_calib.sensitivity.text import Text
 
 from .progress import Progress
@@ -46,11 +46,10 @@ def with_estimates(plan: Plan, subject: Subject) -> tuple[Plan, bytes | None]:
     for of_rank in from_all_ranks(predictor_tensors(drops)):
         tensors |= of_rank
     content = save(dict(sorted(tensors.items())))
-    digest = hashlib.sha256(content).hexdigest()
     changed = {
         "blocks": [_with_forms(block, drops) for block in plan.blocks],
         "requires": list(dict.fromkeys([*plan.requires, "compensation"])),
-        "compensation": CompensationFile(file=f"compensation-{digest[:12]}.safetensors", sha256=digest),
+        "compensation": CompensationFile.named_by(hashlib.sha256(content).hexdigest()),
     }
     return plan.model_copy(update=changed), content
 
