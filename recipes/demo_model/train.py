@@ -69,24 +69,31 @@ class Config:
 
 
 def make_tokenizer(config: Config) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE fitted to stories of its own split; like Llama's it puts <s> in front of every text."""
+    """Return a byte-level BPE fitted to stories of its own split."""
+    stories = texts("tokenizer", config.tokenizer_stories)
+    # more than a closed vocabulary needs: every word becomes one token
+    return byte_level_bpe(stories, vocabulary=1024, positions=config.positions)
+
+
+def byte_level_bpe(corpus: list[str], *, vocabulary: int, positions: int) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE fitted to texts; like Llama's it puts <s> in front of every text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = token_decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=1024,  # more than a closed vocabulary needs: every word becomes one token
+        vocab_size=vocabulary,
         special_tokens=["<s>", "</s>", "<pad>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts("tokenizer", config.tokenizer_stories), trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
-        model_max_length=config.positions,
+        model_max_length=positions,
     )
 
 

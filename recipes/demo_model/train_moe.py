@@ -16,8 +16,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-from tokenizers import decoders as token_decoders
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -47,25 +45,9 @@ class Config(demo.Config):
 
 
 def make_tokenizer(config: Config, stories: list[str]) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE fitted to both texts; it puts <s> in front of every text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = token_decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=config.vocabulary,
-        special_tokens=["<s>", "</s>", "<pad>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([*demo.texts("tokenizer", config.tokenizer_stories), *stories], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        model_max_length=config.positions,
-    )
+    """Return a byte-level BPE fitted to both texts."""
+    corpus = [*demo.texts("tokenizer", config.tokenizer_stories), *stories]
+    return demo.byte_level_bpe(corpus, vocabulary=config.vocabulary, positions=config.positions)
 
 
 def make_model(config: Config, tokenizer: PreTrainedTokenizerFast) -> MixtralForCausalLM:
