@@ -73,7 +73,7 @@ class Compensation(Part):
 
 
 class RouterPredictor(Part):
-    """What the router of a mixture of experts reads where the attention's sync point is dropped.
+    """Says what the router of a mixture of experts reads where the attention's sync point is dropped.
 
     The stream that all ranks share, and what this predictor makes of u = n1(x), x that stream before the attention; its
     weights are the same on every rank.

@@ -34,7 +34,10 @@ Parts = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Layout:
-    """How a weight lies in several tensors. `dtypes` are those of each part, by the part's suffix, as safetensors'."""
+    """Says how a weight lies in several tensors.
+
+    `dtypes` are those of each part, by the part's suffix, as safetensors spells them.
+    """
 
     dtypes: Mapping[str, tuple[str, ...]]
     optional: frozenset[str]
@@ -44,7 +47,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Scheme:
-    """What a configuration says of its quantised weights, in words, and how they lie on disk."""
+    """Holds what a configuration says of its quantised weights, in words, and how they lie on disk."""
 
     method: str
     weights: str

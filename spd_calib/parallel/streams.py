@@ -20,7 +20,7 @@ from .comm import Comm
 
 @dataclass(frozen=True)
 class Branch:
-    """What a sub-layer's output goes through before it is added to the stream: its bias and, it may be, a norm.
+    """Takes a sub-layer's output to what is added to the stream: through its bias and, it may be, a norm.
 
     The output is a sum over ranks of partial sums [B, T, d], `bias` [d] left out. Without a norm a scalar is in them,
     and in the bias, already; with one, `scale` comes behind it.

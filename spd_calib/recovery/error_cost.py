@@ -1,4 +1,4 @@
-"""What an error at a block's output costs in KL, to second order: the measure in which recovery fits and judges.
+"""Measuring what an error at a block's output costs in KL, to second order: so recovery fits, and judges.
 
 An error e at a token costs 1/2 E<g, e>^2, g the gradient of -log p of tokens drawn from the model itself. E[g g^T] is
 taken as a size, E|g|^2, times a direction, [d, d]. The size depends on the token: the first of a sequence, and a few

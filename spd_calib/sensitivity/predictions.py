@@ -1,4 +1,4 @@
-"""What a model predicts for each token, gathered while the vocabulary is gone through part by part.
+"""Gathering what a model predicts for each token, while the vocabulary is gone through part by part.
 
 No more than one part's logits are ever held. A plan's are compared with the dense model's as they pass: with z the
 plan's logits, l the dense model's and p its probabilities,
@@ -21,7 +21,7 @@ FIELDS = ("nll_dense", "nll", "kl", "correct_dense", "correct", "agree")
 
 @dataclass
 class Predictions:
-    """What the logits of N tokens have shown so far; every field is [N] float64."""
+    """Holds what the logits of N tokens have shown so far; every field is [N] float64."""
 
     largest: Tensor  # logit
     token: Tensor  # the first that has it

@@ -72,7 +72,7 @@ def round_weights(lm: TensorParallelLM, dtype: str) -> None:
 
 @dataclass(frozen=True)
 class Leaning:
-    """How far an engine leans from the plan towards another one: by `share` of the way, give or take `spread`."""
+    """Says how far an engine leans from the plan towards another one: `share` of the way, give or take `spread`."""
 
     towards: str
     share: float

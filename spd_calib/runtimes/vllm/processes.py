@@ -1,4 +1,4 @@
-"""What surrounds vLLM's processes: the environment they read, the errors they log, the files they leave behind."""
+"""Looking after vLLM's processes: the environment they read, the errors they log, the files they leave behind."""
 
 import atexit
 import functools
