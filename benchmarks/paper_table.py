@@ -1,0 +1,310 @@
+"""The paper's table on a small real language model: what dropping attention syncs costs, and what is won back.
+
+    .venv/bin/python benchmarks/paper_table.py FOLDER --tp 3 --data ../shared/data/wikitext2-a.txt \\
+      --second ../shared/data/tinystories-eval.jsonl --tasks ../shared/tasks/make.py
+
+FOLDER is a transformers checkpoint (of SmolLM2 135M: ../shared/models/real_llms.sh). For each share of the sync points,
+those that a profile by Fisher information expects to cost least are dropped (the profile is made once, and kept in
+results/llm/); each method then treats them, fitted on the text's first sequences. Measured on its last ones, on a
+second text that nothing is fitted on, and on lm-eval tasks: every loss is the paired difference to the dense model,
+with its standard error. Row by row into results/llm/NAME-tpN-table.json; a row that stands there is not made again, and
+a recovery that was killed goes on. `--report` only writes NAME-tpN-table.md and .png from it.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+import spd_calib
+from spd_calib.api.options import RunOptions
+from spd_calib.api.text import TextSelection
+from spd_calib.evaluation.harness import Outcome, TaskSuite
+from spd_calib.evaluation.options import EvalOptions
+from spd_calib.formats.drops import NOTHING_DROPPED, Drops
+from spd_calib.formats.files import dumps, read, sha256_of, write_text
+from spd_calib.formats.plan import Budget
+from spd_calib.formats.profile import Comparison, Profile
+from spd_calib.models.load import load_dense, load_tokenizer, locate, read_config
+from spd_calib.parallel.model import TensorParallelLM
+from spd_calib.parallel.session import versions
+from spd_calib.planning.candidates import candidates, interactions_of
+from spd_calib.recovery.distillation import Schedule
+from spd_calib.recovery.held_out import HeldOut
+from spd_calib.recovery.journal import TensorJournal
+from spd_calib.recovery.options import WITHOUT_TRAINING, RecoveryOptions
+from spd_calib.recovery.planned_model import PlannedModel
+from spd_calib.recovery.recover import recover
+from spd_calib.sensitivity.text import TextOptions, load_text
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results" / "llm"
+MAX_RANK = {"free at run time": 0, "with predictors": None, "distilled": 0, "distilled, with predictors": None}
+METHODS = ("as is", *MAX_RANK)
+PUBLISHED = (
+    "Published figures beside it: Sync-Point Drop (arXiv 2502.20727), LLaMA2-70B on 8 GPUs over a 10 GB/s link: 70 % "
+    "of the attention syncs dropped without training cost 0.94 points and save 19.7 % of the latency; 75 % of its "
+    "blocks are insensitive; LLaMA2-7B with all of them dropped loses more than 5 points. Affinity-aware sharding "
+    "(arXiv 2609.13846), Qwen3-0.6B on 4 devices, both syncs of every block delayed, 33M tokens of training: KL 0.265."
+)
+
+
+class Table:
+    """Makes the rows: one model, its texts and tasks, and the dense model's answers, computed once."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.source = args, locate(str(args.model))
+        self.config, self.tokenizer = read_config(self.source), load_tokenizer(self.source)
+        options = TextOptions(str(args.data), args.seq_len, args.seq_len, 10**6, args.measured, pack=True)
+        text = load_text(options, self.tokenizer)
+        self.sequences, self.measured = text.calibration[: args.sequences + args.judged], text.verification
+        second = TextOptions(str(args.second), args.seq_len, args.seq_len, args.measured, 1, pack=True)
+        self.second = load_text(second, self.tokenizer).calibration
+        self.suite: TaskSuite | None = None
+        self.dense: Outcome | None = None
+
+    def front(self) -> list[Drops]:
+        """Return, for every number of sync points, those that cost least by the profile, which is made if need be."""
+        path = RESULTS / f"{self.args.model.name}-tp{self.args.tp}-profile.json"
+        if path.exists():
+            profile = read(Profile, path)
+        else:
+            profile = spd_calib.profile(
+                str(self.args.model),
+                tp=self.args.tp,
+                data=str(self.args.data),
+                text=TextSelection(
+                    max_samples=32, verify_samples=self.args.measured, seq_len=self.args.seq_len, pack=True
+                ),
+                method="fisher",
+                run=RunOptions(device=self.args.device, dtype="float32", batch_size=self.args.batch),
+            )
+            write_text(path, dumps(profile))
+        budget = Budget(kind="drop", value=profile.model.num_blocks, strategies=["block_drop"])
+        return interactions_of(profile, candidates(profile, budget)).front()
+
+    def row(self, drops: Drops, share: float, method: str) -> dict:
+        """Return what is left of the loss when `drops` are treated by the method."""
+        args = self.args
+        model = PlannedModel(load_dense(self.source, self.config, device=args.device, dtype="float32"), args.tp, drops)
+        began, cpu, attempts = time.monotonic(), time.process_time(), []
+        if method != "as is":
+            attempts = self.recover(model, share, method)
+        seconds, cpu = time.monotonic() - began, time.process_time() - cpu
+        on_text = HeldOut(model, self.measured, batch_size=args.batch).measure().comparison()
+        on_second = HeldOut(model, self.second, batch_size=args.batch).measure().comparison()
+        added = sum(p.numel() for s in model.students.values() if s.predictors for p in s.predictors[0].parameters())
+        planned_drops = model.drops
+        return {
+            "method": method, "share": share, "dropped": len(drops), "blocks": drops.blocks("attention"),
+            "sequences": len(self.sequences) - args.judged,
+            "steps": args.steps if "distilled" in method else 0,
+            "text": _figures(on_text), "second": _figures(on_second),
+            "predictor_weights_a_rank": added, "seconds": seconds, "cpu_seconds": cpu,
+            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            "tasks": self.on_tasks(TensorParallelLM.simulated(model.restored(), args.tp), planned_drops),
+            "attempts": attempts,
+        }  # fmt: skip
+
+    def recover(self, model: PlannedModel, share: float, method: str) -> list:
+        """Treat the model's blocks by the method; one that trains takes over what was made without training."""
+        args = self.args
+        max_rank, distilled = MAX_RANK[method], method.startswith("distilled")
+        run = {"model": args.model.name, "share": share, "sequences": args.sequences, "max_rank": max_rank}
+        folder = ROOT / "runs" / "llm" / f"{args.model.name}-tp{args.tp}-{share:.2f}-{max_rank}-{args.sequences}"
+        with TensorJournal(folder, run) as journal:
+            report = recover(
+                model,
+                fitting=self.sequences[: -args.judged],
+                held_out=self.sequences[-args.judged :],
+                tiers=dict.fromkeys(model.students, "extremely sensitive"),
+                options=RecoveryOptions(
+                    methods=(*WITHOUT_TRAINING, *(("distillation",) if distilled else ())),
+                    max_rank=max_rank,
+                    exchange=0.0,
+                    batch_size=args.batch,
+                    block_schedule=Schedule(steps=0),
+                    whole_schedule=Schedule(steps=args.steps, rate=args.rate),
+                ),
+                journal=journal,
+                tick=lambda note: print(f"{100 * share:.0f} %, {method}: {note}", file=sys.stderr, flush=True),
+            )
+        return report.json()["attempts"]
+
+    @torch.no_grad()
+    def on_tasks(self, planned: TensorParallelLM, drops: Drops) -> dict:
+        """Return the accuracy of each task, dense and planned, and the paired difference with its error."""
+        args = self.args
+        if args.tasks is None:
+            return {}
+        with tempfile.TemporaryDirectory() as folder:
+            if self.suite is None or self.dense is None:
+                subprocess.run([sys.executable, str(args.tasks), folder], check=True)
+                names = sorted(path.stem for path in Path(folder).glob("*.yaml"))
+                options = EvalOptions(limit=args.limit)
+                self.suite = TaskSuite(names, Path(folder), options=options, tokenizer=self.tokenizer)
+                dense = load_dense(self.source, self.config, device=args.device, dtype="float32")
+                lm = TensorParallelLM.simulated(dense, args.tp)
+                with lm.running(NOTHING_DROPPED):
+                    self.dense = self.suite.run(lm, self.tokenizer)
+        with planned.running(drops):
+            found = self.suite.compare(self.dense, self.suite.run(planned, self.tokenizer))
+        return {
+            r.task: {
+                "dense": r.dense, "planned": r.planned, "difference": r.difference, "stderr": r.difference_stderr,
+                "documents": r.documents,
+            }
+            for r in found
+            if r.metric == "acc"
+        }  # fmt: skip
+
+
+def _figures(found: Comparison) -> dict:
+    return {
+        "kl": found.kl, "kl_stderr": found.kl_stderr, "ppl_increase": found.ppl_increase,
+        "ppl_increase_stderr": found.nll_increase_stderr, "accuracy_drop": found.accuracy_drop, "tokens": found.tokens,
+    }  # fmt: skip
+
+
+def lost(row: dict) -> tuple[float, float]:
+    """Return the mean accuracy lost over the tasks, in points, and its standard error."""
+    tasks = list(row["tasks"].values())
+    error = math.sqrt(sum(t["stderr"] ** 2 for t in tasks)) / len(tasks)
+    return -100 * sum(t["difference"] for t in tasks) / len(tasks), 100 * error
+
+
+def report(path: Path, command: str) -> str:
+    """Return the table of the rows as Markdown, and draw the figure beside it."""
+    document = json.loads(path.read_text())
+    rows = sorted(document["rows"], key=lambda r: (r["dropped"], METHODS.index(r["method"])))
+    tasks = list(rows[0]["tasks"])
+    lines = [
+        f"# What dropping attention syncs costs {document['model']}, TP {document['tp']}",
+        "",
+        f"    {command}",
+        "",
+        f"Measured on {document['measured']} sequences of {document['seq_len']} tokens of {document['data']} that "
+        f"nothing was fitted on, as many of {document['second']}, and the first {document['limit']} documents of each "
+        "task. Accuracy in points, the paired difference to the dense model. CPU seconds of one thread on a shared "
+        "machine; of a distilled row those of the training alone, where what comes before it had a row of its own.",
+        "",
+        "| dropped | method | KL | perplexity | KL, second text | perplexity, second text | "
+        + " | ".join(t.removesuffix("_part") for t in tasks)
+        + " | mean | weights added a rank | CPU s |",
+        "|" + "---|" * (9 + len(tasks)),
+    ]
+    for r in rows:
+        found = r["text"], r["second"]
+        lines.append(
+            f"| {r['dropped']} of {document['blocks']} | {r['method']}"
+            + (f" ({r['steps']} steps)" if r["steps"] else "")
+            + "".join(f" | {f['kl']:.3f} ± {f['kl_stderr']:.3f} | {100 * f['ppl_increase']:+.1f} %" for f in found)
+            + "".join(f" | {100 * t['difference']:+.1f} ± {100 * t['stderr']:.1f}" for t in r["tasks"].values())
+            + (f" | {-lost(r)[0]:+.1f} ± {lost(r)[1]:.1f}" if tasks else " | ")
+            + f" | {r['predictor_weights_a_rank']:,} | {r['cpu_seconds']:.0f} |"
+        )
+    fitted = sorted({r["sequences"] for r in rows if r["method"] != "as is"})
+    lines += ["", f"Fitted on {' and '.join(map(str, fitted))} sequences. {PUBLISHED}", ""]
+    if tasks:
+        draw(document, rows, path.with_suffix(".png"))
+        lines += [f"![Accuracy lost against attention syncs dropped]({path.stem}.png)", ""]
+    return "\n".join(lines)
+
+
+def draw(document: dict, rows: Sequence[dict], path: Path) -> None:
+    """Draw the accuracy lost against the share of syncs dropped, a line a method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    for method in METHODS:
+        own = [r for r in rows if r["method"] == method]
+        if not own:
+            continue
+        points = [(0.0, 0.0, 0.0), *((100 * r["dropped"] / document["blocks"], *lost(r)) for r in own)]
+        x, y, error = zip(*points, strict=True)
+        axes.errorbar(x, y, error, marker="o", capsize=3, label=method)
+    axes.axhline(1, color="grey", linewidth=0.8, linestyle="--")
+    axes.set_xlabel("attention syncs dropped (%)")
+    axes.set_ylabel("accuracy lost, mean of the tasks (points)")
+    axes.set_title(f"{document['model']}, TP {document['tp']}")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150, metadata={"Software": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--tp", type=int, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--second", type=Path, required=True, help="a text of another kind, to measure on")
+    parser.add_argument("--tasks", type=Path, help="a script that writes lm-eval tasks into the folder it is given")
+    parser.add_argument("--limit", type=int, default=100, help="documents of each task")
+    parser.add_argument("--shares", default="0.25,0.5,0.7,0.9,1", help="of the attention syncs, to drop")
+    parser.add_argument("--methods", default=";".join(METHODS), help="separated by semicolons")
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--sequences", type=int, default=72, help="to fit on")
+    parser.add_argument("--judged", type=int, default=8, help="sequences to judge the whole by")
+    parser.add_argument("--measured", type=int, default=16, help="the last sequences, to measure on")
+    parser.add_argument("--steps", type=int, default=400, help="of distillation")
+    parser.add_argument("--rate", type=float, default=0.0002, help="of distillation")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--report", action="store_true", help="write the table and the figure, make no rows")
+    args = parser.parse_args()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    path = RESULTS / f"{args.model.name}-tp{args.tp}-table.json"
+    if not args.report:
+        make_rows(args, path)
+    texts = f"--data ../shared/data/{args.data.name} --second ../shared/data/{args.second.name}"
+    command = (
+        f"python benchmarks/paper_table.py build/llms/{args.model.name} --tp {args.tp} {texts} "
+        "--tasks ../shared/tasks/make.py"
+    )
+    path.with_suffix(".md").write_text(report(path, command), encoding="utf-8")
+
+
+def make_rows(args: argparse.Namespace, path: Path) -> None:
+    """Add the rows asked for that are not there yet."""
+    table = Table(args)
+    front = table.front()
+    document = {
+        "model": args.model.name, "tp": args.tp, "blocks": len(front) - 1, "data": args.data.name,
+        "data_sha256": sha256_of(args.data), "second": args.second.name, "seq_len": args.seq_len,
+        "measured": args.measured, "limit": args.limit, "versions": versions(), "rows": [],
+    }  # fmt: skip
+    if path.exists():
+        found = json.loads(path.read_text())
+        if differing := [k for k in document if k not in ("rows", "versions") and document[k] != found[k]]:
+            sys.exit(f"{path} was made with another `{differing[0]}`; move it away first")
+        document["rows"] = found["rows"]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for method in args.methods.split(";"):
+        for share in map(float, args.shares.split(",")):
+            drops = front[round(share * (len(front) - 1))]
+            wanted = (method, len(drops), 0 if method == "as is" else args.sequences)
+            if wanted in [
+                (r["method"], r["dropped"], 0 if r["method"] == "as is" else r["sequences"]) for r in document["rows"]
+            ]:
+                continue
+            document["rows"].append(table.row(drops, share, method))
+            path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
