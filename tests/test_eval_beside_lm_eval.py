@@ -256,11 +256,13 @@ def killed_after(requests: int):
 
 
 def counted(monkeypatch) -> list[int]:
-    """The number of sequences in every forward of a model by lm-eval from now on."""
+    """The number of sequences in every forward of a model by lm-eval from now on, or of rows with one context."""
     from lm_eval.models.huggingface import HFLM
 
+    from spd_calib.evaluation.shared_contexts import _Sharing
+
     seen: list[int] = []
-    call, generate = HFLM._model_call, HFLM._model_generate
+    call, generate, answered = HFLM._model_call, HFLM._model_generate, _Sharing._answered
 
     def counting_call(self, inps, *args, **kwargs):
         seen.append(len(inps))
@@ -270,6 +272,11 @@ def counted(monkeypatch) -> list[int]:
         seen.append(len(context))
         return generate(self, context, *args, **kwargs)
 
+    def counting_answered(self, rows):
+        seen.append(len(rows))
+        return answered(self, rows)
+
+    monkeypatch.setattr(_Sharing, "_answered", counting_answered)
     monkeypatch.setattr(HFLM, "_model_call", counting_call)
     monkeypatch.setattr(HFLM, "_model_generate", counting_generate)
     return seen

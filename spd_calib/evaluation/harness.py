@@ -22,6 +22,7 @@ from .options import EvalOptions
 from .portions import Kept, keep_answers
 from .quiet import drawing_from, quiet, random_state, running, watching_truncation
 from .scores import Key, Score, compare, group_scores, paired_stderr, task_scores
+from .shared_contexts import share_contexts
 from .tasks import load_tasks
 
 Note = Callable[[str], None]  # told, in words, how far a run is
@@ -100,6 +101,7 @@ class TaskSuite:
                 max_batch_size=options.max_batch_size,
                 **options.model_args,
             )
+            share_contexts(model, step=step)
             keep_answers(model, kept, warnings=long, step=step)
             documents = self.loaded.documents
             which = {"samples": documents} if documents else {"limit": options.limit}
