@@ -6,14 +6,37 @@ Starting a process costs far more here than starting an engine, so the tests of 
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
+from vllm.model_executor.layers import linear
+from vllm.model_executor.layers.utils import default_unquantized_gemm
 from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
 from spd_calib.formats.drops import NOTHING_DROPPED
 from spd_calib.runtimes.vllm.engine import start
+from spd_calib.runtimes.vllm.projections import Projection
 
 distributed_args = ExecutorWithExternalLauncher._distributed_args
+
+
+@contextmanager
+def as_on_a_gpu(run: dict) -> Iterator[None]:
+    """Have vLLM leave weights unpacked, and torch multiply by them, while this lasts; then say what was in place."""
+    in_place, onto = set(), Projection.onto
+
+    def recorded(self, p, z):
+        if p is not None:
+            in_place.add(self.in_place)
+        return onto(self, p, z)
+
+    by_torch = patch.object(linear, "dispatch_unquantized_gemm", lambda _: default_unquantized_gemm)
+    unpacked = patch.object(linear.UnquantizedLinearMethod, "process_weights_after_loading", lambda *_: None)
+    with by_torch, unpacked, patch.object(Projection, "onto", recorded):
+        yield
+    run["in_place"] = sorted(in_place)
 
 
 def main(jobs: Path, out: Path) -> None:
@@ -24,8 +47,12 @@ def main(jobs: Path, out: Path) -> None:
         ExecutorWithExternalLauncher._distributed_args = lambda self, place=place: (place, *distributed_args(self)[1:])
         options = {"distributed_executor_backend": "external_launcher", "max_num_seqs": 8}
         try:
-            with start(Path(job["folder"]), tp=2, max_length=64, plan=Path(job["plan"]), **options) as engine:
-                run = {"vocabulary": [[part.start, part.stop] for part in engine.vocabulary()]}
+            run: dict = {}
+            with (
+                as_on_a_gpu(run) if job["as_on_a_gpu"] else nullcontext(),
+                start(Path(job["folder"]), tp=2, max_length=64, plan=Path(job["plan"]), **options) as engine,
+            ):
+                run["vocabulary"] = [[part.start, part.stop] for part in engine.vocabulary()]
                 run["planned"] = engine.observe(job["prompts"], new_tokens=job["new"]).model_dump()
                 engine.set(NOTHING_DROPPED)
                 run["dense"] = engine.observe(job["prompts"], new_tokens=job["new"]).model_dump()

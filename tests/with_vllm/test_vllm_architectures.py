@@ -25,19 +25,24 @@ ATTENTION, MLP, KINDS = [D, P, K, D], [D, K, D, K], ["low_rank", None, None, "fu
 ALL_REDUCES = 4  # of 9: three attention sync points are dropped, and two MLPs'
 FAMILIES = ("ernie4_5", "phi3", "nemotron", "granite", "hyperclovax", "stablelm")
 FAMILIES += ("smollm3", "seed_oss", "hunyuan", "cwm", "starcoder2", "arcee")
+AS_ON_A_GPU = ("llama_bias", "granite")
+"""Run a second time with weights that lie open, as on a GPU: what is owed is then added to within the products."""
+JOBS = {**{name: (name, False) for name in FAMILIES}, **{f"{name}-in-place": (name, True) for name in AS_ON_A_GPU}}
+"""Name -> family, and whether as on a GPU."""
 PROMPTS = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (21, 9)]
 NEW = 4
 
 
 @pytest.fixture(scope="module")
 def engines(folder_of, tmp_path_factory):
-    """What an engine of each family did, rank by rank: {"planned", "dense", "vocabulary"} or {"error"}."""
+    """What the engine of each job did, rank by rank: {"planned", "dense", "vocabulary"} or {"error"}."""
     place = tmp_path_factory.mktemp("engines")
     jobs = {}
-    for family in FAMILIES:
-        (place / family).mkdir()
-        plan = write_plan(place / family / "plan.json", folder_of(family), 2, ATTENTION, MLP, KINDS)
-        jobs[family] = {"folder": str(folder_of(family)), "plan": str(plan), "prompts": PROMPTS, "new": NEW}
+    for name, (family, gpu) in JOBS.items():
+        (place / name).mkdir()
+        plan = write_plan(place / name / "plan.json", folder_of(family), 2, ATTENTION, MLP, KINDS)
+        jobs[name] = {"folder": str(folder_of(family)), "plan": str(plan), "prompts": PROMPTS, "new": NEW}
+        jobs[name]["as_on_a_gpu"] = gpu
     (place / "jobs.json").write_text(json.dumps(jobs))
     script = Path(__file__).with_name("rank_of_engines.py")
     with vllm_environment(2), (place / "log").open("w") as log:
@@ -58,13 +63,14 @@ def engines(folder_of, tmp_path_factory):
             process.kill()
     assert codes == [0, 0], (place / "log").read_text()[-3000:]
     ranks = [json.loads((place / f"{rank}.json").read_text()) for rank in range(2)]
-    return {family: (jobs[family]["plan"], [rank[family] for rank in ranks]) for family in FAMILIES}
+    return {name: (jobs[name]["plan"], [rank[name] for rank in ranks]) for name in JOBS}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_an_architecture_runs_its_plan(engines, family):
-    path, ranks = engines[family]
+@pytest.mark.parametrize("name", JOBS)
+def test_an_architecture_runs_its_plan(engines, name):
+    (path, ranks), (family, gpu) = engines[name], JOBS[name]
     assert all("error" not in rank for rank in ranks), ranks
+    assert [rank.get("in_place") for rank in ranks] == 2 * [[True] if gpu else None]
     lm = TensorParallelLM.simulated(build(family), 2)
     lm.head.cut_at([slice(*rank["vocabulary"][0]) for rank in ranks])  # vLLM pads the vocabulary before it cuts it
     planned, dense = (_observed(ranks, kind) for kind in ("planned", "dense"))

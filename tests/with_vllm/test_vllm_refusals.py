@@ -279,7 +279,7 @@ def unbuilt_llama(blocks: int):
     from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 
     def linear():
-        return unbuilt(RowParallelLinear, bias=None, reduce_results=True, skip_bias_add=False, input_is_parallel=True)
+        return unbuilt(RowParallelLinear, input_is_parallel=True, return_bias=True, quant_method=None)
 
     plain = torch.nn.Identity
     layers = torch.nn.ModuleList(
@@ -320,14 +320,14 @@ def test_what_apply_set_it_takes_back():
     ):
         apply(model, drops)
         assert [i for i, layer in enumerate(layers) if "forward" in vars(layer)] == planned
-        assert [i for i, layer in enumerate(layers) if not layer.mlp.down_proj.reduce_results] == planned
+        assert [i for i, layer in enumerate(layers) if "forward" in vars(layer.mlp.down_proj)] == planned
 
 
-@pytest.mark.parametrize("wrapped", ["layer", "o_proj"])
+@pytest.mark.parametrize("wrapped", ["layer", "o_proj", "down_proj"])
 def test_a_forward_that_somebody_else_wrapped_is_not_thrown_away(wrapped):
     """As vLLM's weight offloading does, which would then read weights that are not there."""
     model, layers = unbuilt_llama(3)
-    module = layers[2] if wrapped == "layer" else layers[2].self_attn.o_proj
+    module = {"layer": layers[2], "o_proj": layers[2].self_attn.o_proj, "down_proj": layers[2].mlp.down_proj}[wrapped]
     own = module.forward = lambda *args, **kwargs: None
     for drops in (Drops.of_blocks([D, K, K]), Drops.of_blocks([K, K, D]), NOTHING_DROPPED):
         with pytest.raises(InputError, match="has wrapped the forward of block 2's") as e:

@@ -14,6 +14,7 @@ from spd_calib.errors import InputError
 from spd_calib.models.layer_names import LAYERS
 
 from .forwards import Parts, fused, granite, opt, transformers_layer, unfused, with_unused_residual
+from .projections import open_projection
 
 BACKEND = "TransformersForCausalLM"
 """vLLM's class for models whose layers are transformers' own."""
@@ -23,7 +24,7 @@ BACKEND = "TransformersForCausalLM"
 class LayerForm:
     """The classes of an architecture's model and of its layers, with their modules, and the paths of a layer's parts.
 
-    `planned(layer, parts, attention=, mlp=, owes=)` gives the forward that takes the place of the layer's own.
+    `planned(layer, parts, planned)` gives the forward that takes the place of the layer's own.
     """
 
     model: str
@@ -41,7 +42,8 @@ class LayerForm:
     def parts(self, layer: nn.Module) -> Parts:
         """Return the parts of a layer of this form."""
         norm1, norm2, o, down = map(layer.get_submodule, (self.norm1, self.norm2, self.o, self.down))
-        return Parts(norm1, norm2, o, down, float(getattr(layer, self.scale)) if self.scale else 1.0)
+        scale = float(getattr(layer, self.scale)) if self.scale else 1.0
+        return Parts(norm1, norm2, open_projection(o, scale), open_projection(down, scale))
 
 
 def _form(model: str, layer: str, planned: Callable[..., Callable], **names: Any) -> LayerForm:

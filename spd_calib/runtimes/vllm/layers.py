@@ -10,7 +10,8 @@ from spd_calib.formats.drops import Drop, Drops, Point
 from spd_calib.models.predictor import Predictor, check_predictors
 
 from .forms import find
-from .forwards import KEEP, predicting
+from .forwards import KEEP, Planned
+from .projections import ending_before
 
 
 def apply(model: nn.Module, drops: Drops) -> None:
@@ -26,7 +27,7 @@ def apply(model: nn.Module, drops: Drops) -> None:
     except ValueError as e:
         raise InputError(f"The plan does not fit the model that vLLM loaded: {e}.") from None
     for i, layer in enumerate(layers):
-        for module in (layer, layer.get_submodule(form.o)):
+        for module in (layer, *map(layer.get_submodule, (form.o, form.down))):
             _refuse_foreign_forward(module, i)
     predictors = {
         point.block: fitted(layers[point.block].get_submodule(form.o), drops.at(point), block=point.block)
@@ -37,11 +38,10 @@ def apply(model: nn.Module, drops: Drops) -> None:
     for i, layer in enumerate(layers):
         attention, mlp = drops.at(Point(i, "attention")), drops.at(Point(i, "mlp"))
         dense = attention.strategy == mlp.strategy == KEEP and not owes
-        parts = form.parts(layer)
-        for linear in (parts.o, parts.down):
-            linear.reduce_results, linear.skip_bias_add = dense, not dense
-        _set_forward(parts.o, predicting(parts.o, predictors[i], scale=parts.scale) if i in predictors else None)
-        _set_forward(layer, None if dense else form.planned(layer, parts, attention=attention, mlp=mlp, owes=owes))
+        for linear in map(layer.get_submodule, (form.o, form.down)):
+            _set_forward(linear, None if dense else ending_before(linear))
+        planned = Planned(attention, mlp, predictors.get(i), owes=owes)
+        _set_forward(layer, None if dense else form.planned(layer, form.parts(layer), planned))
         owes = mlp.strategy != KEEP
 
 

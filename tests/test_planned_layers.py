@@ -1,0 +1,167 @@
+"""vLLM's planned layers, compiled: what they compute, and that a dropped sync point leaves no kernel behind.
+
+The layers are stand-ins with the parts of vLLM's own; attention and all-reduce are operators that no compiler sees
+into, as in vLLM. tests/with_vllm runs the same forwards in vLLM.
+"""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spd_calib.formats.drops import Drop, Strategy
+from spd_calib.runtimes.vllm import projections
+from spd_calib.runtimes.vllm.forwards import Parts, Planned, fused
+from spd_calib.runtimes.vllm.projections import Projection, ending_before
+
+K, D, P = (Drop(s) for s in (Strategy.KEEP_SYNC, Strategy.BLOCK_DROP, Strategy.PLAIN_DROP))
+D_MODEL, HEADS, NEURONS, TOKENS = 32, 16, 48, 5
+KERNEL = re.compile(r"^ +(?:\w+ = )?(cpp_fused\w*|extern_kernels\.\w+|torch\.ops\.[\w.]+?)(?:\.default)?\(", re.M)
+
+
+@torch.library.custom_op("spd_calib_tests::all_reduce", mutates_args=())
+def all_reduce(partial: Tensor) -> Tensor:
+    return 2 * partial  # as if another rank had the same
+
+
+@torch.library.custom_op("spd_calib_tests::attention", mutates_args=())
+def attention(u: Tensor) -> Tensor:
+    return u[:, :HEADS].cumsum(0)
+
+
+all_reduce.register_fake(torch.empty_like)
+attention.register_fake(lambda u: u.new_empty(u.shape[0], HEADS))
+
+
+class Norm(nn.Module):
+    """vLLM's: with a residual it gives the norm of the sum, and the sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(D_MODEL) + 0.5)
+
+    def forward(self, x, residual=None):
+        total = x if residual is None else x + residual
+        normed = self.weight * total * (total.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        return normed if residual is None else (normed, total)
+
+
+class Linear(nn.Module):
+    """What is used of vLLM's RowParallelLinear; this is rank 0 of 2."""
+
+    return_bias, params_dtype, tp_rank = True, torch.float32, 0
+
+    def __init__(self, inputs: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(D_MODEL, inputs) / inputs**0.5)
+        self.bias = nn.Parameter(torch.randn(D_MODEL)) if bias else None
+        self.quant_method = SimpleNamespace(apply=lambda linear, z, b: nn.functional.linear(z, linear.weight, b))
+
+    def forward(self, z):
+        return all_reduce(self.quant_method.apply(self, z, self.bias)), None
+
+
+class Layer(nn.Module):
+    def __init__(self, bias: bool):
+        super().__init__()
+        self.norm1, self.norm2 = Norm(), Norm()
+        self.o, self.down = Linear(HEADS, bias), Linear(NEURONS, bias)
+        self.up = nn.Linear(D_MODEL, NEURONS, bias=False)
+
+    def self_attn(self, positions, hidden_states):
+        return self.o(attention(hidden_states))[0]
+
+    def mlp(self, u):
+        return self.down(torch.relu(self.up(u)))[0]
+
+    def forward(self, positions, hidden_states, residual):
+        """As vLLM's own."""
+        u, x = self.norm1(hidden_states, residual)
+        u, x = self.norm2(self.self_attn(positions, u), x)
+        return self.mlp(u), x
+
+
+class Layers(nn.Module):
+    """Layers of which each runs its part of a plan, its own forward where that is None; and the last norm."""
+
+    def __init__(self, plan, *, bias: bool, in_place: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.norm, owes = nn.ModuleList(Layer(bias) for _ in plan), Norm(), False
+        for layer, drops in zip(self.layers, plan, strict=True):
+            if drops is None:
+                continue
+            parts = Parts(
+                layer.norm1, layer.norm2, *(Projection(part, in_place=in_place) for part in (layer.o, layer.down))
+            )
+            for part in (layer.o, layer.down):
+                part.forward = ending_before(part)
+            layer.forward = fused(layer, parts, Planned(*drops, owes=owes))
+            owes = drops[1] is not K
+
+    def forward(self, hidden, residual):
+        for layer in self.layers:
+            hidden, residual = layer(None, hidden, residual)
+        return self.norm(hidden, residual)[0]
+
+
+@pytest.fixture(autouse=True)
+def two_ranks(monkeypatch):
+    monkeypatch.setattr(projections, "_all_reduce", all_reduce)
+    torch.compiler.reset()
+
+
+def streams():
+    return torch.randn(2, TOKENS, D_MODEL, generator=torch.Generator().manual_seed(1)).unbind()
+
+
+def kernels(model) -> list[str]:
+    """The kernels that a compiled forward calls, in order."""
+    from torch._inductor import config
+    from torch._inductor.utils import run_and_get_code
+
+    with torch.no_grad(), config.patch(enable_auto_functionalized_v2=False):  # as vLLM compiles
+        _, (code,) = run_and_get_code(torch.compile(model, fullgraph=True), *streams())
+    return KERNEL.findall(code[code.index("def call(") :])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_dropped_sync_point_leaves_no_kernel_behind(bias):
+    """Where an engine has one kernel for an all-reduce and the norm behind it, a dropped one leaves the norm alone."""
+    kept, dropped = (kernels(Layers([own] * 2, bias=bias, in_place=True)) for own in (None, (D, K)))
+    assert [sum("all_reduce" in name for name in found) for found in (kept, dropped)] == [4, 2]
+    assert len(dropped) == len(kept) - 2, (kept, dropped)
+    assert dropped.count("torch.ops.spd_calib.add_product_") == 2
+    assert "extern_kernels.addmm" not in dropped  # which copies the debt before it adds to it
+
+
+@pytest.mark.parametrize("plan", [[(D, K)] * 2, [(D, D), (K, K)]])
+def test_what_is_reduced_goes_straight_into_a_norm(plan):
+    """As vLLM's kernel for both wants it: no bias in between."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    with torch.no_grad():
+        torch.compile(Layers(plan, bias=True, in_place=True), backend=keep, fullgraph=True)(*streams())
+    reduced = [node for node in graphs[0].graph.nodes if "all_reduce" in str(node.target)]
+    assert len(reduced) == 2
+    for node in reduced:
+        (norm,) = node.users
+        assert [tuple(given.meta["example_value"].shape) for given in norm.args] == [(TOKENS, D_MODEL)] * 2
+
+
+@pytest.mark.parametrize("plan", [[(D, K)] * 2, [(D, D), (K, K)], [(P, D), (P, K)], [(K, D), (D, K)], [(D, D), (D, K)]])
+@pytest.mark.parametrize("bias", [False, True])
+def test_in_place_is_the_same_sum(plan, bias):
+    given = streams()
+    with torch.inference_mode():
+        plain = Layers(plan, bias=bias, in_place=False)(*given)
+        in_place = Layers(plan, bias=bias, in_place=True)
+        torch.testing.assert_close(in_place(*given), plain)
+        torch.testing.assert_close(torch.compile(in_place, fullgraph=True)(*given), plain)
+    torch.testing.assert_close(given, streams())  # nobody's tensor but their own was written to
