@@ -14,6 +14,7 @@ from spd_calib.formats.common import ModelRef, Provenance, TensorParallel
 from spd_calib.formats.files import dumps
 from spd_calib.formats.hardware import Collective, Hardware, TimedStep, Timing
 from spd_calib.formats.machine import AllReduce, Machine
+from spd_calib.formats.plan import Compensation, RouterPredictor
 from spd_calib.planning.latency import LatencyModel, Step
 from spd_calib.planning.machine_latency import ATTAINED, as_measured, held_against, on_machine
 from spd_calib.planning.machine_tables import COLUMNS, interpolate, load, shipped
@@ -95,13 +96,30 @@ def test_a_rank_holds_a_whole_kv_head_where_there_are_more_ranks():
 
 
 def test_the_weights_of_predictors_counted_one_by_one():
-    """Width 5, 4 heads of 3 over 2 ranks: a rank's head outputs are 6 values; a mean, rank 2, a full one."""
+    """Width 5, 4 heads of 3 over 2 ranks: a rank's head outputs are 6 values; a mean, rank 2, a full one.
+
+    Then a router's, of rank 3 and of none, which reads 5 values, and a scale and a mean behind an MLP.
+    """
     sizes = SimpleNamespace(counts=SimpleNamespace(heads=4, head_dim=3), width=5)
-    forms = [("mean", 0), ("low_rank", 2), ("full", 0), None]
-    made = [f and SimpleNamespace(kind=f[0], rank=f[1], scaled=False) for f in forms]
-    blocks = [SimpleNamespace(compensation=c, router=None) for c in made]
+
+    def block(index: int, **forms) -> SimpleNamespace:
+        return SimpleNamespace(
+            index=index, **({"compensation": None, "router": None, "mlp_compensation": None} | forms)
+        )
+
+    forms = [
+        Compensation(kind="mean", rank=0),
+        Compensation(kind="low_rank", rank=2),
+        Compensation(kind="full", rank=0),
+    ]
+    blocks = [block(i, compensation=form) for i, form in enumerate([*forms, None])]
+    blocks += [
+        block(i, router=RouterPredictor(kind=k, rank=r)) for i, (k, r) in ((4, ("low_rank", 3)), (5, ("zero", 0)))
+    ]
+    blocks.append(block(6, mlp_compensation=Compensation(kind="mean", rank=0, scaled=True)))
     plan = SimpleNamespace(tensor_parallel=SimpleNamespace(size=2), blocks=blocks)
-    assert predictor_weights(plan, sizes) == 5 + (6 * 2 + 2 * 5 + 5) + (6 * 5 + 5)
+    of_attentions = 5 + (6 * 2 + 2 * 5 + 5) + (6 * 5 + 5)
+    assert predictor_weights(plan, sizes) == of_attentions + (5 * 3 + 3 * 5 + 5) + (5 + 5)
 
 
 def test_interpolation_is_straight_in_log_log_and_honest_outside():

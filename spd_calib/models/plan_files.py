@@ -91,7 +91,7 @@ def _read_predictors(plan: Plan, plan_path: Path, *, path: Path, file: Any, rank
     """Return what the open safetensors file holds for `ranks`; every name in it must be one of the plan's."""
     names = set(file.keys())
     found: OfPoints = {}
-    for point, owners, form in _forms(plan):
+    for point, owners, form in predictor_forms(plan):
         for owner in owners:
             shapes = predictor_shapes(form.kind, 1, d_rank=1, d=1, scaled=form.scaled)
             named = {p: _tensor_name(point, owner=owner, part=p) for p in shapes}
@@ -113,7 +113,7 @@ def _read_predictors(plan: Plan, plan_path: Path, *, path: Path, file: Any, rank
     return found
 
 
-def _forms(plan: Plan) -> Iterator[tuple[Point, Sequence[Owner], Compensation]]:
+def predictor_forms(plan: Plan) -> Iterator[tuple[Point, Sequence[Owner], Compensation]]:
     """Yield the sync points whose drops have predictors, whose these are, and their form."""
     ranks = range(plan.tensor_parallel.size)
     for block in plan.blocks:

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from spd_calib.formats.plan import Plan
 from spd_calib.models.architecture import HeadCounts, LayerParts
+from spd_calib.models.plan_files import predictor_forms
 from spd_calib.models.predictor import predictor_shapes
 from spd_calib.models.probe import find_layers
 
@@ -88,14 +89,11 @@ def flops(sizes: ModelSizes, step: Step, *, tp: int) -> float:
 
 def predictor_weights(plan: Plan, sizes: ModelSizes) -> int:
     """Return the elements that the predictors of a recovered plan add to a rank, all blocks together."""
-    d_rank = sizes.counts.heads // plan.tensor_parallel.size * sizes.counts.head_dim
-    d = sizes.width
-    shapes = [
-        *(
-            predictor_shapes(c.kind, c.rank, d_rank=d_rank, d=d, scaled=c.scaled)
-            for b in plan.blocks
-            if (c := b.compensation)
-        ),
-        *(predictor_shapes(r.kind, r.rank, d_rank=d, d=d) for b in plan.blocks if (r := b.router) and r.kind != "zero"),
-    ]
-    return sum(math.prod(shape) for of_one in shapes for shape in of_one.values())
+    of_heads = sizes.counts.heads // plan.tensor_parallel.size * sizes.counts.head_dim
+    added = 0
+    for point, owners, form in predictor_forms(plan):
+        # an attention's read the rank's head outputs; a router's, and those of an MLP, a whole hidden state
+        d_rank = of_heads if point.sync_point == "attention" and "router" not in owners else sizes.width
+        shapes = predictor_shapes(form.kind, form.rank, d_rank=d_rank, d=sizes.width, scaled=form.scaled)
+        added += sum(map(math.prod, shapes.values()))
+    return added
