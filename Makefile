@@ -94,11 +94,15 @@ results: $(READY)
 	$(MAKE) pipeline RECIPE=recipes/stories260k/tp2.yaml
 	$(MAKE) pipeline RECIPE=recipes/stories260k/tp4.yaml
 
-# What recovery without training leaves of SmolLM2 135M, in results/llm/ (hours on two cores; goes on where it stopped).
+# What dropping attention syncs costs SmolLM2 135M and Gemma 3 270M, and what is won back, in results/llm/ (a day on two
+# cores; goes on where it stopped): the paper's table of each, and what every method without training leaves of SmolLM2.
+LLMS := build/llms
+TEXTS := --data ../shared/data/wikitext2-a.txt --second ../shared/data/tinystories-eval.jsonl
 llm: $(READY)
-	test -d build/llms/smollm2-135m || ../shared/models/real_llms.sh build/llms $(BIN)/python
-	$(BIN)/python benchmarks/recovery_llm.py build/llms/smollm2-135m --tp 3 --data ../shared/data/wikitext2-a.txt \
-	  --second ../shared/data/tinystories-eval.jsonl
+	test -d $(LLMS)/smollm2-135m || ../shared/models/real_llms.sh $(LLMS) $(BIN)/python
+	$(BIN)/python benchmarks/paper_table.py $(LLMS)/smollm2-135m --tp 3 $(TEXTS) --tasks ../shared/tasks/make.py
+	$(BIN)/python benchmarks/paper_table.py $(LLMS)/gemma3-270m --tp 4 $(TEXTS) --tasks ../shared/tasks/make.py
+	$(BIN)/python benchmarks/recovery_llm.py $(LLMS)/smollm2-135m --tp 3 $(TEXTS)
 
 # What dropped sync points save over a link with a delay; needs root, ip and /dev/net/tun, else loopback only.
 latency: $(READY)

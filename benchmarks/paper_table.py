@@ -26,6 +26,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from transformers import PreTrainedModel
 
 import spd_calib
 from spd_calib.api.options import RunOptions
@@ -46,6 +47,7 @@ from spd_calib.recovery.journal import TensorJournal
 from spd_calib.recovery.options import WITHOUT_TRAINING, RecoveryOptions
 from spd_calib.recovery.planned_model import PlannedModel
 from spd_calib.recovery.recover import recover
+from spd_calib.sensitivity.norm_estimates import fit_estimates
 from spd_calib.sensitivity.text import TextOptions, load_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,8 +73,17 @@ class Table:
         self.sequences, self.measured = text.calibration[: args.sequences + args.judged], text.verification
         second = TextOptions(str(args.second), args.seq_len, args.seq_len, args.measured, 1, pack=True)
         self.second = load_text(second, self.tokenizer).calibration
+        lm = TensorParallelLM.simulated(self.load(), args.tp)
+        self.estimates = fit_estimates(lm, self.sequences[:32], batch_size=args.batch)  # behind norms: none elsewhere
+        began, some = time.process_time(), self.sequences[: args.batch]
+        lm(torch.tensor(some))
+        self.forward_seconds = (time.process_time() - began) / len(some) * (len(self.sequences) - args.judged)
         self.suite: TaskSuite | None = None
         self.dense: Outcome | None = None
+
+    def load(self) -> PreTrainedModel:
+        """Return the dense model, in float32."""
+        return load_dense(self.source, self.config, device=self.args.device, dtype="float32")
 
     def front(self) -> list[Drops]:
         """Return, for every number of sync points, those that cost least by the profile, which is made if need be."""
@@ -97,7 +108,7 @@ class Table:
     def row(self, drops: Drops, share: float, method: str) -> dict:
         """Return what is left of the loss when `drops` are treated by the method."""
         args = self.args
-        model = PlannedModel(load_dense(self.source, self.config, device=args.device, dtype="float32"), args.tp, drops)
+        model = PlannedModel(self.load(), args.tp, drops | self.estimates.only(drops.points))
         began, cpu, attempts = time.monotonic(), time.process_time(), []
         if method != "as is":
             attempts = self.recover(model, share, method)
@@ -112,6 +123,7 @@ class Table:
             "steps": args.steps if "distilled" in method else 0,
             "text": _figures(on_text), "second": _figures(on_second),
             "predictor_weights_a_rank": added, "seconds": seconds, "cpu_seconds": cpu,
+            "forwards": cpu / self.forward_seconds,  # of the fitted text through the dense model, as long as that took
             "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "tasks": self.on_tasks(TensorParallelLM.simulated(model.restored(), args.tp), planned_drops),
             "attempts": attempts,
@@ -154,8 +166,7 @@ class Table:
                 names = sorted(path.stem for path in Path(folder).glob("*.yaml"))
                 options = EvalOptions(limit=args.limit)
                 self.suite = TaskSuite(names, Path(folder), options=options, tokenizer=self.tokenizer)
-                dense = load_dense(self.source, self.config, device=args.device, dtype="float32")
-                lm = TensorParallelLM.simulated(dense, args.tp)
+                lm = TensorParallelLM.simulated(self.load(), args.tp)
                 with lm.running(NOTHING_DROPPED):
                     self.dense = self.suite.run(lm, self.tokenizer)
         with planned.running(drops):
