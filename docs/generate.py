@@ -65,6 +65,7 @@ def architectures_page() -> str:
     for row in LAYERS.values():
         form = [_form(row)]
         form += ["q, k and v in one layer"] if len(row.qkv) == 1 else []
+        form += ["latent attention"] if row.latents else []
         form += ["mixture of experts"] if row.experts else []
         form += ["gate and up in one layer"] if any("gate_up" in name for name in row.mlp_in) else []
         for name in row.classes:

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import experts
+import latent
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -80,6 +81,7 @@ NAMES: dict[str, dict] = {
     "nemotron": ARCEE_NAMES,
     "stablelm": LLAMA_NAMES,
     "cwm": LLAMA_NAMES,
+    "minicpm3": LLAMA_NAMES,
     "granite": LLAMA_NAMES,
     "hyperclovax": {**LLAMA_NAMES, "behind_attention": "post_norm1", "behind_mlp": "post_norm2"},
     "gemma2": SANDWICH_NAMES,
@@ -97,6 +99,9 @@ NAMES: dict[str, dict] = {
     "ernie4_5_moe": LLAMA_NAMES,
     "granitemoe": LLAMA_NAMES,
     "glm4_moe": LLAMA_NAMES,
+    "gpt_oss": LLAMA_NAMES,
+    "deepseek_v3": LLAMA_NAMES,
+    "deepseek_v2": LLAMA_NAMES,
 }
 """Model type -> what the parts are called in its state dict; `gate` is None where the MLP has no gate."""
 
@@ -142,6 +147,8 @@ def logits(
             out[row, real, words] = streams[rank] @ head[words].T
     if config.model_type in ("granite", "granitemoe"):
         out = out / config.logits_scaling
+    if config.model_type == "minicpm3":
+        out = out * config.dim_model_base / config.hidden_size
     if getattr(config, "final_logit_softcapping", None) is not None:
         out = config.final_logit_softcapping * (out / config.final_logit_softcapping).tanh()
     return out
@@ -202,13 +209,15 @@ def _streams(
             ("n2", "down", "behind_mlp", mlp_strategies[block]),
         ):
             norm_behind = names[behind] if f"{names.get(behind)}.weight" in part else None
-            branch = _branch(part, config, names[linear] + ".bias", norm_behind)
+            added = part.get(names[linear] + ".bias", torch.zeros_like(x))
             if linear == "down" and experts.are_in(part):
                 expected = torch.zeros_like(x)
                 if block in routers:
                     slope, bias = routers[block]
                     expected = shared_before @ slope + bias
                 routed = experts.choose(part, config, _norm(part, config, names["n2"], x + expected))
+                added = experts.bias(part, x, routed)
+            branch = _branch(part, config, added, norm_behind)
             shares, reads = [], []
             for rank in range(tp):
                 read = x + w[rank] + p[rank] + sum(through(owed[rank]) for owed, through in late)
@@ -216,7 +225,9 @@ def _streams(
                     read = _norm(part, config, names[norm], read)
                 reads.append(read)
             for rank, read in enumerate(reads):
-                if linear == "o":
+                if linear == "o" and "self_attn.kv_b_proj.weight" in part:
+                    shares.append(latent.attention(part, config, rank, tp, read))
+                elif linear == "o":
                     shares.append(_attention(part, config, block, rank, tp, reads))
                 elif routed is not None:
                     shares.append(experts.partial(part, config, rank, tp, read, routed))
@@ -248,13 +259,15 @@ Late = tuple[list[Tensor], Callable[[Tensor], Tensor]]
 """What every rank owes of one sub-layer, and what the sum of it becomes before it is added to the stream."""
 
 
-def _branch(part: dict[str, Tensor], config: PreTrainedConfig, bias: str, norm: str | None) -> Callable:
+def _branch(part: dict[str, Tensor], config: PreTrainedConfig, bias: Tensor, norm: str | None) -> Callable:
     """What a sub-layer's output, its bias left out, becomes before it is added: + bias, normed, scaled."""
 
     def through(out: Tensor) -> Tensor:
-        out = out + part.get(bias, torch.zeros_like(out))
+        out = out + bias
         if norm is not None:
             out = _norm(part, config, norm, out)
+        if config.model_type == "minicpm3":
+            return out * config.scale_depth / math.sqrt(config.num_hidden_layers)
         return out * config.residual_multiplier if config.model_type in SCALED else out
 
     return through
@@ -291,6 +304,8 @@ def _embed(weights: dict[str, Tensor], config: PreTrainedConfig, ids: Tensor) ->
         x = x * float(torch.tensor(config.hidden_size**0.5))  # rounded to float32, as transformers has it
     if config.model_type in SCALED:
         x = x * config.embedding_multiplier
+    if config.model_type == "minicpm3":
+        x = x * config.scale_emb
     if config.model_type == "opt":
         places = weights["model.decoder.embed_positions.weight"]
         x = x + torch.stack([places[t + 2] for t in range(len(ids))])  # OPT's first two rows are for nobody
@@ -355,8 +370,11 @@ def _attention(
             scores = k[first : t + 1] @ q[t] * times
             if config.model_type == "gemma2" and config.attn_logit_softcapping is not None:
                 scores = config.attn_logit_softcapping * (scores / config.attn_logit_softcapping).tanh()
+            of_sink = 0.0
+            if "self_attn.sinks" in part:  # a head may look at nothing
+                of_sink = (part["self_attn.sinks"][head] - scores.max()).exp()
             shares = (scores - scores.max()).exp()
-            seen.append((shares / shares.sum()) @ v[first : t + 1])
+            seen.append((shares / (shares.sum() + of_sink)) @ v[first : t + 1])
         total = total + torch.stack(seen) @ part[names["o"] + ".weight"][:, head * size : (head + 1) * size].T
     return total
 

@@ -20,7 +20,7 @@ DROPS = {
 """Name -> strategies of attention, strategies of the MLP."""
 
 MODELS: dict[str, tuple[str, dict]] = {
-    **{f"{family}-kv2": (family, {"kv_heads": 2}) for family in tiny.SUPPORTED},
+    **{f"{family}-kv2": (family, {"kv_heads": 2}) for family in tiny.SUPPORTED if family != "minicpm3"},
     **{f"{family}-kv8": (family, {"kv_heads": 8}) for family in tiny.SUPPORTED if family != "opt"},
     "qwen2-some-windows": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),

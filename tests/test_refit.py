@@ -85,10 +85,11 @@ def test_the_maps_are_regressions_on_raw_activations(one_ridge, family: str, wei
     refit.refit_attention(student, feed, cost=cost)
     by = weights(rows["dense"], rows["dense"])
     for name in ("q", "k", "v"):
-        expected, bias = moved(rows["attention"], rows["attention should"], getattr(old, name).weight.double(), by)
-        assert torch.allclose(getattr(student.parts, name).weight.double(), expected, atol=1e-5)
+        new, before = student.parts.reading[name], old.reading[name]
+        expected, bias = moved(rows["attention"], rows["attention should"], before.weight.double(), by)
+        assert torch.allclose(new.weight.double(), expected, atol=1e-5)
         if family == "opt":
-            assert torch.allclose(getattr(student.parts, name).bias.double(), getattr(old, name).bias + bias, atol=1e-5)
+            assert torch.allclose(new.bias.double(), before.bias + bias, atol=1e-5)
     student = model.students[1].copy()
     detail = refit.refit_mlp_inputs(student, feed, cost=cost)
     assert all(0 < fit["left"] < 1 for fit in detail.values())
@@ -182,7 +183,7 @@ def test_each_rank_keeps_rows_of_its_own(family: str, tp: int) -> None:
     refit.refit_mlp_inputs(student, feed)
     refit.refit_down(student, feed)
     assert refit.output_error(student, feed, feed.choosing) < error
-    assert not torch.equal(student.parts.q.weight, before.parts.q.weight)
+    assert not torch.equal(student.parts.by_head[0].weight, before.parts.by_head[0].weight)
     assert not torch.equal(student.parts.down.weight, before.parts.down.weight)
     for shared in ("norm1", "norm2"):
         one, two = (getattr(s.parts, shared).state_dict() for s in (before, student))

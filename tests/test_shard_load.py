@@ -37,7 +37,7 @@ def test_a_rank_holds_its_slices_of_the_dense_weights(family, tp, tmp_path):
             assert torch.equal(parameter, owned(whole, *own.get(name, ()))), name
         for parts in find_layers(dense):  # the table that cuts is the one that the simulation views through
             slices = RankSlices.of(HeadCounts.of(parts), rank, tp)
-            assert len(linear_slices(parts, slices)) == len(parts.linears)
+            assert len(linear_slices(parts, slices)) == len(parts.linears) - len(parts.latents)
         for name, buffer in dense.named_buffers():
             assert torch.equal(model.get_buffer(name), buffer), name
         head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight

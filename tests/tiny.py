@@ -129,6 +129,18 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "olmo3": ("olmo3", {"sliding_window": 5}),  # every fourth block without a window
     "phi3": ("phi3", {"sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}),
     "glm": ("glm", {"head_dim": 8, "attention_bias": True}),
+    "minicpm3": (  # latent attention; branches, embeddings and logits are scaled
+        "minicpm3",
+        {
+            "kv_heads": 8,
+            "q_lora_rank": 24,
+            "kv_lora_rank": 20,
+            "qk_nope_head_dim": 6,
+            "qk_rope_head_dim": 4,
+            "scale_emb": 2.0,
+            "dim_model_base": 32,
+        },
+    ),
     "cwm": (
         "cwm",  # block 0 sees everything, the others a window
         {"head_dim": 8, "sliding_window": 5, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
@@ -142,6 +154,20 @@ NORMS_AND_SCALE = {"use_post_norm": True, "attention_bias": True, "mlp_bias": Tr
 SUPPORTED: tuple[str, ...] = tuple(FAMILIES)
 
 _EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+_DEEPSEEK = {
+    "kv_heads": 8,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+}
 
 MIXTURES: dict[str, tuple[str, dict]] = {
     "mixtral": ("mixtral", {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 64}),
@@ -189,6 +215,26 @@ MIXTURES: dict[str, tuple[str, dict]] = {
             "head_dim": 8,
         },
     ),
+    "gpt_oss": (  # blocks 0 and 2 with a window; experts with biases, clamped where it shows
+        "gpt_oss",
+        {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "intermediate_size": 32,
+            "head_dim": 8,
+            "sliding_window": 5,
+            "swiglu_limit": 0.5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
+    "deepseek_v3": (  # block 0 is dense; latent queries, keys and values; experts in groups
+        "deepseek_v3",
+        {**_DEEPSEEK, "q_lora_rank": 24, "n_group": 4, "topk_group": 2, "norm_topk_prob": True, "attention_bias": True},
+    ),
+    "deepseek_v2": (  # block 0 is dense; plain queries
+        "deepseek_v2",
+        {**_DEEPSEEK, "q_lora_rank": None, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2},
+    ),
 }
 """Mixtures of experts: family -> as in FAMILIES. No part of SUPPORTED: their streams may not differ for good."""
 
@@ -197,7 +243,11 @@ _REFUSED: dict[str, tuple[str, dict, tuple[str, ...]]] = {
     "gemma3_embedding": ("gemma3_text", {"head_dim": 8, "use_bidirectional_attention": True}, ("follows",)),
     "gemma4": ("gemma4_text", {"head_dim": 8, "hidden_size_per_layer_input": 0}, ("layer_scalar",)),
     "qwen3_5": ("qwen3_5_text", {"head_dim": 8}, ("hybrid", "linear_attention")),
-    "minicpm3": ("minicpm3", {"kv_heads": 8}, ("latent attention",)),
+    "deepseek_v32": (
+        "deepseek_v32",
+        {"kv_heads": 8, "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 2},
+        ("indexer", "all heads share"),
+    ),
     "diffllama": ("diffllama", {"kv_heads": 4}, ("lambda_q1", "all heads share")),
     "falcon_mamba": ("falcon_mamba", {}, ("no plain attention",)),
     "gpt_neox_sequential": ("gpt_neox", {"use_parallel_residual": False}, ("fused",)),

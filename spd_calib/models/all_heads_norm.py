@@ -10,18 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architecture import LayerParts
+from .architecture import LayerParts, Projection
 
 
-def all_heads_norms(parts: LayerParts) -> dict[str, str]:
-    """Return the attention's norms over all heads, by name in the attention: "q" or "k" for what they norm."""
-    widths = {"q": parts.q.out_features, "k": parts.k.out_features}
+def all_heads_norms(parts: LayerParts) -> dict[str, Projection]:
+    """Return the attention's norms over all heads, by name in the attention: the projection, q or k, that they norm."""
+    if not parts.by_kv_head:
+        return {}
+    normed = {"q": parts.by_head[0], "k": parts.by_kv_head[0]}
     return {
-        name: name[0]
+        name: projection
         for name, module in parts.attention.named_children()
         if "norm" in name
-        and (width := widths.get(name[0])) != parts.attention.head_dim
-        and [p.shape for p in module.parameters()] == [(width,)]
+        and (projection := normed.get(name[0])) is not None
+        and projection.out_features != parts.attention.head_dim
+        and [p.shape for p in module.parameters()] == [(projection.out_features,)]
     }
 
 

@@ -34,6 +34,9 @@ class LinearRows:
         return None if bias is None else bias[self.start : self.start + self.out_features]
 
 
+Projection = nn.Linear | LinearRows
+
+
 @dataclass(frozen=True)
 class MLPParts:
     """The parts of a dense MLP. `mlp_in` holds the gate first where there is one (LayerNames)."""
@@ -68,6 +71,30 @@ class ExpertParts:
         return int(size)
 
     @property
+    def transposed(self) -> bool:
+        """Say whether the stacked weights are stored as [in, out]."""
+        return bool(getattr(self.experts, "is_transposed", False))
+
+    @property
+    def has_bias(self) -> bool:
+        """Say whether the experts' linear layers have biases."""
+        return bool(getattr(self.experts, "has_bias", False))
+
+    @property
+    def interleaved(self) -> bool:
+        """Say whether the rows of the gate and of up take turns, and do not lie one half below the other."""
+        return not getattr(self.experts, "is_concatenated", True)
+
+    def weight(self, name: str, expert: int) -> Tensor:
+        """Return the weight `name` of one expert as [out, in], which it shares memory with, however it is stored."""
+        weight = self.experts.get_parameter(name)[expert]
+        return weight.T if self.transposed else weight
+
+    def bias(self, name: str, expert: int) -> Tensor | None:
+        """Return the bias [out] of one expert's weight `name`; None where experts have none."""
+        return self.experts.get_parameter(f"{name}_bias")[expert] if self.has_bias else None
+
+    @property
     def linears(self) -> tuple[nn.Linear, ...]:
         """Return the linear layers that are cut over ranks, which are those of the shared experts alone."""
         return self.shared.linears if self.shared else ()
@@ -79,17 +106,21 @@ class LayerParts:
 
     The layer is u = norm1(x), h = x + A(attention(u)), y = h + M(mlp(norm2(h))): A and M are the norm that the branch
     goes through, if any, and then a multiplication by `scale`, biases and all.
+
+    The rows of the projections in `by_head` are divided over ranks by query head, as many for each: those of q, or
+    whatever else a row names, those behind latents last. Those in `by_kv_head`, k and v, are divided by KV head;
+    `latents` are whole on every rank.
     """
 
     names: LayerNames
     norm1: nn.Module  # the identity where there is none
     attention: nn.Module
-    q: nn.Linear | LinearRows
-    k: nn.Linear | LinearRows
-    v: nn.Linear | LinearRows
+    by_head: tuple[Projection, ...]
     o: nn.Linear
     norm2: nn.Module
     ffn: MLPParts | ExpertParts
+    by_kv_head: tuple[Projection, ...] = ()
+    latents: tuple[nn.Linear, ...] = ()
     attention_out_norm: nn.Module | None = None
     mlp_out_norm: nn.Module | None = None
     scale: float = 1.0
@@ -107,8 +138,22 @@ class LayerParts:
     @property
     def linears(self) -> tuple[nn.Linear, ...]:
         """Return the linear layers as the model holds them, a fused one once."""
-        qkv = dict.fromkeys(p.linear if isinstance(p, LinearRows) else p for p in (self.q, self.k, self.v))
-        return (*qkv, self.o, *self.ffn.linears)
+        cut = dict.fromkeys(p.linear if isinstance(p, LinearRows) else p for p in (*self.by_head, *self.by_kv_head))
+        return (*cut, *self.latents, self.o, *self.ffn.linears)
+
+    @property
+    def reading(self) -> dict[str, Projection]:
+        """Return the projections that read what enters the attention, by name."""
+        if self.by_kv_head:
+            return dict(zip("qkv", (*self.by_head, *self.by_kv_head), strict=True))
+        names = (*self.names.by_head, *self.names.latents)
+        projections = (*self.by_head[: len(self.names.by_head)], *self.latents)
+        return {name.rpartition(".")[2]: p for name, p in zip(names, projections, strict=True)}
+
+    @property
+    def head_parameters(self) -> tuple[str, ...]:
+        """Return the names, in the attention, of its parameters with one number a query head."""
+        return tuple(name.removeprefix(f"{self.names.attention}.") for name in self.names.head_parameters)
 
     @property
     def experts(self) -> ExpertParts | None:
@@ -142,16 +187,20 @@ def layer_parts(layer: nn.Module) -> LayerParts | None:
         found: dict[str, Any] = {field: _find(layer, getattr(names, field)) for field in single}
         found |= {field: _norm(layer, getattr(names, field)) for field in ("norm1", "norm2")}
         behind = {field: _norm(layer, getattr(names, field)) for field in ("attention_out_norm", "mlp_out_norm")}
-        qkv: tuple[Any, ...] = tuple(_find(layer, name) for name in names.qkv)
+        of_attention = (names.qkv, names.by_head + names.behind_latents, names.latents)
+        qkv, by_head, latents = (_find_all(layer, listed) for listed in of_attention)
         scale: Any = getattr(layer, names.scale, None) if names.scale else 1.0
         ffn: Any = _experts(layer, names.experts) if names.experts else _mlp(layer, names)
-        linears = (*qkv, found["o"])
-        if None not in (*found.values(), *behind.values(), scale, ffn) and all(
+        linears = (*qkv, *by_head, *latents, found["o"])
+        parameters = [_parameter(layer, name) for name in names.head_parameters]
+        if None not in (*found.values(), *behind.values(), *parameters, scale, ffn) and all(
             isinstance(m, nn.Linear) for m in linears
         ):
-            q, k, v = qkv if len(qkv) == 3 else _unfused(qkv[0], q_rows=found["o"].in_features)
+            if len(qkv) == 1:
+                qkv = _unfused(qkv[0], q_rows=found["o"].in_features)
+            found |= {"by_head": (*qkv[:1], *by_head), "by_kv_head": qkv[1:], "latents": latents}
             norms: dict[str, Any] = {f: None if isinstance(norm, nn.Identity) else norm for f, norm in behind.items()}
-            return LayerParts(names, **found, **norms, q=q, k=k, v=v, ffn=ffn, scale=float(scale))
+            return LayerParts(names, **found, **norms, ffn=ffn, scale=float(scale))
     return None
 
 
@@ -178,7 +227,10 @@ def _experts(layer: nn.Module, names: ExpertNames) -> ExpertParts | None:
     gate = _find(layer, names.shared_gate)
     if None in shared or not (gate is None or isinstance(gate, nn.Linear)):
         return None
-    return ExpertParts(router, experts, shared[0] if shared else None, gate, names.weights, names.chosen)
+    parts = ExpertParts(router, experts, shared[0] if shared else None, gate, names.weights, names.chosen)
+    if (parts.transposed or parts.has_bias) and not parts.interleaved:
+        return None  # a rank's share of gate and up would lie in two ranges of columns
+    return parts
 
 
 def _shared(mlp: nn.Module) -> MLPParts | None:
@@ -189,10 +241,19 @@ def _shared(mlp: nn.Module) -> MLPParts | None:
     return MLPParts((gate, up), activation, down)  # type: ignore[arg-type]
 
 
-def _unfused(qkv: nn.Linear, *, q_rows: int) -> list[LinearRows]:
+def _unfused(qkv: nn.Linear, *, q_rows: int) -> tuple[LinearRows, ...]:
     """Return q, k and v of a linear layer that holds the rows of q, then those of k, then as many of v."""
     kv_rows = (qkv.out_features - q_rows) // 2
-    return [LinearRows(qkv, 0, q_rows), *(LinearRows(qkv, q_rows + i * kv_rows, kv_rows) for i in range(2))]
+    return (LinearRows(qkv, 0, q_rows), *(LinearRows(qkv, q_rows + i * kv_rows, kv_rows) for i in range(2)))
+
+
+def _find_all(layer: nn.Module, paths: tuple[str, ...]) -> tuple[Any, ...]:
+    return tuple(_find(layer, path) for path in paths)
+
+
+def _parameter(layer: nn.Module, path: str) -> str | None:
+    """Return the name of a parameter of the layer; None where it has none of that name."""
+    return path if path in dict(layer.named_parameters()) else None
 
 
 def _find(module: nn.Module, path: str) -> nn.Module | None:
@@ -230,7 +291,8 @@ def find_decoder(model: PreTrainedModel) -> Decoder | None:
 class HeadCounts:
     """Heads and neurons of one block, before they are divided over ranks.
 
-    In a mixture of experts `neurons` are those of each expert, `shared_neurons` those of the shared ones.
+    `head_dim` is the width of what a head gives. In a mixture of experts `neurons` are those of each expert,
+    `shared_neurons` those of the shared ones.
     """
 
     heads: int
@@ -241,12 +303,16 @@ class HeadCounts:
 
     @classmethod
     def of(cls, parts: LayerParts) -> "HeadCounts":
-        head_dim = int(parts.attention.head_dim)  # type: ignore[arg-type]
+        attention: Any = parts.attention
         shared = parts.experts.shared if parts.experts else None
+        if parts.by_kv_head:
+            heads, kv_heads = (p[0].out_features // attention.head_dim for p in (parts.by_head, parts.by_kv_head))
+        else:
+            heads = kv_heads = attention.num_heads
         return cls(
-            heads=parts.q.out_features // head_dim,
-            kv_heads=parts.k.out_features // head_dim,
-            head_dim=head_dim,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=parts.o.in_features // heads,
             neurons=parts.experts.neurons if parts.experts else parts.down.in_features,
             shared_neurons=shared.down.in_features if shared else 0,
         )

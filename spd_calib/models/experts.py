@@ -1,8 +1,9 @@
 """A rank's share of a mixture of experts: some neurons of every expert and of the shared ones; the whole router.
 
 A model's experts lie stacked in two parameters, one slice an expert: `gate_up_proj` [E, 2f, d] holds the gate's rows,
-then up's, `down_proj` [E, d, f]. What transformers says of its module's layout (`is_transposed`, `has_bias`) is taken
-into account, and the module's own `_apply_gate` computes the neurons. Who chooses is the model's own router.
+then up's, or one of each in turn; `down_proj` is [E, d, f]. Where transformers' module says `is_transposed` the last
+two dimensions change places; where it says `has_bias` both have a bias. The module's own `_apply_gate` computes the
+neurons, and who chooses is the model's own router.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .architecture import ExpertParts
-from .shard import ALL, ALL_ROWS, RankMLP, RankSlices, Rows, of_ranges
+from .shard import ALL, ALL_ROWS, RankMLP, RankSlices, Rows, of_ranges, times
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,13 @@ class Routing:
 
     weights: Tensor
     chosen: Tensor
+
+    def bias(self, parts: ExpertParts, like: Tensor) -> Tensor | None:
+        """Return what the chosen experts' biases add to `like` [B, T, d], which all ranks know; None without any."""
+        if not parts.has_bias:
+            return None
+        of_chosen = parts.experts.get_parameter("down_proj_bias")[self.chosen]  # [N, k, d]
+        return (self.weights[..., None] * of_chosen).sum(1).to(like.dtype).view(like.shape)
 
 
 def route(parts: ExpertParts, u: Tensor) -> Routing:
@@ -33,26 +41,35 @@ def route(parts: ExpertParts, u: Tensor) -> Routing:
 def expert_slices(parts: ExpertParts, slices: RankSlices) -> dict[str, tuple[Rows, slice]]:
     """Return what a rank owns of each parameter of the stacked experts, by its name in their module.
 
-    (rows, columns) are ranges of the last two dimensions.
+    (rows, columns) are ranges of the last two dimensions. What is not named is whole on every rank.
     """
-    own, all_neurons = slices.neurons, parts.neurons
-    return {
-        "gate_up_proj": ((own, slice(own.start + all_neurons, own.stop + all_neurons)), ALL),
-        "down_proj": (ALL_ROWS, own),
-    }
+    rows, own = gate_up_rows(parts, slices.neurons), slices.neurons
+    cut: dict[str, tuple[Rows, slice]] = {"gate_up_proj": (rows, ALL), "down_proj": (ALL_ROWS, own)}
+    if parts.transposed:
+        cut = {"gate_up_proj": (ALL_ROWS, rows[0]), "down_proj": ((own,), ALL)}
+    return cut | ({"gate_up_proj_bias": (ALL_ROWS, rows[0])} if parts.has_bias else {})
+
+
+def gate_up_rows(parts: ExpertParts, own: slice) -> Rows:
+    """Return the rows of gate_up_proj [2f, d] that belong to the neurons `own`."""
+    if parts.interleaved:
+        return (times(own, 2),)
+    return (own, slice(own.start + parts.neurons, own.stop + parts.neurons))
 
 
 class RankExperts(nn.Module):
-    """One rank's neurons of every expert: n2(h) and the experts chosen to a partial sum [B, T, d], times `scale`."""
+    """One rank's neurons of every expert: n2(h) and the experts chosen to a partial sum [B, T, d], times `scale`.
+
+    The biases of down_proj are left out: see Routing.bias.
+    """
 
     def __init__(self, parts: ExpertParts, slices: RankSlices, *, scale: float):
         super().__init__()
         self.experts: Any = parts.experts
-        self.shared_gate, self.scale = parts.shared_gate, scale
-        # to the rank's slice already, by shard_load.py
-        cut = parts.experts.get_parameter("down_proj").shape[-1] != parts.neurons
-        own = expert_slices(parts, slices)
-        self.own = {name: (ALL_ROWS, ALL) if cut else own[name] for name in own}
+        self.parts, self.shared_gate, self.scale = parts, parts.shared_gate, scale
+        cut = parts.weight("down_proj", 0).shape[1] != parts.neurons  # to the rank's slice already, by shard_load.py
+        self.gate_up = ALL_ROWS if cut else gate_up_rows(parts, slices.neurons)
+        self.down = ALL if cut else slices.neurons
         shared = parts.shared
         self.shared = RankMLP(shared, slices.shared_neurons, scale=scale) if shared else None
 
@@ -73,7 +90,12 @@ class RankExperts(nn.Module):
 
     def _expert(self, expert: int, x: Tensor) -> Tensor:
         """Return the partial sum [n, d] of one expert for the tokens x [n, d] that chose it."""
-        (gate_up, columns), (all_rows, own) = self.own["gate_up_proj"], self.own["down_proj"]
-        first = of_ranges(x, self.experts.gate_up_proj[expert], rows=gate_up, columns=columns)
-        neurons = self.experts._apply_gate(first)
-        return of_ranges(neurons, self.experts.down_proj[expert], rows=all_rows, columns=own)
+        neurons = expert_neurons(self.parts, expert, x, rows=self.gate_up)
+        return of_ranges(neurons, self.parts.weight("down_proj", expert), rows=ALL_ROWS, columns=self.down)
+
+
+def expert_neurons(parts: ExpertParts, expert: int, x: Tensor, *, rows: Rows = ALL_ROWS) -> Tensor:
+    """Return the activations [n, neurons] of one expert for the tokens x [n, d]; `rows` are those of gate_up_proj."""
+    weight, bias = parts.weight("gate_up_proj", expert), parts.bias("gate_up_proj", expert)
+    experts: Any = parts.experts
+    return experts._apply_gate(of_ranges(x, weight, rows=rows, columns=ALL, bias=bias))

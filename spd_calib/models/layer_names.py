@@ -28,7 +28,10 @@ class ExpertNames:
 class LayerNames:
     """Module paths relative to the decoder layer, and transformers' classes that are known to have them.
 
-    `qkv` names three linear layers, or a fused one that holds the rows of q, then k's, then v's. `mlp_in` names one
+    `qkv` names three linear layers, or a fused one that holds the rows of q, then k's, then v's. An attention of
+    another kind lists its linear layers by how ranks divide them: those in `by_head` read the stream and are divided by
+    head, those in `latents` read the stream and are whole on every rank, those in `behind_latents` read what these give
+    and are divided by head. `head_parameters` names parameters with one number a query head. `mlp_in` names one
     linear layer for act(first), two for act(gate) * up, or a fused one that holds the rows of the gate, then those of
     up. `norm1` and `norm2` are the norms in front of attention and MLP, "" where these read the residual stream itself.
     `attention_out_norm` and `mlp_out_norm` are those that a branch goes through before it is added to the stream, ""
@@ -39,9 +42,13 @@ class LayerNames:
     classes: tuple[str, ...]
     norm1: str
     attention: str
-    qkv: tuple[str, ...]
     o: str
     norm2: str
+    qkv: tuple[str, ...] = ()
+    by_head: tuple[str, ...] = ()
+    latents: tuple[str, ...] = ()
+    behind_latents: tuple[str, ...] = ()
+    head_parameters: tuple[str, ...] = ()
     mlp_in: tuple[str, ...] = ()
     activation: str = ""
     down: str = ""
@@ -68,6 +75,19 @@ _GATED_MLP: dict[str, Any] = {
     "activation": "mlp.act_fn",
     "down": "mlp.down_proj",
 }
+_LATENT_ATTENTION: dict[str, Any] = {  # MLA; keys and values of all heads are made of one latent
+    "attention": "self_attn",
+    "latents": ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
+    "behind_latents": ("self_attn.q_b_proj", "self_attn.kv_b_proj"),
+    "o": "self_attn.o_proj",
+}
+_LATENT_KEYS: dict[str, Any] = {  # the same with plain queries
+    **_LATENT_ATTENTION,
+    "by_head": ("self_attn.q_proj",),
+    "latents": ("self_attn.kv_a_proj_with_mqa",),
+    "behind_latents": ("self_attn.kv_b_proj",),
+}
+_EXPERTS = ExpertNames(router="mlp.gate", experts="mlp.experts")
 _FUSED_MLP: dict[str, Any] = {
     "mlp_in": ("mlp.gate_up_proj",),
     "activation": "mlp.activation_fn",
@@ -195,8 +215,31 @@ LAYERS = {  # the first row that fits is taken: those that name more parts come 
         ),
         **_NORMS,
         **_SELF_ATTENTION,
-        experts=ExpertNames(router="mlp.gate", experts="mlp.experts"),
+        experts=_EXPERTS,
     ),
+    "GPT-OSS": LayerNames(
+        classes=("GptOssForCausalLM",),
+        **_NORMS,
+        **_SELF_ATTENTION,
+        head_parameters=("self_attn.sinks",),
+        experts=ExpertNames(router="mlp.router", experts="mlp.experts"),
+    ),
+    "DeepSeek": LayerNames(
+        classes=("DeepseekV3ForCausalLM", "DeepseekV2ForCausalLM"),
+        **_NORMS,
+        **_LATENT_ATTENTION,
+        experts=_EXPERTS,
+    ),
+    "MiniCPM3": LayerNames(
+        classes=("MiniCPM3ForCausalLM",),
+        **_NORMS,
+        **_LATENT_ATTENTION,
+        **_GATED_MLP,
+        scale="residual_scale",
+    ),
+    "DeepSeek, dense": LayerNames(classes=(), **_NORMS, **_LATENT_ATTENTION, **_GATED_MLP),
+    "DeepSeek Lite": LayerNames(classes=(), **_NORMS, **_LATENT_KEYS, experts=_EXPERTS),
+    "DeepSeek Lite, dense": LayerNames(classes=(), **_NORMS, **_LATENT_KEYS, **_GATED_MLP),
     "OPT": LayerNames(
         classes=("OPTForCausalLM",),
         norm1="self_attn_layer_norm",

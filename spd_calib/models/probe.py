@@ -90,8 +90,6 @@ def _refuse_unknown_names(model: PreTrainedModel) -> NoReturn:
             f"{name} is a mixture of experts ({mixed[0]}) whose router, experts or attention lie otherwise than this "
             "tool knows, which is not supported yet."
         )
-    if latent := [n for n in sorted(linears) if n.endswith(("kv_a_proj_with_mqa", "kv_b_proj"))]:
-        raise InputError(f"{name} has latent attention (MLA, {latent[0]}), which is not supported yet.")
     fused = [
         n for n in sorted(linears) if n.endswith(("qkv_proj", "query_key_value", "c_attn", "gate_up_proj", "Wqkv"))
     ]
@@ -116,13 +114,15 @@ def _refuse_other_norms(name: str, layer: nn.Module, parts: LayerParts) -> None:
 def _refuse_other_weights(name: str, parts: LayerParts) -> None:
     """Raise InputError where the attention has weights beside its linear layers that not all heads share.
 
-    Cut over ranks are the linear layers and norms over all heads. What all heads share are norms of one head's size.
+    Cut over ranks are the linear layers, norms over all heads and parameters that its row names. What all heads share
+    are norms of one head's size, or of a latent's.
     """
     own = {id(p) for linear in parts.linears for p in linear.parameters()}
-    shape = (parts.attention.head_dim,)
-    over_all = {f"{norm}.weight" for norm in all_heads_norms(parts)}
+    one_head = getattr(parts.attention, "head_dim", None)
+    shapes = {(linear.in_features,) for linear in parts.by_head} if parts.latents else {(one_head,)}
+    known = {f"{norm}.weight" for norm in all_heads_norms(parts)} | set(parts.head_parameters)
     for path, parameter in parts.attention.named_parameters():
-        if id(parameter) not in own and path not in over_all and (parameter.shape != shape or path.count(".") != 1):
+        if id(parameter) not in own and path not in known and (parameter.shape not in shapes or path.count(".") != 1):
             raise InputError(
                 f"{name} has weights in its attention beside q, k, v, o and norms that all heads share ({path}): how "
                 "they are divided over ranks is not supported yet."
@@ -199,7 +199,9 @@ def mlp(parts: LayerParts, u: Tensor) -> Tensor:
     """Return what the whole MLP, or mixture of experts, gives for u, bias included: [B, T, d] to [B, T, d]."""
     if parts.experts is not None:
         routing = route(parts.experts, u)
-        return RankExperts(parts.experts, RankSlices.of(HeadCounts.of(parts), 0, 1), scale=1.0)(u, routing)
+        out = RankExperts(parts.experts, RankSlices.of(HeadCounts.of(parts), 0, 1), scale=1.0)(u, routing)
+        bias = routing.bias(parts.experts, u)
+        return out if bias is None else out + bias
     return parts.down(activations(parts.mlp_in, parts.activation, u, neurons=parts.down.in_features))
 
 

@@ -1,6 +1,7 @@
 """A rank's share of a block: contiguous query heads, the KV heads that serve them, contiguous neurons."""
 
 import copy
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +16,10 @@ from .mlp import activations
 
 @dataclass(frozen=True)
 class RankSlices:
-    """Rows or columns of the dense weights that one rank owns (docs/design.md, section 2, "Heads")."""
+    """The heads and neurons that one rank owns, contiguous ones (docs/design.md, section 2, "Heads")."""
 
-    q: slice
-    kv: slice
+    heads: slice
+    kv_heads: slice
     neurons: slice  # of the MLP, or of each expert
     shared_neurons: slice  # of the shared experts; empty without any
 
@@ -27,13 +28,22 @@ class RankSlices:
         heads, neurons, shared = counts.heads // tp, counts.neurons // tp, counts.shared_neurons // tp
         first_kv = rank * counts.kv_heads // tp
         kv_heads = max(counts.kv_heads // tp, 1)  # with more ranks than KV heads, ranks share one
-        d = counts.head_dim
         return cls(
-            q=slice(rank * heads * d, (rank + 1) * heads * d),
-            kv=slice(first_kv * d, (first_kv + kv_heads) * d),
+            heads=slice(rank * heads, (rank + 1) * heads),
+            kv_heads=slice(first_kv, first_kv + kv_heads),
             neurons=slice(rank * neurons, (rank + 1) * neurons),
             shared_neurons=slice(rank * shared, (rank + 1) * shared),
         )
+
+
+def size(of: slice) -> int:
+    """Return the number of heads, neurons, rows or columns in a range."""
+    return of.stop - of.start
+
+
+def times(of: slice, width: int) -> slice:
+    """Return the range of the entries of some heads, `width` a head."""
+    return slice(of.start * width, of.stop * width)
 
 
 Rows = tuple[slice, ...]
@@ -44,12 +54,14 @@ ALL_ROWS: Rows = (ALL,)
 
 
 def linear_slices(parts: LayerParts, slices: RankSlices) -> list[tuple[nn.Linear, Rows, slice]]:
-    """Return each linear layer of a block with the output rows and the input columns of it that a rank owns."""
-    rows: dict[nn.Linear, Rows] = {}
-    for part, own in ((parts.q, slices.q), (parts.k, slices.kv), (parts.v, slices.kv)):
+    """Return each linear layer of a block that is cut, with the output rows and the input columns that a rank owns."""
+    counts, rows = HeadCounts.of(parts), dict[nn.Linear, Rows]()
+    of_heads = [(p, slices.heads, counts.heads) for p in parts.by_head]
+    for part, own, heads in (*of_heads, *((p, slices.kv_heads, counts.kv_heads) for p in parts.by_kv_head)):
         linear, start = (part.linear, part.start) if isinstance(part, LinearRows) else (part, 0)
-        rows[linear] = (*rows.get(linear, ()), _moved(own, start))
-    attention = [*((linear, own, ALL) for linear, own in rows.items()), (parts.o, ALL_ROWS, slices.q)]
+        rows[linear] = (*rows.get(linear, ()), _moved(times(own, part.out_features // heads), start))
+    of_o = (parts.o, ALL_ROWS, times(slices.heads, counts.head_dim))
+    attention = [*((linear, own, ALL) for linear, own in rows.items()), of_o]
     if parts.experts is None:
         return [*attention, *mlp_slices(parts.dense, slices.neurons)]
     shared = parts.experts.shared
@@ -120,28 +132,47 @@ def rank_attention(parts: LayerParts, slices: RankSlices, layer_idx: int) -> nn.
                 is_o = linear is parts.o
                 own = RankLinear(linear, rows, columns, with_bias=not is_o, scale=parts.o_scale if is_o else 1.0)
                 setattr(shard, name, own)
-    ranks = parts.q.out_features // (slices.q.stop - slices.q.start)
-    for name, letter in all_heads_norms(parts).items():
-        whole, places = (parts.q, slices.q) if letter == "q" else (parts.k, slices.kv)
-        project = next(getattr(shard, n) for n, m in parts.attention.named_children() if m is whole)
-        held_by = ranks * (places.stop - places.start) // whole.out_features
+    counts = HeadCounts.of(parts)
+    ranks = counts.heads // size(slices.heads)
+    for name, projection in all_heads_norms(parts).items():
+        of_q = projection is parts.by_head[0]
+        held, heads = (slices.heads, counts.heads) if of_q else (slices.kv_heads, counts.kv_heads)
+        project = next(getattr(shard, n) for n, m in parts.attention.named_children() if m is projection)
+        places, held_by = times(held, counts.head_dim), ranks * size(held) // heads
         norm = parts.attention.get_submodule(name)
-        setattr(shard, name, AllHeadsNorm(norm, project, places, width=whole.out_features, held_by=held_by))
-    heads = (slices.q.stop - slices.q.start) // (slices.kv.stop - slices.kv.start)
-    counts = {
-        "num_key_value_groups": heads,
-        "num_heads": (slices.q.stop - slices.q.start) // shard.head_dim,
-        "num_key_value_heads": (slices.kv.stop - slices.kv.start) // shard.head_dim,
+        setattr(shard, name, AllHeadsNorm(norm, project, places, width=projection.out_features, held_by=held_by))
+    own_counts = {
+        "num_key_value_groups": size(slices.heads) // size(slices.kv_heads),
+        "num_heads": size(slices.heads),
+        "num_key_value_heads": size(slices.kv_heads),
         "layer_idx": layer_idx,
     }
-    for name, value in counts.items():
+    for name, value in own_counts.items():
         if hasattr(shard, name):
             setattr(shard, name, value)
-    if isinstance(parts.q, LinearRows):  # it finds q's end in what the fused layer gives by its configuration
+    if isinstance(parts.by_head[0], LinearRows):  # it finds q's end in what the fused layer gives by its configuration
         config: Any = copy.copy(shard.config)
-        config.num_attention_heads = counts["num_heads"]
+        config.num_attention_heads = own_counts["num_heads"]
         shard.config = config
+    for name in parts.head_parameters:
+        _cut_parameter(shard, name, slices.heads, of=counts.heads)
     return shard
+
+
+def _cut_parameter(shard: nn.Module, name: str, own: slice, *, of: int) -> None:
+    """Have `shard` read its own heads' entries of a parameter that holds one for each of `of` heads.
+
+    They are taken anew in each forward, since the parameter, which stays whole, may be trained or moved.
+    """
+    whole = f"{name}_of_all_heads"
+    shard._parameters = {whole if n == name else n: p for n, p in shard._parameters.items()}
+    shard._forward_pre_hooks = OrderedDict(shard._forward_pre_hooks)  # a copy shares them with what it is a copy of
+
+    def cut(module: nn.Module, args: tuple) -> None:
+        held = module.get_parameter(whole)
+        setattr(module, name, held[own] if len(held) == of else held)  # it may be cut already (shard_load.py)
+
+    shard.register_forward_pre_hook(cut)
 
 
 class RankMLP(nn.Module):

@@ -44,6 +44,7 @@ def own_slices(model: PreTrainedModel, *, rank: int, tp: int) -> Own:
         for linear, rows, columns in linear_slices(parts, slices):
             own[f"{names[linear]}.weight"] = (rows, columns)
             own[f"{names[linear]}.bias"] = (rows, ALL)
+        own |= {f"{names[parts.attention]}.{name}": ((slices.heads,), ALL) for name in parts.head_parameters}
         if (mixture := parts.experts) is not None:
             of_experts = expert_slices(mixture, slices)
             own |= {f"{names[mixture.experts]}.{name}": cut for name, cut in of_experts.items()}

@@ -13,7 +13,7 @@ from spd_calib.formats.drops import NOTHING_DROPPED, Drop, Drops, Point, Strateg
 from spd_calib.models.all_heads_norm import AllHeadsNorm
 from spd_calib.models.architecture import HeadCounts, LayerParts
 from spd_calib.models.experts import RankExperts, Routing, route
-from spd_calib.models.shard import RankMLP, RankSlices, rank_attention
+from spd_calib.models.shard import RankMLP, RankSlices, rank_attention, size
 
 from .comm import Comm
 from .streams import Branch, Streams, defer, keep, write_off
@@ -24,6 +24,14 @@ class Present:
     """Holds what a model drops at the moment; TensorParallelLM.running alone sets it."""
 
     drops: Drops = NOTHING_DROPPED
+
+
+@dataclass(frozen=True)
+class Fed:
+    """What a block's MLP gives: each rank's partial sum [B, T, d], and the bias [d] or [B, T, d], left out of them."""
+
+    partials: Iterable[Tensor]
+    bias: Tensor | None
 
 
 class Block(nn.Module):
@@ -49,7 +57,7 @@ class Block(nn.Module):
         self.read_weights: Callable[[int], None] | None = None  # called before each use, if on disk
         name = next(n for n, m in parts.attention.named_children() if m is parts.o)
         self.outs = [getattr(attention, name) for attention in self.attentions]  # each rank's slice of o_proj
-        self.d_rank = slices[0].q.stop - slices[0].q.start
+        self.d_rank = size(slices[0].heads) * counts.head_dim
         self.width = parts.o.out_features
 
     @property
@@ -59,7 +67,10 @@ class Block(nn.Module):
 
     @property
     def mlp_branch(self) -> Branch:
-        """Return what the MLP's output goes through before it joins the residual stream, M of the equation."""
+        """Return what the MLP's output goes through before it joins the residual stream, M of the equation.
+
+        Without the biases of experts, which depend on the token (Fed.bias).
+        """
         return _branch(self.down_bias, self.mlp_out_norm, self.scale)
 
     def forward(self, hidden_states: Tensor | Streams, **kwargs) -> Streams:
@@ -79,7 +90,7 @@ class Block(nn.Module):
         attention, mlp = drops.at(self.attention_point), drops.at(self.mlp_point)
         h, mlps_read = self.behind_attention(attention, s, *self.attend(s, **kwargs))
         routing = self.route(h.shared, self.expected(attention, s)) if self.experts else None
-        return self.behind_mlp(mlp, h, self._fed(mlps_read, routing))
+        return self.behind_mlp(mlp, h, Fed(self._partials(mlps_read, routing), self._bias(routing, h)))
 
     def attend(self, s: Streams, **kwargs) -> tuple[list[Tensor], list[Tensor]]:
         """Run the attention on every rank of this process; kwargs as transformers hands them to the layer.
@@ -130,12 +141,12 @@ class Block(nn.Module):
             return h, h
         return defer(s, partials, branch), defer(s, estimates, branch)
 
-    def behind_mlp(self, drop: Drop, s: Streams, partials: Iterable[Tensor]) -> Streams:
+    def behind_mlp(self, drop: Drop, s: Streams, fed: Fed) -> Streams:
         """Treat the MLP's sync point; return the streams behind it."""
-        branch = self.mlp_branch
+        branch = _branch(fed.bias, self.mlp_out_norm, self.scale)
         if drop.predictors is None:
-            return self._sync_point(drop, s, partials, branch)
-        own = list(partials)
+            return self._sync_point(drop, s, fed.partials, branch)
+        own = list(fed.partials)
         return defer(s, own, branch, estimates=self._estimates(drop, branch, partials=own, z=own))
 
     def _estimates(self, drop: Drop, branch: Branch, *, partials: list[Tensor], z: list[Tensor]) -> list[Tensor]:
@@ -165,15 +176,23 @@ class Block(nn.Module):
         u = self.norm1(s.shared)
         return drop.router(u, torch.zeros_like(u))
 
-    def feed(self, s: Streams) -> list[Tensor]:
-        """Return each rank's partial sum of the MLP [B, T, d] (bias left out), where it reads `s`.
+    def feed(self, s: Streams) -> Fed:
+        """Return what the ranks' MLPs give where they read `s`.
 
         Experts are chosen by the part of `s` that all ranks share.
         """
         self._read_weights()
-        return list(self._fed(s, self.route(s.shared) if self.experts else None))
+        routing = self.route(s.shared) if self.experts else None
+        return Fed(list(self._partials(s, routing)), self._bias(routing, s))
 
-    def _fed(self, s: Streams, routing: Routing | None) -> Iterator[Tensor]:
+    def _bias(self, routing: Routing | None, s: Streams) -> Tensor | None:
+        """Return the bias of the MLP, or of the chosen experts for each token of `s`."""
+        if routing is None:
+            return self.down_bias
+        assert self.experts is not None
+        return routing.bias(self.experts, s.shared)
+
+    def _partials(self, s: Streams, routing: Routing | None) -> Iterator[Tensor]:
         more = () if routing is None else (routing,)
         # map, unlike a generator, keeps no tensor of one rank while it makes the next one's
         return map(lambda mlp, u: mlp(u, *more), self.mlps, self._inputs(self.norm2, s))

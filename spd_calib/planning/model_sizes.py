@@ -23,12 +23,15 @@ class ModelSizes:
     blocks: int
     width: int
     counts: HeadCounts
-    query_weights: int  # of q and o, a block
+    query_weights: int  # of a block, what is divided by query head: q and o
     kv_weights: int  # of k and v, a block
     mlp_weights: float  # of a block: its MLP, or what every token goes through of a mixture of experts
     head_weights: int  # what makes logits of the last hidden state; the embedding is looked up, not read
     expert_weights: float = 0  # of a block, all its experts
     expert_share: float = 1.0  # of the experts, those that one token goes through
+    latent_weights: int = 0  # of a block, what every rank has whole of its attention
+    latents: int = 0  # numbers that the cache holds for a token and block, on every rank; 0: keys and values
+    key_dim: int = 0  # the width of one head's keys
     side_by_side: bool = False  # partial sums that wait take room of their own in a message: behind norms
 
     @classmethod
@@ -38,10 +41,13 @@ class ModelSizes:
         parts = layers[0]
         return cls(
             blocks=len(layers),
-            width=parts.q.in_features,
+            width=parts.o.out_features,
             counts=HeadCounts.of(parts),
-            query_weights=parts.q.weight.numel() + parts.o.weight.numel(),
-            kv_weights=parts.k.weight.numel() + parts.v.weight.numel(),
+            query_weights=sum(p.weight.numel() for p in (*parts.by_head, parts.o)),
+            kv_weights=sum(p.weight.numel() for p in parts.by_kv_head),
+            latent_weights=sum(linear.weight.numel() for linear in parts.latents),
+            latents=parts.latents[-1].out_features if parts.latents else 0,
+            key_dim=parts.by_head[0].out_features // HeadCounts.of(parts).heads,
             mlp_weights=sum(linear.weight.numel() for p in layers for linear in p.ffn.linears) / len(layers),
             head_weights=model.get_output_embeddings().weight.numel(),
             **_of_experts(layers),
@@ -55,7 +61,11 @@ class ModelSizes:
     def block_weights(self, tp: int) -> float:
         """Return the weights of one block on a rank that every token goes through."""
         kv_share = self.kv_heads(tp) / self.counts.kv_heads
-        return (self.query_weights + self.mlp_weights) / tp + self.kv_weights * kv_share
+        return (self.query_weights + self.mlp_weights) / tp + self.kv_weights * kv_share + self.latent_weights
+
+    def cached(self, tp: int) -> int:
+        """Return the numbers that a rank's cache holds for a token and block."""
+        return self.latents or 2 * self.kv_heads(tp) * self.counts.head_dim
 
     def experts_met(self, tokens: int) -> float:
         """Return the share of the experts that at least one of `tokens` goes through, were the choice even."""
@@ -74,7 +84,7 @@ def _of_experts(layers: Sequence[LayerParts]) -> dict[str, float]:
 
 def bytes_moved(sizes: ModelSizes, step: Step, *, tp: int) -> float:
     """Return the bytes that a rank reads or writes: its weights, and the cache, read (decode) or written (prefill)."""
-    cache = 2 * sizes.blocks * sizes.kv_heads(tp) * sizes.counts.head_dim * step.batch * step.context
+    cache = sizes.blocks * sizes.cached(tp) * step.batch * step.context
     experts = sizes.expert_weights / tp * sizes.experts_met(step.new_tokens)
     return (sizes.blocks * (sizes.block_weights(tp) + experts) + sizes.head_weights / tp + cache) * step.itemsize
 
@@ -84,7 +94,8 @@ def flops(sizes: ModelSizes, step: Step, *, tp: int) -> float:
     weights = sizes.block_weights(tp) + sizes.expert_weights / tp * sizes.expert_share
     linear = 2 * step.new_tokens * sizes.blocks * weights + 2 * step.batch * sizes.head_weights / tp
     keys = step.context if step.phase == "decode" else step.context / 2  # a token attends to, on average: it is causal
-    return linear + 4 * sizes.blocks * sizes.counts.heads / tp * sizes.counts.head_dim * step.new_tokens * keys
+    of_head = 2 * (sizes.key_dim + sizes.counts.head_dim)  # a key and a value of one head
+    return linear + sizes.blocks * sizes.counts.heads / tp * of_head * step.new_tokens * keys
 
 
 def predictor_weights(plan: Plan, sizes: ModelSizes) -> int:

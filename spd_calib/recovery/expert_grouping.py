@@ -7,10 +7,10 @@ expert is chosen for, w the router's weight; every expert's assignment is the ba
 from collections.abc import Iterable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from spd_calib.models.architecture import ExpertParts
+from spd_calib.models.experts import expert_neurons
 from spd_calib.parallel.streams import keep
 
 from .assignment import balanced, order_of
@@ -26,12 +26,18 @@ def group_expert_neurons(student: Student, feed: Feed, batches: Iterable[Batch])
     assert mixture is not None
     if ranks == 1:
         return
-    gate_up, down = (mixture.experts.get_parameter(name) for name in ("gate_up_proj", "down_proj"))
-    costs = _costs(student, mixture, feed, batches) * down.double().square().sum(1)[:, None]  # [E, R, f]
-    for expert, cost in enumerate(costs):
+    for expert, cost in enumerate(_costs(student, mixture, feed, batches)):  # [R, f]
+        down, gate_up = mixture.weight("down_proj", expert), mixture.weight("gate_up_proj", expert)
+        cost = cost * down.double().square().sum(0)
         order = torch.from_numpy(order_of(balanced(cost.cpu().numpy()), ranks)).to(down.device)
-        down[expert] = down[expert][:, order]
-        gate_up[expert] = gate_up[expert].unflatten(0, (-1, mixture.neurons))[:, order].flatten(0, 1)
+        down.copy_(down[:, order])
+        for tensor in (gate_up, mixture.bias("gate_up_proj", expert)):
+            if tensor is not None and mixture.interleaved:
+                pairs = tensor.unflatten(0, (-1, 2))
+                pairs.copy_(pairs[order])
+            elif tensor is not None:
+                halves = tensor.unflatten(0, (2, -1))
+                halves.copy_(halves[:, order])
 
 
 def _costs(student: Student, mixture: ExpertParts, feed: Feed, batches: Iterable[Batch]) -> Tensor:
@@ -52,13 +58,8 @@ def _costs(student: Student, mixture: ExpertParts, feed: Feed, batches: Iterable
         of_ranks = [block.norm2(partly.read(rank)).flatten(0, 1) for rank in range(block.comm.size)]
         for expert in routing.chosen[real].unique().tolist():
             token, place = torch.where((routing.chosen == expert) & real[:, None])
-            weight, right = routing.weights[token, place, None], _neurons(mixture, expert, u[token])
+            weight, right = routing.weights[token, place, None], expert_neurons(mixture, expert, u[token])
             for rank, u_r in enumerate(of_ranks):
-                error = weight * (_neurons(mixture, expert, u_r[token]) - right)
+                error = weight * (expert_neurons(mixture, expert, u_r[token]) - right)
                 total[expert, rank] += error.double().square().sum(0)
     return total
-
-
-def _neurons(mixture: ExpertParts, expert: int, x: Tensor) -> Tensor:
-    """Return the activations [n, f] of all neurons of one expert for the tokens x [n, d]."""
-    return mixture.experts._apply_gate(F.linear(x, mixture.experts.get_parameter("gate_up_proj")[expert]))  # type: ignore[operator]

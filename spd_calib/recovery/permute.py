@@ -20,7 +20,7 @@ def permute_neurons(parts: LayerParts, order: Tensor) -> None:
 
 @torch.no_grad()
 def permute_heads(parts: LayerParts, counts: HeadCounts, heads: Tensor) -> None:
-    """Make query head `heads[i]` the i-th, and let the KV heads follow, and norms over all heads.
+    """Make query head `heads[i]` the i-th; what else is divided by head, KV heads and norms over all heads, follows.
 
     Other norms of q and k are shared by all heads.
 
@@ -30,16 +30,19 @@ def permute_heads(parts: LayerParts, counts: HeadCounts, heads: Tensor) -> None:
     kv = heads.view(counts.kv_heads, group)[:, 0] // group
     if not torch.equal(heads.view(counts.kv_heads, group) // group, kv[:, None].expand(-1, group)):
         raise ValueError("query heads of one KV head are torn apart")
-    rows = {parts.q: entries(heads, counts.head_dim)}
-    rows |= {linear: entries(kv, counts.head_dim) for linear in (parts.k, parts.v)}
-    for linear, order in rows.items():
-        linear.weight.copy_(linear.weight[order])
-        if linear.bias is not None:
-            linear.bias.copy_(linear.bias[order])
-    for name, letter in all_heads_norms(parts).items():
+    rows = {part: entries(heads, part.out_features // counts.heads) for part in parts.by_head}
+    rows |= {part: entries(kv, part.out_features // counts.kv_heads) for part in parts.by_kv_head}
+    for part, order in rows.items():
+        part.weight.copy_(part.weight[order])
+        if part.bias is not None:
+            part.bias.copy_(part.bias[order])
+    for name, projection in all_heads_norms(parts).items():
         (weight,) = parts.attention.get_submodule(name).parameters()
-        weight.copy_(weight[rows[parts.q if letter == "q" else parts.k]])
-    parts.o.weight.copy_(parts.o.weight[:, rows[parts.q]])
+        weight.copy_(weight[rows[projection]])
+    for name in parts.head_parameters:
+        parameter = parts.attention.get_parameter(name)
+        parameter.copy_(parameter[heads])
+    parts.o.weight.copy_(parts.o.weight[:, entries(heads, counts.head_dim)])
 
 
 def entries(heads: Tensor, head_dim: int) -> Tensor:

@@ -32,13 +32,13 @@ Fits = Sequence[RidgeFit | None]
 
 @torch.no_grad()
 def refit_attention(student: Student, feed: Feed, *, cost: ErrorCost | None = None) -> Detail:
-    """Refit q, k and v of the feed's present block in place; return what the report says of each.
+    """Refit q, k and v of the feed's present block in place, or what else reads the stream; return the report's part.
 
     `cost` is that of errors at the output of the block before, which they read. One map for all ranks, so a KV head
     that ranks share stays shared. Nothing is done where ranks' streams differ.
     """
     parts, dense = student.parts, feed.model.lm.blocks[feed.index]
-    layers = {"q": parts.q, "k": parts.k, "v": parts.v}
+    layers = parts.reading
     if not all(feed.inputs(batch).agree for batch in feed.batches):
         return {}
     constant = all(layer.bias is not None for layer in layers.values())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spd_calib.formats.drops import KEPT, Drops, Point, Strategy, Sublayer
-from spd_calib.parallel.block import Block
+from spd_calib.parallel.block import Block, Fed
 from spd_calib.parallel.model import Recording, TensorParallelLM
 from spd_calib.parallel.streams import Streams
 
@@ -23,14 +23,14 @@ class _Passed:
     """A block run with every sync point kept: its partial sums, the streams, and the gradients behind each sync point.
 
     entered, mid (behind the attention's) and out (behind the MLP's) are [B, T, d]; `attended` are the ranks' partial
-    sums [B, T, d] and head outputs, `fed` their partial sums of the MLP; the gradients are [samples, B, T, d].
+    sums [B, T, d] and head outputs, `fed` what their MLPs give; the gradients are [samples, B, T, d].
     """
 
     block: Block
     kwargs: dict
     entered: Tensor
     attended: tuple[list[Tensor], list[Tensor]]
-    fed: list[Tensor]
+    fed: Fed
     mid: Tensor
     out: Tensor
     grad_mid: Tensor
@@ -76,7 +76,7 @@ def score(
             kwargs,
             entered=x.detach(),
             attended=([a.detach() for a in attended[0]], [z.detach() for z in attended[1]]),
-            fed=[f.detach() for f in fed],
+            fed=Fed([f.detach() for f in fed.partials], None if fed.bias is None else fed.bias.detach()),
             mid=mid.shared.detach(),
             out=out.detach(),
             grad_mid=grad_mid,

@@ -10,8 +10,9 @@ from pathlib import Path
 import tiny
 import torch
 from run_cases import everyone
-from test_experts import LONG, plans_of
+from test_experts import DECODED, LONG, PLANS, plans_of
 
+from spd_calib.formats.drops import Drops
 from spd_calib.parallel.ending import ending_together
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.session import open_session
@@ -42,6 +43,10 @@ def family(folder: Path, tp: int) -> dict:
     for name, drops in plans_of(lm).items():
         with lm.running(drops):
             seen[name] = lm(tiny.tokens(2, 8))
+    if folder.name in DECODED:
+        lm.model.generation_config.eos_token_id = None
+        with lm.running(Drops.of_blocks(*PLANS["mixed"])):
+            seen["decoded"] = lm.model.generate(tiny.tokens(2, 8), do_sample=False, max_new_tokens=6, pad_token_id=0)
     return seen
 
 
