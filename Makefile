@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test coverage mutation faults fuzz test-vllm .venv-vllm lint format pipeline results llm latency bench docs generated schemas tutorial families dist release-check clean FORCE
+.PHONY: demo test coverage mutation faults fuzz gpu test-vllm .venv-vllm lint format pipeline results llm latency bench docs generated schemas tutorial families dist release-check clean FORCE
 
 demo: $(READY)
 	$(BIN)/spd-calib demo -o runs/demo
@@ -33,6 +33,11 @@ faults: $(READY)
 FUZZ_EXAMPLES ?= 60000
 fuzz: $(READY)
 	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/test_hypothesis.py
+
+# What one GPU says in ten minutes, in results/gpu/; by the Python that has its torch. No vLLM, no network.
+GPU_PYTHON ?= python3
+gpu:
+	$(GPU_PYTHON) benchmarks/gpu.py
 
 # The vLLM plugin on a real vLLM (CPU build, two to four ranks), in an environment of its own.
 test-vllm: $(VENV)-vllm/.ready
