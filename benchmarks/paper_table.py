@@ -52,7 +52,8 @@ from spd_calib.sensitivity.text import TextOptions, load_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "llm"
-MAX_RANK = {"free at run time": 0, "with predictors": None, "distilled": 0, "distilled, with predictors": None}
+ANY_RANK = 10**6
+MAX_RANK = {"free at run time": 0, "with predictors": ANY_RANK, "distilled": 0, "distilled, with predictors": ANY_RANK}
 METHODS = ("as is", *MAX_RANK)
 PUBLISHED = (
     "Published figures beside it: Sync-Point Drop (arXiv 2502.20727), LLaMA2-70B on 8 GPUs over a 10 GB/s link: 70 % "

@@ -32,6 +32,7 @@ from spd_calib.sensitivity.text import TextOptions, load_text
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "llm"
 Method = tuple[tuple[RecoveryMethod, ...], int | None, tuple[RefitPart, ...]]
+ANY_RANK = 10**6
 METHODS: dict[str, Method] = {  # what is done, the predictor's greatest rank, and what is refitted
     "mean": (("compensation",), 0, ()),
     "refit": (("refit",), 0, REFIT_PARTS),
@@ -41,8 +42,8 @@ METHODS: dict[str, Method] = {  # what is done, the predictor's greatest rank, a
     "mean, refit": (("compensation", "refit"), 0, REFIT_PARTS),
     "grouping, mean, refit": (("grouping", "compensation", "refit"), 0, REFIT_PARTS),
     "predictors": (("compensation",), None, ()),
-    "predictors, refit": (("compensation", "refit"), None, REFIT_PARTS),
-    "grouping, predictors, refit": (("grouping", "compensation", "refit"), None, REFIT_PARTS),
+    "predictors, refit": (("compensation", "refit"), ANY_RANK, REFIT_PARTS),
+    "grouping, predictors, refit": (("grouping", "compensation", "refit"), ANY_RANK, REFIT_PARTS),
 }
 
 

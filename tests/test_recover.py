@@ -15,7 +15,7 @@ from spd_calib.recovery import recover as recover_module
 from spd_calib.recovery.distillation import Schedule
 from spd_calib.recovery.held_out import HeldOut, kl_fall
 from spd_calib.recovery.journal import TensorJournal
-from spd_calib.recovery.options import METHODS, RecoveryOptions
+from spd_calib.recovery.options import METHODS, REFIT_PARTS, RecoveryOptions
 from spd_calib.recovery.planned_model import PlannedModel
 from spd_calib.recovery.recover import recover
 from spd_calib.recovery.report import TOGETHER
@@ -90,11 +90,19 @@ def test_with_refit_insensitive_blocks_are_given_what_is_free_at_run_time() -> N
         fitting=sequences(16),
         held_out=sequences(4, seed=1),
         tiers={0: "insensitive", 1: "sensitive"},
-        options=RecoveryOptions(methods=("grouping", "compensation", "refit"), exchange=0.0),
+        options=RecoveryOptions(methods=("grouping", "compensation", "refit"), max_rank=64, exchange=0.0),
     )
     forms = {a.block: a.detail["form"] for a in report.attempts if a.treatment == "compensation"}
     assert forms[0] == "mean" and forms[1] != "mean"
     assert {a.block for a in report.attempts if a.treatment == "grouping"} == {0, 1}
+
+
+@pytest.mark.parametrize(("parts", "form"), [(REFIT_PARTS, "mean"), (("down",), "full")])
+def test_where_what_the_mlp_reads_is_refitted_a_mean_shift_is_the_default(parts, form) -> None:
+    model = planned(layers=1)
+    options = RecoveryOptions(methods=("compensation", "refit"), refit_parts=parts, exchange=0.0)
+    report = recover(model, fitting=sequences(16), held_out=sequences(4, seed=1), tiers=extreme(model), options=options)
+    assert [a.detail["form"] for a in report.attempts if a.treatment == "compensation"] == [form]
 
 
 def test_what_makes_the_whole_worse_is_taken_back_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,8 +128,8 @@ def test_what_makes_the_whole_worse_is_taken_back_block_by_block(monkeypatch: py
     assert not report.kept(2) and not report.kept(3) and report.kept(1)
 
 
-@pytest.mark.parametrize("max_rank", [None, 3])
-def test_a_killed_recovery_goes_on_where_it_was(tmp_path: Path, max_rank: int | None) -> None:
+@pytest.mark.parametrize("max_rank", [64, 3])
+def test_a_killed_recovery_goes_on_where_it_was(tmp_path: Path, max_rank: int) -> None:
     """To the same bits, with full predictors and with low-rank ones."""
     schedule = Schedule(steps=6, check_every=2)
     options = RecoveryOptions(

@@ -65,7 +65,8 @@ def recover(
         text: which sequences of it are used; a fifth of `max_samples` judges, the rest is fitted on. The lengths are by
             default those of the text that the plan was verified on.
         methods: some of 'grouping', 'compensation', 'refit' and 'distillation', which is left out by default.
-        max_rank: bound on the predictors' rank; 0 allows the mean alone (default: the full predictor, too).
+        max_rank: bound on the predictors' rank; 0 allows the mean alone (default: the mean where refit does the
+            rest, else the full predictor, too).
         exchange: what one per cent more weights of a block must explain, in per cent of what its ranks miss.
         tau1, tau2: blocks up to tau1 of KL are left alone, blocks above tau2 regrouped (default: see block_tiers).
         steps, final_steps: of training a block (0: none is trained alone), and of training all treated blocks together

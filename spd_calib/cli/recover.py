@@ -32,7 +32,9 @@ def recover(
     ] = "grouping,compensation,refit",
     max_rank: Annotated[
         int | None,
-        typer.Option(min=0, help="Bound on the predictor; 0: the mean shift only [full].", rich_help_panel=TREAT),
+        typer.Option(
+            min=0, help="Bound on the predictor; 0: a mean shift [with refit], else [full].", rich_help_panel=TREAT
+        ),
     ] = None,
     exchange: Annotated[
         float, typer.Option(min=0, help="% of the missing that 1 % more weights explain.", rich_help_panel=TREAT)

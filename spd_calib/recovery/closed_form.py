@@ -7,7 +7,7 @@ for recover.py to judge.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -45,7 +45,7 @@ GROUPING_TOKENS = 16384  # neurons are placed by as much of the text; everything
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """The treatments that a block is given; `max_rank` bounds its predictors (predictor_fit.forms_up_to)."""
+    """The treatments that a block is given; `max_rank` bounds its predictors (RecoveryOptions)."""
 
     group: bool
     compensate: bool
@@ -82,6 +82,9 @@ def treat_block(
         trial.refit("refit of q, k, v", refit_attention, cost=before)
     if "o" in parts:
         trial.refit("refit of o", refit_o, cost=cost)
+    if treatment.max_rank is None and "mlp_in" in parts and trial.student.block.attention_out_norm is None:
+        # its refit maps what the MLP reads, the rank's own share in it: further weights would win next to nothing
+        treatment = replace(treatment, max_rank=0)
     if treatment.compensate or treatment.group:
         moments = HeadMoments.of(trial.student, feed)  # of its order of heads
     if treatment.compensate:

@@ -16,9 +16,11 @@ REFIT_PARTS: tuple[RefitPart, ...] = ("attention", "o", "mlp_in", "down")
 class RecoveryOptions:
     """Names the methods that are tried, and bounds them.
 
-    `max_rank` bounds the predictors: 0 allows the mean alone, None the full one too; `exchange` is that of
-    predictor_fit.choose. With `own_inputs` blocks are fitted and trained on the planned model's own streams, else on
-    the dense model's. The schedules are those of training a block, and all treated blocks together.
+    `max_rank` bounds the predictors: 0 allows the mean alone, a rank's number of head outputs the full one too. None
+    allows all, but the mean alone where what the MLP reads is refitted, behind no norm: that wins as much, for nothing
+    at run time. `exchange` is that of predictor_fit.choose. With `own_inputs` blocks are fitted and trained on the
+    planned model's own streams, else on the dense model's. The schedules are those of training a block, and all treated
+    blocks together.
     """
 
     methods: tuple[RecoveryMethod, ...] = WITHOUT_TRAINING

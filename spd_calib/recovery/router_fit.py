@@ -43,7 +43,7 @@ def forms_for(experts: int, d: int, *, max_rank: int | None) -> list[PredictorFo
     """Return the forms to choose from: mean, ranks 2, 4, ... up to the number of experts, and full."""
     ranks = [k for k in (2**i for i in range(1, 16)) if k < experts] + [experts]
     allowed = [k for k in ranks if k < d and (max_rank is None or k <= max_rank)]
-    full = [PredictorForm("full")] if max_rank is None else []
+    full = [PredictorForm("full")] if max_rank is None or max_rank >= d else []
     return [PredictorForm("mean"), *(PredictorForm("low_rank", k) for k in allowed), *full]
 
 
