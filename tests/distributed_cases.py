@@ -1,6 +1,6 @@
 """What test_distributed.py and the ranks it starts (run_cases.py) have to agree on."""
 
-from spd_calib.formats.drops import Drops, Strategy
+from spd_calib.formats.drops import Drops, Point, Strategy
 
 KEEP, DROP, PLAIN = Strategy.KEEP_SYNC, Strategy.BLOCK_DROP, Strategy.PLAIN_DROP
 BLOCKS = 4
@@ -9,6 +9,10 @@ MLP = (DROP, KEEP, DROP, KEEP)
 MIXED = Drops.of_blocks(ATTENTION, MLP)
 ATTENTIONS = Drops.of_blocks([DROP] * BLOCKS)  # every attention's sync point
 BOTH = Drops.of_blocks([DROP] * BLOCKS, MLP)
+BITS = {(0, "attention"): 8, (0, "mlp"): 4, (1, "mlp"): 6, (3, "attention"): 4, (3, "mlp"): 8}
+QUANTISED = Drops.of_blocks([KEEP, DROP, DROP, KEEP], [KEEP, KEEP, DROP, KEEP]) | Drops.of_bits(
+    {Point(*place): bits for place, bits in BITS.items()}
+)  # of a sum alone, of what block 1's attention owes with its MLP's, of what all of block 2 owes with block 3's
 PADS = [0, 3]
 NEW_TOKENS = 12
 LONG = "long"  # a checkpoint with 640 positions

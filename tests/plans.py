@@ -1,6 +1,6 @@
 """Plans for the tests, written by hand: strategies as wanted, measurements made up."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 RANK = 3  # of low-rank predictors
@@ -13,11 +13,13 @@ def write_plan(
     attention: Sequence[str],
     mlp: Sequence[str] | None = None,
     kinds: Sequence[str | None] = (),
+    bits: Mapping[tuple[int, str], int] | None = None,
     **changes,
 ) -> Path:
     """A plan for the model in `folder` with these strategies, and beside it random predictors of these kinds.
 
-    `kinds`: one a block, or None where its MLP reads the rank's own partial sum. `changes` replace whole fields.
+    `kinds`: one a block, or None where its MLP reads the rank's own partial sum. `bits`: of quantised syncs, by block
+    and "attention" or "mlp". `changes` replace whole fields.
     Returns `path`.
     """
     from spd_calib.formats.common import Provenance, TensorParallel, TextRef
@@ -31,6 +33,7 @@ def write_plan(
     forms = [k and Compensation(kind=k, rank=RANK if k == "low_rank" else 0) for k in kinds] or [None] * len(attention)
     beside = _write_predictors(path, locate(str(folder)).folder, tp, kinds) if any(kinds) else None
     requires = ["mlp_drop"] * ("block_drop" in mlp) + ["compensation"] * any(map(bool, kinds))
+    requires += ["quantised_sync"] * bool(bits)
     required = {name for name, field in Verified.model_fields.items() if field.is_required()}
     zeros = dict.fromkeys(required - {"text", "ppl", "tokens", "sequences"}, 0.0)
     plan = Plan(
@@ -40,7 +43,14 @@ def write_plan(
         compensation=beside,
         blocks=[
             PlannedBlock(
-                index=i, module=f"model.layers.{i}", strategy=a, mlp_strategy=m, compensation=form, reason="a test"
+                index=i,
+                module=f"model.layers.{i}",
+                strategy=a,
+                mlp_strategy=m,
+                sync_bits=(bits or {}).get((i, "attention")),
+                mlp_sync_bits=(bits or {}).get((i, "mlp")),
+                compensation=form,
+                reason="a test",
             )
             for i, (a, m, form) in enumerate(zip(attention, mlp, forms, strict=True))
         ],

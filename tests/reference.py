@@ -126,11 +126,13 @@ def logits(
     mlp_strategies: Sequence[str] | None = None,
     attention_mask: Tensor | None = None,
     routers: Mapping[int, tuple[Tensor, Tensor]] | None = None,
+    bits: Mapping[tuple[int, str], int] | None = None,
 ) -> Tensor:
     """Logits [batch, length, vocabulary] in float64, one strategy a block; zero where `attention_mask` is 0.
 
     A row with padding is the same row without it: positions count from its first real token. `routers` are, by block,
-    the matrix and the bias by which a router expects what a deferred attention will bring (experts.py).
+    the matrix and the bias by which a router expects what a deferred attention will bring (experts.py). `bits` are, by
+    block and "attention" or "mlp", those of a quantised sync.
     """
     config = model.config
     weights = {name: tensor.detach().double().cpu() for name, tensor in model.state_dict().items()}
@@ -141,7 +143,9 @@ def logits(
     out = torch.zeros(*input_ids.shape, head.shape[0], dtype=torch.float64)
     for row in range(input_ids.shape[0]):
         real = [t for t in range(input_ids.shape[1]) if attention_mask is None or attention_mask[row, t] != 0]
-        streams = _streams(weights, config, input_ids[row, real], tp, strategies, mlp_strategies, routers or {})
+        streams = _streams(
+            weights, config, input_ids[row, real], tp, strategies, mlp_strategies, routers or {}, bits or {}
+        )
         for rank in range(tp):
             words = slice(rank * part, (rank + 1) * part)
             out[row, real, words] = streams[rank] @ head[words].T
@@ -191,6 +195,7 @@ def _streams(
     strategies: Sequence[str],
     mlp_strategies: Sequence[str],
     routers: Mapping[int, tuple[Tensor, Tensor]],
+    bits: Mapping[tuple[int, str], int],
 ) -> list[Tensor]:
     """The last norm's output for one sequence, [length, hidden], as each rank has it."""
     names = NAMES[config.model_type]
@@ -233,7 +238,11 @@ def _streams(
                     shares.append(experts.partial(part, config, rank, tp, read, routed))
                 else:
                     shares.append(_mlp(part, config, rank, tp, read))
-            if strategy == "keep_sync":
+            sent_with = bits.get((block, "attention" if linear == "o" else "mlp"))
+            if strategy == "keep_sync" and sent_with is not None:
+                x = _settled_with_bits(x, p, late, shares, branch, bool(norm_behind), sent_with)
+                p, late = [torch.zeros_like(x) for _ in p], []
+            elif strategy == "keep_sync":
                 x = x + sum(p)
                 for owed, through in late:
                     x = x + through(sum(owed))
@@ -253,6 +262,46 @@ def _streams(
                     p = [p[rank] + mine[rank] for rank in range(tp)]
     assert not late
     return [_norm(weights, config, names["last_norm"], x + w[rank] + p[rank]) for rank in range(tp)]
+
+
+def _settled_with_bits(
+    x: Tensor, p: list[Tensor], late: list, shares: list[Tensor], branch: Callable, norm_behind: bool, bits: int
+) -> Tensor:
+    """The stream behind a quantised sync: what it settles lies side by side in each rank's message."""
+    width, zero = x.shape[1], torch.zeros_like(x)
+    if norm_behind:
+        assert not any(owed.any() for owed in p), "a debt beside a norm: write it out here first"
+        messages = [torch.cat([*(owed[rank] for owed, _ in late), share], dim=1) for rank, share in enumerate(shares)]
+        throughs = [*(through for _, through in late), branch]
+    else:
+        b = branch(zero)
+        messages = [p[rank] + branch(share) - b for rank, share in enumerate(shares)]
+        throughs = [lambda total: total + b]
+    total = quantised_sum(messages, bits)  # of so few tokens: in one shot
+    for i, through in enumerate(throughs):
+        x = x + through(total[:, i * width : (i + 1) * width])
+    return x
+
+
+def quantised_sum(messages: Sequence[Tensor], bits: int, *, twice: bool = False) -> Tensor:
+    """The sum of the ranks' messages [length, width], each quantised; where it is sent on (`twice`), itself, too."""
+    total = sum(_arrived(message, bits) for message in messages)
+    return _arrived(total, bits) if twice else total
+
+
+def _arrived(message: Tensor, bits: int) -> Tensor:
+    """Every 64 values of a token as whole numbers of steps from zero, as many as have a code."""
+    out = message.clone()
+    for t in range(message.shape[0]):
+        for start in range(0, message.shape[1], 64):
+            values = message[t, start : start + 64].tolist()
+            low, high = min(*values, 0.0), max(*values, 0.0)
+            step = torch.tensor((high - low) / (2**bits - 1)).bfloat16().item()
+            below = round(-low / step) if step else 0
+            for i, value in enumerate(values):
+                steps = round(value / step) if step else 0
+                out[t, start + i] = step * min(max(steps, -below), 2**bits - 1 - below)
+    return out
 
 
 Late = tuple[list[Tensor], Callable[[Tensor], Tensor]]

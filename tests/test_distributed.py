@@ -16,6 +16,7 @@ import torch
 from distributed_cases import (
     ATTENTION,
     ATTENTIONS,
+    BITS,
     BLOCKS,
     BOTH,
     DROP,
@@ -25,6 +26,7 @@ from distributed_cases import (
     MLP,
     NEW_TOKENS,
     PADS,
+    QUANTISED,
     SMALL_VOCABULARY,
 )
 from safetensors.torch import load_file
@@ -32,7 +34,7 @@ from safetensors.torch import load_file
 from spd_calib.api.check import check
 from spd_calib.api.options import RunOptions
 from spd_calib.errors import SpdError
-from spd_calib.formats.drops import NOTHING_DROPPED
+from spd_calib.formats.drops import NOTHING_DROPPED, Point
 from spd_calib.formats.files import read
 from spd_calib.formats.hardware import Hardware
 from spd_calib.formats.profile import Profile
@@ -156,6 +158,29 @@ def test_streams_stay_bit_equal_in_bfloat16_over_512_decoded_tokens(ranks):
     assert all(digests == seen[LONG]["streams"][0] for digests in seen[LONG]["streams"])
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_quantised_syncs_are_those_of_the_simulation_in_one_shot_and_in_two(ranks, family):
+    tp, seen = ranks
+    found, ids = seen[f"quantised {family}"], tiny.tokens(2, 12)
+    assert all(digests == found["streams"][0] for digests in found["streams"])
+    lm = TensorParallelLM.simulated(tiny.build(family), tp)
+    lm.model.generation_config.eos_token_id = None
+    with lm.running(QUANTISED.only(QUANTISED)):
+        in_full = lm(ids)
+    lm.comm.bytes = 0
+    with lm.running(QUANTISED):
+        shots = [lm(ids)]
+        greedy = lm.model.generate(ids, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0)
+        lm.comm.one_shot_at_most = 0
+        shots.append(lm(ids))
+    for own, simulated in zip(found["shots"], shots, strict=True):  # rounding may turn a value to the next code
+        assert gap(own, simulated) < 0.1 * gap(in_full, simulated)
+    assert (gap(*found["shots"]) == 0) == (tp == 2)
+    assert found["bytes"] == [lm.comm.bytes] * tp
+    assert all(torch.equal(own, found["greedy"][0]) for own in found["greedy"])
+    assert (found["greedy"][0] == greedy).float().mean() > 0.9
+
+
 @pytest.mark.parametrize("stopping", [[], ["--confidence", 0.5, "--max-samples", 24, "--batch-size", 4]])
 def test_a_profile_made_under_torchrun_is_the_one_made_in_simulation(folder, text, tmp_path, spd, stopping):
     arguments = ["profile", folder / "llama", "--tp", 2, "--data", text, "--seq-len", 32, "--max-samples", 4]
@@ -266,6 +291,22 @@ def test_check_of_a_compensation(folder, tmp_path, monkeypatch, worker):
         assert not wrong
     else:
         assert "plan: prompt tokens" in wrong and "plan: all-reduces per forward and rank" not in wrong
+
+
+@pytest.mark.parametrize("worker", [WORKER, "ignore_bits", "quantise_all"])
+def test_check_of_quantised_syncs(folder, tmp_path, monkeypatch, worker):
+    """A runtime that sends in full what is to be quantised is caught, and one that quantises every sync."""
+    monkeypatch.setenv("PYTHONPATH", f"{WORKERS}:{os.environ.get('PYTHONPATH', '')}")
+    strategies = [QUANTISED.strategy(Point(b, kind)) for kind in ("attention", "mlp") for b in range(BLOCKS)]
+    attention, mlp, full = strategies[:BLOCKS], strategies[BLOCKS:], (0, "mlp")
+    bits = {place: n for place, n in BITS.items() if place != full}
+    plan = plans.write_plan(tmp_path / "plan.json", folder / "llama", 2, words(attention), words(mlp), bits=bits)
+    assert load_plan(plan)[1] == QUANTISED.only(p for p in QUANTISED.by_point if p != Point(*full))
+    rows = checked(plan, folder / "llama", tiny.stories(2, shortest=6, longest=9), worker=worker)
+    wrong = {row.what for row in rows if not row.ok}
+    sent = "plan: bytes a token in each block's messages"
+    assert not wrong if worker == WORKER else sent in wrong
+    assert not any(what.startswith("dense") or "all-reduces" in what or "streams" in what for what in wrong)
 
 
 def test_check_refuses_a_stale_plan(folder, tmp_path):

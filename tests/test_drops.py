@@ -123,6 +123,23 @@ def test_an_mlps_debt_cannot_be_written_off():
         Drops.of({M0: PLAIN})
 
 
+def test_a_sync_that_is_kept_may_have_bits_and_is_not_dropped():
+    bits = Drops.of_bits({M1: 4, A1: 8})
+    assert list(bits) == [] and len(bits) == 0 and A1 not in bits and bits
+    assert bits.bits == {A1: 8, M1: 4} and list(bits.by_point) == [A1, M1]
+    assert (bits.at(A1).bits, bits.strategy(A1), bits.at(A0).bits) == (8, KEEP, None)
+    both = bits | Drops.of({A0: DROP, M1: DROP})
+    assert both.points == (A0, M1) and both.bits == {A1: 8} and both.only(both) == Drops.of({A0: DROP, M1: DROP})
+    assert both.first_difference(Drops.of({A0: DROP, M1: DROP})) == 1 and not bits.requires_mlp_drop
+    assert len({bits, Drops.of_bits({M1: 4, A1: 6}), Drops.of_bits({M1: 4})}) == 3
+    Drops.of_bits({Point(2, "mlp"): 8}).check_fits(3)
+    with pytest.raises(ValueError, match="block 3 is no sync point"):
+        Drops.of_bits({Point(3, "attention"): 8}).check_fits(3)
+    for strategy, n in ((DROP, 8), (PLAIN, 4), (KEEP, 5), (KEEP, 16)):
+        with pytest.raises(ValueError, match=f"{strategy} with {n} bits: only a sync that is kept has bits"):
+            Drop(strategy, bits=n)
+
+
 def test_predictors_go_with_what_is_deferred():
     for strategy in (KEEP, PLAIN):
         with pytest.raises(ValueError, match=f"predictors go with block_drop, not with {strategy}"):

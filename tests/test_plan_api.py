@@ -11,6 +11,7 @@ from spd_calib.errors import InputError, SpdError
 from spd_calib.formats.files import dumps, read
 from spd_calib.formats.plan import Plan
 from spd_calib.formats.profile import Profile
+from spd_calib.models.plan_files import load_plan
 
 CPU = spd_calib.RunOptions(device="cpu")
 
@@ -67,6 +68,27 @@ def test_a_model_in_memory_and_one_that_moved_are_planned_for(profile, llama, tm
     shutil.copytree(llama, tmp_path / "moved")
     moved = spd_calib.plan(lost, drop=2, model=tmp_path / "moved", run=CPU)
     assert moved.blocks == expected.blocks and moved.verified == expected.verified
+
+
+def test_every_sync_that_is_kept_has_the_bits_asked_for(spd, profile, profile_file, tmp_path):
+    """They are in whatever is measured, so the plan costs more than its drops; the file says so at each sync."""
+    in_full = spd_calib.plan(profile, drop=2, run=CPU)
+    run = spd("plan", profile_file, "--drop", 2, "--sync-bits", 4, "-o", tmp_path / "plan.json", "--device", "cpu")
+    assert run.code == 0 and "keep_sync, 4 bits" in run.err, run.err
+    plan, drops = load_plan(tmp_path / "plan.json")
+    assert plan.requires == ["quantised_sync"] and len(drops) == 2
+    assert all((bits == 4) == (strategy == "keep_sync") for b in plan.blocks for strategy, bits in b.syncs)
+    assert plan.verified.kl > in_full.verified.kl and plan.predicted.kl > in_full.predicted.kl
+    again = plan.model_copy(update={"requires": []}).model_dump(mode="json")
+    with pytest.raises(ValueError, match="need 'quantised_sync' in requires"):
+        Plan.model_validate(again)
+    again["blocks"][drops.points[0].block]["sync_bits"] = 8
+    with pytest.raises(ValueError, match="only a sync that is kept can have bits"):
+        Plan.model_validate(again | {"requires": ["quantised_sync"]})
+    with pytest.raises(InputError, match="`sync_bits` 5 is none of 8, 6, 4"):
+        spd_calib.plan(profile, drop=2, sync_bits=5, run=CPU)
+    refused = spd("recover", tmp_path / "plan.json", "--data", "demo", "-o", tmp_path / "recovered")
+    assert refused.code == 2 and "Recovery cannot fit weights through quantised syncs" in refused.err
 
 
 def test_the_command_is_told_where_the_model_is(spd, profile, llama, tmp_path):

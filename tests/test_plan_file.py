@@ -142,7 +142,7 @@ def test_what_the_profile_predicts_of_the_whole(asked):
 
 
 def test_predictions_of_fisher_are_kl_alone():
-    predicted = planning._predicted(fisher_profile(random_fisher(3, 1)), [], kl=0.125)
+    predicted = planning._predicted(fisher_profile(random_fisher(3, 1)), [], kl=0.125, of_bits=None)
     assert (predicted.kl, predicted.ppl_increase, predicted.accuracy_drop) == (0.125, None, None)
 
 

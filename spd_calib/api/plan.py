@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from spd_calib.errors import InputError
+from spd_calib.formats.drops import BITS, NOTHING_DROPPED, SUBLAYERS, Drops, Point
 from spd_calib.formats.files import dumps, write_bytes, write_text
 from spd_calib.formats.pareto import Pareto
 from spd_calib.formats.plan import Budget, Plan
@@ -74,6 +75,7 @@ def plan(
     tasks: TaskOptions | None = None,
     latency: LatencyOptions | None = None,
     compare: bool = False,
+    sync_bits: int | None = None,
     model: Model | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     run: RunOptions = RunOptions(),
@@ -95,6 +97,7 @@ def plan(
         tasks: lm-eval tasks; every second document chooses, the others verify.
         latency: the machine to model latency on.
         compare: measure baseline sets of the same size, too; the best of all is taken (see plan_with_details).
+        sync_bits: 8, 6 or 4: every sync that is kept is a quantised one, in all that is measured (default: none is).
         model: where the model is, or the model itself (default: where the profile says).
         tokenizer: of a model in memory.
         run: device, dtype (default: the profile's) and batch size; the seed is the profile's.
@@ -120,6 +123,7 @@ def plan(
         tasks=tasks,
         latency=latency,
         compare=compare,
+        sync_bits=sync_bits,
         model=model,
         tokenizer=tokenizer,
         run=run,
@@ -134,6 +138,7 @@ def plan_with_details(
     tasks: TaskOptions | None = None,
     latency: LatencyOptions | None = None,
     compare: bool = False,
+    sync_bits: int | None = None,
     model: Model | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     run: RunOptions = RunOptions(),
@@ -143,6 +148,10 @@ def plan_with_details(
 
     A plan may name a file of predictors: PlanningResult.write writes both. Arguments and errors are those of `plan`.
     """
+    if sync_bits is not None and sync_bits not in BITS:
+        raise InputError(
+            f"`sync_bits` {sync_bits} is none of {', '.join(map(str, BITS))}; leave it out for full syncs."
+        )
     inputs = _open(
         profile,
         asked,
@@ -154,6 +163,8 @@ def plan_with_details(
         progress=progress,
     )
     subject, recovered = inputs.load(), inputs.recovered
+    quantised = _every_sync_of(sync_bits, subject)
+    subject = replace(subject, always=quantised | subject.always)
     give_estimates(subject, inputs.texts, batch_size=inputs.run.batch_size, progress=progress)
     calibration, held_out = _texts(inputs, subject, progress=progress)
     file, content = (recovered.predictors() if recovered else None) or (None, None)
@@ -169,6 +180,7 @@ def plan_with_details(
         compare=compare,
         recovered=recovered.plan if recovered else None,
         predictors=file,
+        quantised=quantised,
     )
     finished, estimates = with_estimates(planned.plan, subject)
     modelled = [model_of.latency(len(planned.plan.drops)) for model_of in inputs.models.values()]
@@ -185,6 +197,12 @@ def plan_with_details(
         ),
         predictors=content if estimates is None else estimates,
     )
+
+
+def _every_sync_of(bits: int | None, subject: Subject) -> Drops:
+    """Return every sync of the model with so many bits; nothing for None."""
+    points = [Point(i, sublayer) for i in range(subject.lm.num_blocks) for sublayer in SUBLAYERS]
+    return NOTHING_DROPPED if bits is None else Drops.of_bits(dict.fromkeys(points, bits))
 
 
 @dataclass(frozen=True)

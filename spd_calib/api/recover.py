@@ -88,6 +88,11 @@ def recover(
     )
     output = Path(output)
     document, path = document_of(Plan, plan)
+    if document.drops.bits:
+        raise InputError(
+            "Recovery cannot fit weights through quantised syncs; recover a plan without them, then profile the "
+            "checkpoint and plan with `sync_bits`."
+        )
     tiers, whence = tiers_of(document, tau1=tau1, tau2=tau2)
     checkpoint.check_output(output)
     session = open_model_of(document, path=path, model=model, replicas=True)

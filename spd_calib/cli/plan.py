@@ -81,6 +81,9 @@ def plan(
     compare: Annotated[
         bool, typer.Option("--compare", help="Measure baseline sets of its size; take the best.")
     ] = False,
+    sync_bits: Annotated[
+        int | None, typer.Option(metavar="N", help="8, 6 or 4 bits a value in every sync that is kept.")
+    ] = None,
     pareto: Annotated[Path | None, typer.Option(help="The cheapest set of every size, written here.")] = None,
     model: ModelPlace = None,
     batch_size: BatchSize = 8,
@@ -89,7 +92,7 @@ def plan(
     json: Json = False,
     recipe: Recipe = None,
 ) -> None:
-    """Choose the sync points to drop within exactly one budget, verified as a whole on held-out text."""
+    """Choose what to drop within exactly one budget, verified on held-out text."""
     from spd_calib.api.latency import latency_options
     from spd_calib.api.options import RunOptions
     from spd_calib.api.pareto import pareto as pareto_of
@@ -132,6 +135,7 @@ def plan(
                 tasks=TaskOptions.of(tasks, include_path, limit=limit) if tasks else None,
                 latency=latency,
                 compare=compare,
+                sync_bits=sync_bits,
                 model=model,
                 run=run,
                 progress=work.progress,

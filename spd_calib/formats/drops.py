@@ -22,6 +22,9 @@ class Strategy(StrEnum):
     PLAIN_DROP = "plain_drop"
 
 
+BITS = (8, 6, 4)
+"""The bits a value of a quantised sync may have (parallel/quantised_sync.py)."""
+
 Sublayer = Literal["attention", "mlp"]
 SUBLAYERS: tuple[Sublayer, Sublayer] = ("attention", "mlp")
 
@@ -40,19 +43,25 @@ class Point:
 
 @dataclass(frozen=True)
 class Drop:
-    """The treatment of one sync point: its strategy and, if any, the predictors whose estimates the ranks read.
+    """The treatment of one sync point: its strategy and what goes with it.
 
-    `predictors` holds a models.predictor.Predictor for each rank of this process, by rank. Only block_drop can have
-    them: at an attention, whose block's MLPs read the estimates, and at an MLP whose output goes through a norm.
+    `predictors` holds a models.predictor.Predictor for each rank of this process, by rank; the ranks read their
+    estimates. Only block_drop can have them: at an attention, whose block's MLPs read them, and at an MLP whose output
+    goes through a norm.
     `router` is one more, of block_drop at an attention, the same on all ranks, by which the router of a mixture of
     experts reads more than the stream that all ranks share.
+    `bits`, one of BITS, makes a sync that is kept a quantised one: whatever its message settles is sent so; None sends
+    it as it is.
     """
 
     strategy: Strategy
     predictors: Mapping[int, Any] | None = None
     router: Any | None = None
+    bits: int | None = None
 
     def __post_init__(self) -> None:
+        if self.bits is not None and (self.strategy != Strategy.KEEP_SYNC or self.bits not in BITS):
+            raise ValueError(f"{self.strategy} with {self.bits} bits: only a sync that is kept has bits, of {BITS}")
         if self.predictors is None and self.router is None:
             return
         if self.strategy != Strategy.BLOCK_DROP:
@@ -66,20 +75,21 @@ KEPT = Drop(Strategy.KEEP_SYNC)
 
 @dataclass(frozen=True)
 class Drops:
-    """The sync points that are dropped and how each is; every other sync point is kept.
+    """The sync points that are not simply kept, and how each is treated: dropped, or kept with fewer bits.
 
-    Immutable and hashable; iterating gives the points in the order the model meets them.
+    Immutable and hashable. `by_point` holds all of them, in the order the model meets them; iterating, `len` and `in`
+    speak of those that are dropped alone.
     """
 
     by_point: Mapping[Point, Drop] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        dropped = {p: d for p, d in sorted(self.by_point.items()) if d.strategy != Strategy.KEEP_SYNC}
-        if any(p.sync_point == "mlp" and d.strategy != Strategy.BLOCK_DROP for p, d in dropped.items()):
+        treated = {p: d for p, d in sorted(self.by_point.items()) if d != KEPT}
+        if any(p.sync_point == "mlp" and d.strategy == Strategy.PLAIN_DROP for p, d in treated.items()):
             raise ValueError("an MLP sync point is kept or block-dropped")
-        if any(p.sync_point == "mlp" and d.router is not None for p, d in dropped.items()):
+        if any(p.sync_point == "mlp" and d.router is not None for p, d in treated.items()):
             raise ValueError("a router's predictor stands in for an attention's output, not for an MLP's")
-        object.__setattr__(self, "by_point", MappingProxyType(dropped))
+        object.__setattr__(self, "by_point", MappingProxyType(treated))
 
     @classmethod
     def of(cls, strategies: Mapping[Point, Strategy]) -> "Drops":
@@ -92,10 +102,20 @@ class Drops:
         rows: Iterable[tuple[Sublayer, Sequence[str]]] = zip(SUBLAYERS, (attention, mlp), strict=True)
         return cls.of({Point(i, sublayer): Strategy(s) for sublayer, row in rows for i, s in enumerate(row)})
 
+    @classmethod
+    def of_bits(cls, bits: Mapping[Point, int]) -> "Drops":
+        """Return the drops that keep each point named, by a sync of so many bits."""
+        return cls({point: Drop(Strategy.KEEP_SYNC, bits=n) for point, n in bits.items()})
+
     @property
     def points(self) -> tuple[Point, ...]:
         """Return the points that are dropped, in the order the model meets them."""
-        return tuple(self.by_point)
+        return tuple(p for p, drop in self.by_point.items() if drop.strategy != Strategy.KEEP_SYNC)
+
+    @property
+    def bits(self) -> dict[Point, int]:
+        """Return the points that are kept by a quantised sync, and its bits."""
+        return {p: drop.bits for p, drop in self.by_point.items() if drop.bits is not None}
 
     @property
     def streams_differ(self) -> bool:
@@ -105,10 +125,10 @@ class Drops:
     @property
     def requires_mlp_drop(self) -> bool:
         """Say whether an MLP's sync point is dropped: what a runtime must know how to do ("mlp_drop" in a plan)."""
-        return any(p.sync_point == "mlp" for p in self.by_point)
+        return any(p.sync_point == "mlp" for p in self.points)
 
     def at(self, point: Point) -> Drop:
-        """Return how `point` is treated: KEPT where it is not dropped."""
+        """Return how `point` is treated: KEPT where nothing is said of it."""
         return self.by_point.get(point, KEPT)
 
     def strategy(self, point: Point) -> Strategy:
@@ -117,7 +137,7 @@ class Drops:
 
     def blocks(self, sync_point: Sublayer) -> list[int]:
         """Return the blocks whose sync point of this kind is dropped."""
-        return [p.block for p in self.by_point if p.sync_point == sync_point]
+        return [p.block for p in self.points if p.sync_point == sync_point]
 
     def only(self, points: Iterable[Point]) -> "Drops":
         """Return these drops at `points` alone."""
@@ -129,14 +149,15 @@ class Drops:
 
         Predictors are the same only where they are the same objects.
         """
-        either = (p.block for p in (*self, *other) if self.at(p) != other.at(p))
+        either = (p.block for p in (*self.by_point, *other.by_point) if self.at(p) != other.at(p))
         return min(either, default=None)
 
     def check_fits(self, num_blocks: int) -> None:
-        """Raise ValueError for a point that a model of `num_blocks` blocks lacks, or has behind its very last MLP."""
-        last = Point(num_blocks - 1, "attention")  # behind the last MLP no sync point follows that could settle a debt
-        for point in self.by_point:
-            if point > last:
+        """Raise ValueError for a point that a model of `num_blocks` blocks lacks, or drops behind its very last MLP."""
+        last = Point(num_blocks - 1, "mlp")
+        for point, drop in self.by_point.items():
+            # behind the last MLP no sync point follows that could settle a debt
+            if point > last or (point == last and drop.strategy != Strategy.KEEP_SYNC):
                 raise ValueError(f"{point} is no sync point that can be dropped in a model of {num_blocks} blocks")
 
     def __or__(self, other: "Drops") -> "Drops":
@@ -144,16 +165,19 @@ class Drops:
         return Drops({**self.by_point, **other.by_point})
 
     def __iter__(self) -> Iterator[Point]:
-        return iter(self.by_point)
+        return iter(self.points)
 
     def __len__(self) -> int:
-        return len(self.by_point)
+        return len(self.points)
+
+    def __bool__(self) -> bool:
+        return bool(self.by_point)
 
     def __contains__(self, point: object) -> bool:
-        return point in self.by_point
+        return self.by_point.get(point, KEPT).strategy != Strategy.KEEP_SYNC  # type: ignore[call-overload]
 
     def __hash__(self) -> int:
-        return hash(tuple((p, d.strategy) for p, d in self.by_point.items()))
+        return hash(tuple((p, d.strategy, d.bits) for p, d in self.by_point.items()))
 
 
 NOTHING_DROPPED = Drops()

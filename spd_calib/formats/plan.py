@@ -1,14 +1,19 @@
 """plan.json: what a runtime does at each sync point. A runtime needs `tensor_parallel`, `blocks`, `requires`."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from .common import Count, Finite, ModelRef, Part, Provenance, Sha256, TensorParallel, TextRef
-from .drops import Drops, Strategy
+from .drops import SUBLAYERS, Drop, Drops, Point, Strategy
 from .profile import Comparison
 
-Requirement = Literal["mlp_drop", "compensation", "router_predictor"]
+Requirement = Literal["mlp_drop", "compensation", "router_predictor", "quantised_sync"]
+
+
+def field_of_bits(description: str) -> Any:
+    """Return the field of a sync's bits, left out where the sync sends its message as it is."""
+    return Field(default=None, exclude_if=lambda value: value is None, description=description)
 
 
 class Budget(Part):
@@ -96,6 +101,10 @@ class PlannedBlock(Part):
     module: str = Field(min_length=1, description="Path of the decoder layer in the transformers model")
     strategy: Strategy = Field(description="The attention's sync point")
     mlp_strategy: Literal[Strategy.KEEP_SYNC, Strategy.BLOCK_DROP] = Strategy.KEEP_SYNC
+    sync_bits: Literal[8, 6, 4] | None = field_of_bits("Bits of a value in the attention's sync, where it is kept")
+    mlp_sync_bits: Literal[8, 6, 4] | None = field_of_bits(
+        "Bits of a value in the MLP's sync, where it is kept; what waits for it is in its message"
+    )
     recovery: Literal["distillation", "grouping+distillation"] | None = Field(
         default=None, description="Treatment the paper's rule asks for before this block may be dropped"
     )
@@ -116,6 +125,11 @@ class PlannedBlock(Part):
     kl: Finite | None = Field(default=None, description="Cost of dropping the attention's sync point alone")
     mlp_kl: Finite | None = Field(default=None, description="Cost of dropping the MLP's sync point alone")
     reason: str = Field(description="Why the block is treated so, for people to read")
+
+    @property
+    def syncs(self) -> list[tuple[Strategy, int | None]]:
+        """Return the strategy and the bits of the attention's sync point, and of the MLP's."""
+        return [(self.strategy, self.sync_bits), (self.mlp_strategy, self.mlp_sync_bits)]
 
 
 class Predicted(Part):
@@ -202,6 +216,11 @@ class Plan(Part):
             raise ValueError("blocks with an mlp_strategy that drops need 'mlp_drop' in requires")
         if self.model.num_blocks - 1 in deferred:
             raise ValueError("the last block's MLP sync point cannot be dropped")
+        quantised = [(s, bits) for b in self.blocks for s, bits in b.syncs if bits is not None]
+        if any(s != Strategy.KEEP_SYNC for s, _ in quantised):
+            raise ValueError("only a sync that is kept can have bits")
+        if bool(quantised) != ("quantised_sync" in self.requires):
+            raise ValueError("blocks with quantised syncs need 'quantised_sync' in requires")
         predicted = [b for b in self.blocks if b.compensation]
         if any(b.strategy != Strategy.BLOCK_DROP for b in predicted):
             raise ValueError("only a block whose strategy is block_drop can have a compensation")
@@ -221,4 +240,10 @@ class Plan(Part):
     @property
     def drops(self) -> Drops:
         """Return what the plan drops, without its predictors; models.plan_files.load_plan brings them along."""
-        return Drops.of_blocks([b.strategy for b in self.blocks], [b.mlp_strategy for b in self.blocks])
+        return Drops(
+            {
+                Point(b.index, sublayer): Drop(strategy, bits=bits)
+                for b in self.blocks
+                for sublayer, (strategy, bits) in zip(SUBLAYERS, b.syncs, strict=True)
+            }
+        )

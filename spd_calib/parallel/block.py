@@ -204,7 +204,7 @@ class Block(nn.Module):
 
     def _sync_point(self, drop: Drop, s: Streams, partials: Iterable[Tensor], branch: Branch) -> Streams:
         if drop.strategy == Strategy.KEEP_SYNC:
-            return keep(s, partials, branch, self.comm)
+            return keep(s, partials, branch, self.comm, bits=drop.bits)
         if drop.strategy == Strategy.BLOCK_DROP:
             return defer(s, partials, branch)
         return write_off(s, partials, branch)

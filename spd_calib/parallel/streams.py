@@ -94,8 +94,10 @@ class Streams:
         return x
 
 
-def keep(s: Streams, partials: Iterable[Tensor], branch: Branch, comm: Comm) -> Streams:
+def keep(s: Streams, partials: Iterable[Tensor], branch: Branch, comm: Comm, *, bits: int | None = None) -> Streams:
     """Keep the sync point, and settle what waits for it: x <- x + A(AR(partial_i) + bias).
+
+    With `bits` the whole message goes by a quantised sync.
 
     AR is the all-reduce, the sum over ranks. Linear: x <- x + AR(p_i + partial_i) + bias, p_i <- 0. The parts that wait
     are in the same message, and join in their order: x <- x + A(AR(a_i)), then x <- x + M(AR(m_i)).
@@ -108,7 +110,8 @@ def keep(s: Streams, partials: Iterable[Tensor], branch: Branch, comm: Comm) -> 
     columns.append((partials, branch))
     message = partials if len(columns) == 1 else map(_side_by_side, *(column for column, _ in columns))
     x = s.shared
-    for total, (_, to_join) in zip(comm.all_reduce(message).split(x.shape[-1], dim=-1), columns, strict=True):
+    sums = comm.all_reduce(message, bits=bits).split(x.shape[-1], dim=-1)
+    for total, (_, to_join) in zip(sums, columns, strict=True):
         x = to_join.join(x, total)
     return Streams(x, None, s.written_off)
 

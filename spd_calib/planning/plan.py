@@ -48,18 +48,29 @@ def make_plan(
     compare: bool = False,
     recovered: Plan | None = None,
     predictors: CompensationFile | None = None,
+    quantised: Drops = NOTHING_DROPPED,
 ) -> Planned:
     """Choose what to drop within `budget`, verify it, and write down the plan.
 
     `module_paths` names the decoder layers of the model, `mixtures` those blocks that are mixtures of experts. With
     `compare` the baseline sets of the same size are measured as well, and may be chosen. Where the profile is of a
     checkpoint that `recover` wrote, `recovered` is its own plan, and `predictors` the file of its predictors, if any,
-    that will lie beside the new plan. Raises SpdError where the budget cannot be met.
+    that will lie beside the new plan. `quantised` are the syncs that have bits where they are kept; whatever
+    `calibration` and `held_out` measure has them, too. Raises SpdError where the budget cannot be met.
     """
     found = candidates(profile, budget)
     baselines = Baselines(drops_of(found), calibration) if compare else None
     choice = choose(profile, budget, calibration=calibration, verify=held_out.verify, baselines=baselines)
-    blocks = _blocks(profile, budget, choice=choice, module_paths=module_paths, mixtures=mixtures, recovered=recovered)
+    blocks = _blocks(
+        profile,
+        budget,
+        choice=choice,
+        module_paths=module_paths,
+        mixtures=mixtures,
+        recovered=recovered,
+        quantised=quantised,
+    )
+    of_bits = calibration.cost_of(NOTHING_DROPPED) if quantised else None
     number, text = held_out.after(choice.rounds)
     reused = held_out.reused(choice.rounds)
     plan = Plan(
@@ -70,7 +81,9 @@ def make_plan(
         recovered_from=recovered.recovered_from if recovered else None,
         blocks=blocks,
         budget=budget,
-        predicted=_predicted(profile, [c for c in found if c.point in choice.drops], kl=choice.predicted_kl),
+        predicted=_predicted(
+            profile, [c for c in found if c.point in choice.drops], kl=choice.predicted_kl, of_bits=of_bits
+        ),
         verified=Verified(**vars(choice.verified), text=text.ref, reused=reused, round=number),
         provenance=provenance,
     )
@@ -84,6 +97,7 @@ def _requirements(blocks: Sequence[PlannedBlock]) -> list[Requirement]:
         "mlp_drop": mlp_drop,
         "compensation": any(b.compensation for b in blocks),
         "router_predictor": any(b.router for b in blocks),
+        "quantised_sync": any(b.sync_bits or b.mlp_sync_bits for b in blocks),
     }
     return [name for name, wanted in needed.items() if wanted]
 
@@ -96,10 +110,11 @@ def _blocks(
     module_paths: Sequence[str],
     mixtures: Collection[int],
     recovered: Plan | None,
+    quantised: Drops,
 ) -> list[PlannedBlock]:
     """Return every block of the plan; what the plan of a `recovered` checkpoint drops stays dropped."""
     settled = recovered.drops if recovered else NOTHING_DROPPED
-    drops = settled | choice.drops
+    drops = quantised | settled | choice.drops
     by_point = {c.point: c for c in candidates(profile, budget)}
     blocks = []
     for index, module in enumerate(module_paths):
@@ -115,6 +130,8 @@ def _blocks(
                 module=module,
                 strategy=drops.strategy(attention),
                 mlp_strategy=drops.strategy(mlp),  # type: ignore[arg-type]  # Drops allows no other
+                sync_bits=drops.at(attention).bits,  # type: ignore[arg-type]
+                mlp_sync_bits=drops.at(mlp).bits,  # type: ignore[arg-type]
                 recovery=_recovery(own, profile, budget, drops=choice.drops),
                 compensation=old.compensation if old else None,
                 router=_router(old, drops.strategy(attention)) if index in mixtures else None,
@@ -151,14 +168,20 @@ def _recovery(own: Sequence[Candidate], profile: Profile, budget: Budget, *, dro
     return next((RECOVERY[tier(profile, budget, c)] for c in own if c.point not in drops), None)
 
 
-def _predicted(profile: Profile, dropped: Sequence[Candidate], *, kl: float) -> Predicted:
-    """Return what the profile says of dropping these candidates: their KL as given, and sums of single costs."""
+def _predicted(profile: Profile, dropped: Sequence[Candidate], *, kl: float, of_bits: Comparison | None) -> Predicted:
+    """Return what the profile says of dropping these candidates: their KL as given, and sums of single costs.
+
+    What the quantised syncs cost without any drop, `of_bits`, is added, if there are any.
+    """
+    kl += of_bits.kl if of_bits else 0.0
     if profile.fisher is not None:
         return Predicted(kl=kl)
     ppl = _total(profile, dropped, "ppl") / profile.baseline.ppl
     accuracy = _total(profile, dropped, "accuracy")
     if alone := profile.recovered and profile.recovered.alone:
         ppl, accuracy = ppl + alone.ppl_increase, accuracy + alone.accuracy_drop
+    elif of_bits:
+        ppl, accuracy = ppl + of_bits.ppl_increase, accuracy + of_bits.accuracy_drop
     return Predicted(kl=kl, ppl_increase=ppl, accuracy_drop=accuracy)
 
 

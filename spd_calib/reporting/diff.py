@@ -8,13 +8,13 @@ from scipy import stats
 
 from spd_calib.errors import InputError
 from spd_calib.formats.common import TextRef
-from spd_calib.formats.drops import Point, Strategy
+from spd_calib.formats.drops import SUBLAYERS, Point
 from spd_calib.formats.plan import Latency, Plan
 from spd_calib.formats.profile import Profile
 from spd_calib.planning.budget import describe
 
 from .agreement import Agreement, Row, agreements, measured
-from .table import percentage_points
+from .table import percentage_points, treatment
 
 ALPHA = 0.05  # of the test whether what a drop costs depends on the data
 
@@ -43,8 +43,8 @@ class OtherStrategy:
     """A sync point that two plans treat differently; what dropping it alone costs, nats a token; and why."""
 
     point: Point
-    a: Strategy
-    b: Strategy
+    a: str
+    b: str
     a_kl: float | None
     b_kl: float | None
     a_reason: str
@@ -162,13 +162,10 @@ def diff_plans(a: Plan, b: Plan) -> PlanDiff:
         "text verified on": (_text(a.verified.text), _text(b.verified.text)),
     }
     others = [
-        OtherStrategy(Point(block=x.index, sync_point=kind), *was, *kl, x.reason, y.reason)  # type: ignore[arg-type]
+        OtherStrategy(Point(block=x.index, sync_point=kind), *treated, *kl, x.reason, y.reason)
         for x, y in zip(a.blocks, b.blocks, strict=True)
-        for kind, was, kl in (
-            ("attention", (x.strategy, y.strategy), (x.kl, y.kl)),
-            ("mlp", (x.mlp_strategy, y.mlp_strategy), (x.mlp_kl, y.mlp_kl)),
-        )
-        if was[0] != was[1]
+        for kind, of_a, of_b, kl in zip(SUBLAYERS, x.syncs, y.syncs, ((x.kl, y.kl), (x.mlp_kl, y.mlp_kl)), strict=True)
+        if (treated := (treatment(*of_a), treatment(*of_b)))[0] != treated[1]
     ]
     differing = _differing(aspects)
     return PlanDiff(differing, _whole(a, b), others, [_why(a, b, others=others)])

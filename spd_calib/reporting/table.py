@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from spd_calib.formats.drops import Strategy
+
 
 class Table(NamedTuple):
     """`left`: how many columns, from the first, are words even where they begin with a digit."""
@@ -29,3 +31,8 @@ def nats(kl: float, stderr: float | None = None) -> str:
     small = 1e-8 < abs(kl) < 1e-3
     decimals = 1 - math.floor(math.log10(abs(kl))) if small else 4
     return f"{kl:.{decimals}f}" + ("" if stderr is None else f" ± {stderr:.{decimals}f}")
+
+
+def treatment(strategy: Strategy, bits: int | None) -> str:
+    """Return how a sync point is treated, in words: its strategy, and the bits of a quantised sync."""
+    return strategy if bits is None else f"{strategy}, {bits} bits"

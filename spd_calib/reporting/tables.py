@@ -10,7 +10,7 @@ from spd_calib.formats.profile import Comparison, Profile
 from spd_calib.formats.results import Results
 from spd_calib.planning.budget import describe
 
-from .table import Table, nats, percentage_points
+from .table import Table, nats, percentage_points, treatment
 
 NAMES = {"attention": "attention", "mlp": "MLP"}
 
@@ -119,13 +119,14 @@ def _costs(measured: Comparison) -> list[str]:
 
 def blocks(plan: Plan) -> Table:
     """Return the plan block by block."""
-    mlps = any(b.mlp_kl is not None for b in plan.blocks)
+    mlps = any(b.mlp_kl is not None or b.mlp_sync_bits for b in plan.blocks)
     columns = ["block", "strategy", *(["MLP"] if mlps else []), "KL alone", *(["MLP alone"] if mlps else []), "why"]
     rows = []
     for b in plan.blocks:
         kls = ["" if kl is None else nats(kl) for kl in (b.kl, b.mlp_kl)]
-        words = [str(b.index), b.strategy]
-        rows.append([*words, b.mlp_strategy, *kls, b.reason] if mlps else [*words, kls[0], b.reason])
+        attention, mlp = (treatment(*sync) for sync in b.syncs)
+        words = [str(b.index), attention]
+        rows.append([*words, mlp, *kls, b.reason] if mlps else [*words, kls[0], b.reason])
     title = f"plan for {plan.model.id} at TP {plan.tensor_parallel.size}, asked for: {describe(plan.budget)}"
     return Table(title, columns, rows, 3 if mlps else 2)
 

@@ -17,3 +17,5 @@ class Observed(BaseModel):
     """By rank, a digest of the residual stream after each block over all forwards; empty where a runtime hides it."""
     experts: list[list[str]] = []
     """By rank, a digest of the experts chosen in each mixture of experts over all forwards; empty without any."""
+    bytes: list[list[int]] = []
+    """By rank, the bytes of each block's messages over all forwards; empty where a runtime hides them."""

@@ -1,7 +1,10 @@
 """The simulation's side of a check: what a runtime was asked, on simulated ranks."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -16,6 +19,7 @@ class SimulatedRun:
     prompt: list[list[float]]  # of every prompt token but the first
     chosen: list[list[float]]  # of the tokens that the runtime chose
     best: list[list[float]]  # of the tokens that the simulation would have chosen
+    bytes: list[int] = field(default_factory=list)  # of each block's messages, over all tokens
 
 
 @torch.no_grad()
@@ -24,7 +28,7 @@ def simulate(
 ) -> SimulatedRun:
     """Return log-probabilities of prompts and of the continuations a runtime gave them, as token ids, under `drops`."""
     out = SimulatedRun([], [], [])
-    with lm.running(drops):
+    with lm.running(drops), counting_bytes(lm) as sent:
         for prompt, tokens in zip(prompts, continuations, strict=True):
             ids = torch.tensor([[*prompt, *tokens]], device=lm.device)
             log_p = lm(ids[:, :-1])[0].float().log_softmax(-1)  # [T - 1, V], position t predicts token t + 1
@@ -32,4 +36,28 @@ def simulate(
             out.prompt.append(of_next[: len(prompt) - 1])
             out.chosen.append(of_next[len(prompt) - 1 :])
             out.best.append(log_p[len(prompt) - 1 :].amax(-1).tolist())
+    out.bytes.extend(sent)
     return out
+
+
+@contextmanager
+def counting_bytes(lm: TensorParallelLM) -> Iterator[list[int]]:
+    """Count, while this lasts, the bytes of each block's messages; the list it yields holds one number a block."""
+    sent = [0] * lm.num_blocks
+
+    def add(sign: int, index: int, *_: Any) -> None:
+        sent[index] += sign * lm.comm.bytes
+
+    hooks = [
+        hook
+        for i, block in enumerate(lm.blocks)
+        for hook in (
+            block.register_forward_pre_hook(partial(add, -1, i)),
+            block.register_forward_hook(partial(add, 1, i)),
+        )
+    ]
+    try:
+        yield sent
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -10,7 +10,19 @@ from pathlib import Path
 import tiny
 import torch
 import torch.distributed as dist
-from distributed_cases import ATTENTIONS, BOTH, DROP, KEEP, LONG, MIXED, MLP, NEW_TOKENS, PADS, SMALL_VOCABULARY
+from distributed_cases import (
+    ATTENTIONS,
+    BOTH,
+    DROP,
+    KEEP,
+    LONG,
+    MIXED,
+    MLP,
+    NEW_TOKENS,
+    PADS,
+    QUANTISED,
+    SMALL_VOCABULARY,
+)
 
 from spd_calib.formats.drops import Drops
 from spd_calib.parallel.ending import ending_together
@@ -71,6 +83,25 @@ def family(folder: Path, tp: int) -> dict:
     return seen
 
 
+def quantised(folder: Path, tp: int) -> dict:
+    """Quantised syncs in one shot and, where there are more than two ranks, in two."""
+    lm = open_session(str(folder), tp).load()
+    lm.model.generation_config.eos_token_id = None
+    _, digests = follow(lm)
+    ids = tiny.tokens(2, 12)
+    with lm.running(QUANTISED):
+        one_shot = lm(ids)
+        greedy = lm.model.generate(ids, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0)
+        lm.comm.one_shot_at_most = 0
+        two_shots = lm(ids)
+    return {
+        "shots": [one_shot, two_shots],
+        "bytes": everyone(lm.comm.bytes),
+        "greedy": everyone(greedy),
+        "streams": everyone([d.hexdigest() for d in digests]),
+    }
+
+
 def long(folder: Path, tp: int) -> dict:
     """512 tokens decoded in bfloat16."""
     lm = open_session(str(folder), tp).load(dtype="bfloat16")
@@ -89,6 +120,8 @@ def main() -> None:
     torch.set_num_threads(1)
     tp, folder = int(sys.argv[1]), Path(sys.argv[2])
     seen = {name: family(folder / name, tp) for name in tiny.SUPPORTED}
+    for name in ("llama", "gemma2"):
+        seen[f"quantised {name}"] = quantised(folder / name, tp)
     seen[LONG] = long(folder / LONG, tp)
     lm = open_session(str(folder / SMALL_VOCABULARY), tp).load()
     with lm.running(MIXED):

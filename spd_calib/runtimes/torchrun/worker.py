@@ -25,6 +25,7 @@ from spd_calib.parallel.session import open_session
 from spd_calib.parallel.streams import Streams
 from spd_calib.ranks import rank
 from spd_calib.runtimes.observed import Observed
+from spd_calib.runtimes.simulation import counting_bytes
 
 
 class CheckJob(BaseModel):
@@ -65,7 +66,12 @@ def observe(lm: TensorParallelLM, job: CheckJob) -> Observed:
     """Run every prompt of the job under what `lm` runs at present, each continued greedily with the KV cache."""
     prompt, tokens, chosen = [], [], []
     lm.model.generation_config = GenerationConfig()  # nothing ends a continuation, nothing bends the probabilities
-    with _counting_all_reduces(lm) as counts, _digesting_streams(lm) as digests, _digesting_routers(lm) as choices:
+    with (
+        _counting_all_reduces(lm) as counts,
+        counting_bytes(lm) as sent,
+        _digesting_streams(lm) as digests,
+        _digesting_routers(lm) as choices,
+    ):
         for ids in job.prompts:
             row = torch.tensor([ids], device=lm.device)
             log_p = lm(row)[0].float().log_softmax(-1)
@@ -89,6 +95,7 @@ def observe(lm: TensorParallelLM, job: CheckJob) -> Observed:
         all_reduces=_of_all_ranks(counts),
         streams=_of_all_ranks([digest.hexdigest() for digest in digests]),
         experts=_of_all_ranks([digest.hexdigest() for digest in choices]) if choices else [],
+        bytes=_of_all_ranks(sent),
     )
 
 
