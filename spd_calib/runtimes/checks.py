@@ -68,6 +68,15 @@ def compare_counts(what: str, expected: int, *, found: Sequence[int]) -> CheckRo
     return CheckRow(what, str(expected), shown, set(found) == {expected})
 
 
+def compare_experts(what: str, found: Sequence[Sequence[str]], mixtures: Sequence[int]) -> CheckRow:
+    """Check digests of the experts chosen, by rank, in each of the blocks `mixtures`: the same on all ranks."""
+    expected = "the same in every block"
+    if not found or any(len(rank) != len(mixtures) for rank in found):
+        return CheckRow(what, expected, "not all seen", False)
+    differ = [block for block, digests in zip(mixtures, zip(*found, strict=True), strict=True) if len(set(digests)) > 1]
+    return CheckRow(what, expected, f"differ from block {differ[0]} on" if differ else expected, not differ)
+
+
 def largest_difference(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> float:
     """Return the largest |a - b| over all tokens of all prompts; infinite where either is not a number."""
     pairs = [(x, y) for s, t in zip(a, b, strict=True) for x, y in zip(s, t, strict=True)]

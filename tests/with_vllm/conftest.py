@@ -25,7 +25,7 @@ SHAPE = {"hidden": 128, "heads": 4, "kv_heads": 2, "intermediate": 256}  # vLLM'
 
 def build(family: str, **overrides):
     """A tiny random model of a family, in a shape that vLLM can run on a CPU."""
-    heads = {"head_dim": 32} if "head_dim" in tiny.FAMILIES[family][1] else {}
+    heads = {"head_dim": 32} if "head_dim" in {**tiny.FAMILIES, **tiny.MIXTURES}[family][1] else {}
     as_vllm_reads_it = {"use_bias": False} if family == "ernie4_5" else {}
     return tiny.build(family, **{**SHAPE, **heads, **as_vllm_reads_it, **overrides})
 

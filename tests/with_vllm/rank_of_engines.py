@@ -17,6 +17,7 @@ from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
 from spd_calib.formats.drops import NOTHING_DROPPED
 from spd_calib.runtimes.vllm.engine import start
+from spd_calib.runtimes.vllm.mixtures import Mixture
 from spd_calib.runtimes.vllm.projections import Projection
 
 distributed_args = ExecutorWithExternalLauncher._distributed_args
@@ -39,6 +40,12 @@ def as_on_a_gpu(run: dict) -> Iterator[None]:
     run["in_place"] = sorted(in_place)
 
 
+def routing_apart():
+    """Have each rank's routers read what its experts read, while this lasts."""
+    partial = Mixture.partial
+    return patch.object(Mixture, "partial", lambda self, u, shared: partial(self, u, u))
+
+
 def main(jobs: Path, out: Path) -> None:
     found = {}
     for name, job in json.loads(jobs.read_text()).items():
@@ -50,6 +57,7 @@ def main(jobs: Path, out: Path) -> None:
             run: dict = {}
             with (
                 as_on_a_gpu(run) if job["as_on_a_gpu"] else nullcontext(),
+                routing_apart() if job.get("route_apart") else nullcontext(),
                 start(Path(job["folder"]), tp=2, max_length=64, plan=Path(job["plan"]), **options) as engine,
             ):
                 run["vocabulary"] = [[part.start, part.stop] for part in engine.vocabulary()]

@@ -29,6 +29,11 @@ AS_ON_A_GPU = ("llama_bias", "granite")
 """Run a second time with weights that lie open, as on a GPU: what is owed is then added to within the products."""
 JOBS = {**{name: (name, False) for name in FAMILIES}, **{f"{name}-in-place": (name, True) for name in AS_ON_A_GPU}}
 """Name -> family, and whether as on a GPU."""
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+OF_MIXTURES = {"attention": [D, K, D, D], "mlp": [D, D, K, K], "kinds": [None, None, "full", None]}
+"""As many sync points; a dropped attention behind a dropped MLP and behind none, with and without predictors."""
+ROUTERS = ["low_rank", None, "zero", "full"]
+FAULT = "each-rank-routes-by-itself"
 PROMPTS = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (21, 9)]
 NEW = 4
 
@@ -43,6 +48,12 @@ def engines(folder_of, tmp_path_factory):
         plan = write_plan(place / name / "plan.json", folder_of(family), 2, ATTENTION, MLP, KINDS)
         jobs[name] = {"folder": str(folder_of(family)), "plan": str(plan), "prompts": PROMPTS, "new": NEW}
         jobs[name]["as_on_a_gpu"] = gpu
+    for name in (*MIXTURES, FAULT):
+        family = "qwen3_moe" if name == FAULT else name
+        (place / name).mkdir()
+        plan = write_plan(place / name / "plan.json", folder_of(family), 2, **OF_MIXTURES, routers=ROUTERS)
+        jobs[name] = {"folder": str(folder_of(family)), "plan": str(plan), "prompts": PROMPTS, "new": NEW}
+        jobs[name] |= {"as_on_a_gpu": False, "route_apart": name == FAULT}
     (place / "jobs.json").write_text(json.dumps(jobs))
     script = Path(__file__).with_name("rank_of_engines.py")
     with vllm_environment(2), (place / "log").open("w") as log:
@@ -63,7 +74,7 @@ def engines(folder_of, tmp_path_factory):
             process.kill()
     assert codes == [0, 0], (place / "log").read_text()[-3000:]
     ranks = [json.loads((place / f"{rank}.json").read_text()) for rank in range(2)]
-    return {name: (jobs[name]["plan"], [rank[name] for rank in ranks]) for name in JOBS}
+    return {name: (jobs[name]["plan"], [rank[name] for rank in ranks]) for name in jobs}
 
 
 @pytest.mark.parametrize("name", JOBS)
@@ -81,16 +92,41 @@ def test_an_architecture_runs_its_plan(engines, name):
     assert "plan: prompt tokens" in {row.what for row in ignored if not row.ok}
 
 
+@pytest.mark.parametrize("family", MIXTURES)
+def test_a_mixture_runs_its_plan(engines, family):
+    path, ranks = engines[family]
+    rows, planned = _compared(path, ranks, family)
+    assert not [row for row in rows if not row.ok]
+    assert {count for rank in planned.all_reduces for count in rank} == {ALL_REDUCES}
+    assert sum(row.what.endswith("experts the ranks chose") for row in rows) == 2
+
+
+def test_ranks_that_each_route_by_their_own_stream_are_caught(engines):
+    rows, _ = _compared(*engines[FAULT], "qwen3_moe")
+    wrong = {row.what: row.found for row in rows if not row.ok}
+    assert wrong["plan: experts the ranks chose"] == "differ from block 0 on"
+    assert not any(what.startswith("dense") for what in wrong)
+
+
+def _compared(path: str, ranks: list, family: str) -> tuple[list, Observed]:
+    assert all("error" not in rank for rank in ranks), ranks
+    lm = TensorParallelLM.simulated(build(family), 2)
+    lm.head.cut_at([slice(*rank["vocabulary"][0]) for rank in ranks])
+    planned, dense = (_observed(ranks, kind) for kind in ("planned", "dense"))
+    return compare(lm, load_plan(Path(path))[1], prompts=PROMPTS, planned=planned, dense=dense), planned
+
+
 def _observed(ranks: list, kind: str) -> Observed:
     """What rank 0 saw, with the all-reduces of both."""
     first, second = (Observed(**rank[kind]) for rank in ranks)
     assert first.tokens == second.tokens
-    return first.model_copy(update={"all_reduces": [*first.all_reduces, *second.all_reduces]})
+    both = {field: [*getattr(first, field), *getattr(second, field)] for field in ("all_reduces", "experts")}
+    return first.model_copy(update=both)
 
 
 def test_every_architecture_is_tested_here_or_with_the_plans():
     with_the_plans = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "OPT")
-    here = {type(build(family)).__name__ for family in FAMILIES}
+    here = {type(build(family)).__name__ for family in (*FAMILIES, *MIXTURES)}
     assert here | {f"{name}ForCausalLM" for name in with_the_plans} == {*FORMS, *BY_TRANSFORMERS}
     assert {name for row in LAYERS.values() for name in row.classes} >= {*BY_TRANSFORMERS}
     assert is_supported(BACKEND, "ArceeForCausalLM") and not is_supported(BACKEND, "LlamaForCausalLM")

@@ -368,3 +368,75 @@ def test_registering_twice_is_registering_once():
 
 def test_nothing_in_the_environment_names_a_plan():
     assert "SPD_PLAN" not in os.environ
+
+
+def unbuilt_mixtral(blocks: int):
+    """As unbuilt_llama, with a mixture of experts in each layer; and its layers."""
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+    from vllm.model_executor.models.mixtral import MixtralDecoderLayer, MixtralForCausalLM
+
+    llama, layers = unbuilt_llama(blocks)
+    plain = torch.nn.Identity
+    for i, layer in enumerate(layers):
+        experts = unbuilt(
+            MoERunner,
+            gate=plain() if i else None,  # some call the router themselves
+            moe_config=SimpleNamespace(
+                moe_parallel_config=SimpleNamespace(use_ep=False),
+                is_sequence_parallel=False,
+                skip_final_all_reduce=False,
+            ),
+            routed_experts=SimpleNamespace(quant_method=SimpleNamespace(moe_kernel=None)),
+            routed_output_transform=None,
+        )
+        parts = {name: module for name, module in layer.named_children() if name != "mlp"}
+        layers[i] = unbuilt(
+            MixtralDecoderLayer, **parts, block_sparse_moe=unbuilt(plain, gate=plain(), experts=experts)
+        )
+    return unbuilt(MixtralForCausalLM, model=llama.model), layers
+
+
+def test_experts_end_before_their_sum_where_something_is_dropped():
+    model, layers = unbuilt_mixtral(3)
+    runners = [layer.block_sparse_moe.experts for layer in layers]
+    routers = [runner.gate for runner in runners]
+    for drops, planned in ((Drops.of_blocks([D, D, K]), [0, 1]), (NOTHING_DROPPED, [])):
+        apply(model, drops)
+        assert [i for i, layer in enumerate(layers) if "forward" in vars(layer)] == planned
+        assert [i for i, runner in enumerate(runners) if runner.moe_config.skip_final_all_reduce] == planned
+        assert [runner.gate for runner in runners] == [None if i in planned else g for i, g in enumerate(routers)]
+
+
+@pytest.mark.parametrize(
+    ("words", "change"),
+    [
+        ("expert parallel", lambda runner: setattr(runner.moe_config.moe_parallel_config, "use_ep", True)),
+        ("sequence parallel", lambda runner: setattr(runner.moe_config, "is_sequence_parallel", True)),
+        ("is transformed", lambda runner: setattr(runner, "routed_output_transform", torch.nn.Identity())),
+        (
+            "sums over the ranks itself",
+            lambda runner: setattr(
+                runner.routed_experts.quant_method, "moe_kernel", SimpleNamespace(output_is_reduced=lambda: True)
+            ),
+        ),
+        ("does not know", lambda runner: setattr(runner, "__class__", type("Other", (type(runner),), {}))),
+    ],
+)
+def test_experts_whose_sum_cannot_wait_are_refused(words, change):
+    model, layers = unbuilt_mixtral(2)
+    change(layers[1].block_sparse_moe.experts)
+    with pytest.raises(InputError, match=words) as e:
+        apply(model, Drops.of_blocks([D, K]))
+    assert "block 1" in str(e.value) and all("forward" not in vars(layer) for layer in layers)
+
+
+def test_a_mixture_takes_no_plain_drop():
+    with pytest.raises(InputError, match="choose different experts"):
+        apply(unbuilt_mixtral(2)[0], Drops.of_blocks(["plain_drop", K]))
+
+
+def test_whole_experts_on_ranks_are_refused_before_anything_starts(folder_of, tmp_path):
+    folder = folder_of("mixtral")
+    plan = write_plan(tmp_path / "plan.json", folder, 2, [D, K, K, K])
+    configured(folder, plan)
+    refused(folder, plan, "expert parallel", enable_expert_parallel=True)

@@ -7,7 +7,14 @@ from pathlib import Path
 from spd_calib.formats.drops import NOTHING_DROPPED, SUBLAYERS, Drops, Point, Strategy
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.session import Session
-from spd_calib.runtimes.checks import CheckRow, compare_counts, compare_run, folder_of, largest_difference
+from spd_calib.runtimes.checks import (
+    CheckRow,
+    compare_counts,
+    compare_experts,
+    compare_run,
+    folder_of,
+    largest_difference,
+)
 from spd_calib.runtimes.observed import Observed
 from spd_calib.runtimes.simulation import simulate
 
@@ -100,15 +107,6 @@ def compare_bytes(what: str, expected: Sequence[float], *, found: Sequence[Seque
     for block, at, e in wrong:
         return CheckRow(what, total, f"{at:,.0f} in block {block}, not {e:,.0f}", False)
     return CheckRow(what, total, total, True)
-
-
-def compare_experts(what: str, found: Sequence[Sequence[str]], mixtures: Sequence[int]) -> CheckRow:
-    """Check digests of the experts chosen, by rank, in each of the blocks `mixtures`: the same on all ranks."""
-    expected = "the same in every block"
-    if not found or any(len(rank) != len(mixtures) for rank in found):
-        return CheckRow(what, expected, "not all seen", False)
-    differ = [block for block, digests in zip(mixtures, zip(*found, strict=True), strict=True) if len(set(digests)) > 1]
-    return CheckRow(what, expected, f"differ from block {differ[0]} on" if differ else expected, not differ)
 
 
 def compare_streams(what: str, found: Sequence[Sequence[str]], *, drops: Drops, num_blocks: int) -> CheckRow:

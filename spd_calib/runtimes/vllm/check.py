@@ -6,7 +6,7 @@ from pathlib import Path
 from spd_calib.formats.drops import NOTHING_DROPPED, SUBLAYERS, Drops
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.session import Session
-from spd_calib.runtimes.checks import CheckRow, compare_run, folder_of, largest_difference
+from spd_calib.runtimes.checks import CheckRow, compare_experts, compare_run, folder_of, largest_difference
 from spd_calib.runtimes.observed import Observed
 from spd_calib.runtimes.simulation import simulate
 
@@ -57,6 +57,9 @@ def compare(
             tolerance=TOLERANCE,
         ),
     ]
+    if lm.mixtures:
+        runs = (("plan", planned), ("dense", dense))
+        rows += [compare_experts(f"{name}: experts the ranks chose", r.experts, lm.mixtures) for name, r in runs]
     if drops:
         expected = largest_difference(simulated.prompt, simulated_dense.prompt)
         found = largest_difference(planned.prompt, dense.prompt)

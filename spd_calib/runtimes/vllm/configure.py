@@ -26,7 +26,7 @@ WORKERS = {
 }
 """vLLM's worker classes -> those that apply a plan once the model is loaded."""
 
-SUPPORTED = {"mlp_drop", "compensation"}
+SUPPORTED = {"mlp_drop", "compensation", "router_predictor"}
 """What a plan may require of this runtime."""
 
 CHECKPOINTS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
@@ -105,6 +105,7 @@ def not_as_measured(config: Any) -> str | None:
         ("data parallelism", parallel.data_parallel_size > 1),
         ("decode context parallelism", parallel.decode_context_parallel_size > 1),
         ("prefill context parallelism", parallel.prefill_context_parallel_size > 1),
+        ("whole experts on ranks (expert parallel)", parallel.enable_expert_parallel),
         ("a quantised model", config.quant_config is not None or model.quantization is not None),
         ("LoRA adapters", config.lora_config is not None),
         ("speculative decoding by a model", speculative is not None and speculative.method != "ngram"),

@@ -41,6 +41,7 @@ class Engine:
         from vllm import SamplingParams
 
         self.call("spd_all_reduces")
+        self.call("spd_experts")
         common = {
             "max_tokens": new_tokens,
             "ignore_eos": True,
@@ -56,6 +57,7 @@ class Engine:
             tokens=tokens,
             chosen=[_of(o.outputs[0].logprobs, t) for o, t in zip(outputs, tokens, strict=True)],
             all_reduces=self.call("spd_all_reduces"),
+            experts=[of_rank for of_rank in self.call("spd_experts") if of_rank],
         )
 
     def vocabulary(self) -> list[slice]:

@@ -4,10 +4,12 @@ None raises: an error that leaves a worker method puts vLLM's later replies out 
 """
 
 import functools
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
 
+from .forms import find
 from .layers import apply
 from .worker import drops_of_this_rank
 
@@ -40,6 +42,21 @@ class CheckExtension:
         except Exception as e:
             return f"{type(e).__name__}: {e}"
         return made
+
+    def spd_experts(self: Any) -> list[str] | str:
+        """Return a digest of the experts chosen in each mixture since the last call, on this rank.
+
+        The first call starts watching. Empty without mixtures, or where the model is compiled.
+        """
+        try:
+            if "spd_chosen" not in vars(self):
+                self.spd_chosen: list[Any] = []
+                _watch_routers(self.model_runner.get_model(), self.spd_chosen)
+            digests = [digest.hexdigest() for digest in self.spd_chosen]
+            self.spd_chosen[:] = [hashlib.sha256() for _ in digests]
+        except Exception as e:
+            return f"{type(e).__name__}: {e}"
+        return digests
 
     def spd_traced_all_reduces(self: Any) -> int:
         """Return the all-reduces in the graph that was compiled of the model, 0 where none was."""
@@ -81,6 +98,22 @@ def _count(model: Any, counts: list[int]) -> None:
         return forward(*args, **kwargs)
 
     communicator.all_reduce, model.forward = all_reduce, counting
+
+
+def _watch_routers(model: Any, chosen: list[Any]) -> None:
+    """Have each router of an eager model add the experts that it prefers to its digest in `chosen`."""
+    form, layers = find(model)
+    found = [mixture for layer in layers if (mixture := form.mixture_of(layer)) is not None]
+    if not getattr(model, "do_not_compile", True):
+        return
+    chosen += [hashlib.sha256() for _ in found]
+    for i, mixture in enumerate(found):
+        experts: Any = mixture.experts
+
+        def add(gate: Any, args: Any, given: Any, i: int = i, k: int = experts.moe_config.experts_per_token) -> None:
+            chosen[i].update(given[0].topk(k).indices.contiguous().cpu().numpy().tobytes())
+
+        mixture.gate.register_forward_hook(add)  # type: ignore[union-attr]
 
 
 def _count_traced() -> None:

@@ -14,6 +14,7 @@ from spd_calib.errors import InputError
 from spd_calib.models.layer_names import LAYERS
 
 from .forwards import Parts, fused, granite, opt, transformers_layer, unfused, with_unused_residual
+from .mixtures import Mixture, check_mixture, is_mixture
 from .projections import open_projection
 
 BACKEND = "TransformersForCausalLM"
@@ -35,15 +36,27 @@ class LayerForm:
     norm2: str = "post_attention_layernorm"
     o: str = "self_attn.o_proj"
     down: str = "mlp.down_proj"
+    mixture: str = ""  # the layer's module, if any, that may be a mixture of experts; else its MLP ends in `down`
     scale: str = ""  # the layer's attribute, if any, by which it multiplies both branches
     switches: tuple[tuple[str, Any], ...] = ()  # attributes of the layer that must have these values
     configured: tuple[tuple[str, Any], ...] = ()  # and of the model's configuration, where vLLM reads no others
 
     def parts(self, layer: nn.Module) -> Parts:
         """Return the parts of a layer of this form."""
-        norm1, norm2, o, down = map(layer.get_submodule, (self.norm1, self.norm2, self.o, self.down))
+        norm1, norm2, o = map(layer.get_submodule, (self.norm1, self.norm2, self.o))
         scale = float(getattr(layer, self.scale)) if self.scale else 1.0
-        return Parts(norm1, norm2, open_projection(o, scale), open_projection(down, scale))
+        mixture = self.mixture_of(layer)
+        down = Mixture(mixture) if mixture else open_projection(layer.get_submodule(self.down), scale)
+        return Parts(norm1, norm2, open_projection(o, scale), down)
+
+    def mixture_of(self, layer: nn.Module) -> nn.Module | None:
+        """Return a layer's mixture of experts; None where it has a dense MLP."""
+        module = layer.get_submodule(self.mixture) if self.mixture else None
+        return module if is_mixture(module) else None
+
+    def linears(self, layer: nn.Module) -> list[Any]:
+        """Return the layer's row-parallel projections, behind each of which there is a sync point."""
+        return [layer.get_submodule(path) for path in (self.o, *([] if self.mixture_of(layer) else [self.down]))]
 
 
 def _form(model: str, layer: str, planned: Callable[..., Callable], **names: Any) -> LayerForm:
@@ -65,6 +78,22 @@ FORMS = {
     ),
     "Qwen2ForCausalLM": _form("qwen2.Qwen2ForCausalLM", "qwen2.Qwen2DecoderLayer", fused),
     "Qwen3ForCausalLM": _form("qwen3.Qwen3ForCausalLM", "qwen3.Qwen3DecoderLayer", fused),
+    "MixtralForCausalLM": _form(
+        "mixtral.MixtralForCausalLM", "mixtral.MixtralDecoderLayer", fused, mixture="block_sparse_moe"
+    ),
+    "Qwen2MoeForCausalLM": _form(
+        "qwen2_moe.Qwen2MoeForCausalLM", "qwen2_moe.Qwen2MoeDecoderLayer", fused, mixture="mlp"
+    ),
+    "Qwen3MoeForCausalLM": _form(
+        "qwen3_moe.Qwen3MoeForCausalLM", "qwen3_moe.Qwen3MoeDecoderLayer", fused, mixture="mlp"
+    ),
+    "OlmoeForCausalLM": _form(
+        "olmoe.OlmoeForCausalLM",
+        "olmoe.OlmoeDecoderLayer",
+        fused,
+        mixture="mlp",
+        configured=(("rms_norm_eps", 1e-5), ("clip_qkv", None)),
+    ),
     "GemmaForCausalLM": _form("gemma.GemmaForCausalLM", "gemma.GemmaDecoderLayer", fused),
     "NemotronForCausalLM": _form("nemotron.NemotronForCausalLM", "nemotron.NemotronDecoderLayer", fused),
     "GraniteForCausalLM": _form(
@@ -129,11 +158,14 @@ def find(model: nn.Module) -> tuple[LayerForm, list[Any]]:
             raise InputError(
                 f"This {type(layer).__name__} is not h = x + attn(norm1(x)), y = h + mlp(norm2(h)): no plan."
             )
-        for path in (form.o, form.down):
-            if type(layer.get_submodule(path)).__name__ != "RowParallelLinear":
+        for linear in form.linears(layer):
+            path = next(name for name, module in layer.named_modules() if module is linear)
+            if type(linear).__name__ != "RowParallelLinear":
                 raise InputError(f"The layer's {path} is no RowParallelLinear: its sync point is not known.")
-            if not layer.get_submodule(path).input_is_parallel:
+            if not linear.input_is_parallel:
                 raise InputError(f"vLLM gathers what the layer's {path} reads, so that no rank has a share of its own.")
+        if (mixture := form.mixture_of(layer)) is not None:
+            check_mixture(mixture, block=layers.index(layer))
     return form, layers
 
 

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from spd_calib.formats.drops import Drop, Strategy
 from spd_calib.models.predictor import Predictor
 
+from .mixtures import Mixture
 from .projections import Projection, add
 
 KEEP, BLOCK_DROP = Strategy.KEEP_SYNC, Strategy.BLOCK_DROP
@@ -29,16 +31,20 @@ class Parts:
     norm1: Any
     norm2: Any
     o: Projection
-    down: Projection
+    down: Projection | Mixture
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What a plan says of one layer: its two sync points, its rank's predictor, and whether the layer before owes."""
+    """What a plan says of one layer: its two sync points, its predictors, and whether the layer before owes.
+
+    `predictor` is the rank's own, `router` that of what the router reads in a mixture of experts.
+    """
 
     attention: Drop
     mlp: Drop
     predictor: Predictor | None = None
+    router: Predictor | None = None
     owes: bool = False
 
 
@@ -49,7 +55,7 @@ def fused(layer: Any, parts: Parts, planned: Planned) -> Callable[..., Pair]:
     """
     norm1, norm2, o, down = parts.norm1, parts.norm2, parts.o, parts.down
     at_attention, at_mlp, predictor = planned.attention.strategy, planned.mlp.strategy, planned.predictor
-    owes = planned.owes
+    router, owes = planned.router, planned.owes
 
     def forward(positions: Tensor, hidden_states: Tensor, residual: Tensor | None, **_: Any) -> Pair:
         p = None
@@ -60,6 +66,11 @@ def fused(layer: Any, parts: Parts, planned: Planned) -> Callable[..., Pair]:
         else:
             u, x = norm1(hidden_states, residual)
 
+        if router is not None:
+            shared = u if p is None else norm1(x)
+            expected = router(shared, torch.zeros_like(shared))
+        else:
+            expected = None
         heads = layer.self_attn(positions=positions, hidden_states=u)
         if at_attention == KEEP:
             (u, x), p = norm2(o.reduced(p, heads), x), None
@@ -76,7 +87,10 @@ def fused(layer: Any, parts: Parts, planned: Planned) -> Callable[..., Pair]:
             x = add(x + o.partial(heads), o.bias)
             u = norm2(x + p)
 
-        neurons = layer.mlp(u)
+        if isinstance(down, Mixture):
+            neurons = down.partial(u, u if at_attention == KEEP else norm2(add(x, expected)))
+        else:
+            neurons = layer.mlp(u)
         if at_mlp == KEEP:
             return down.reduced(p, neurons), x
         return down.onto(p, neurons), add(x, down.bias)

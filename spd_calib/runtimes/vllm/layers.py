@@ -7,10 +7,11 @@ from torch import nn
 
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import Drop, Drops, Point
-from spd_calib.models.predictor import Predictor, check_predictors
+from spd_calib.models.predictor import Predictor, check_predictors, check_router_predictor
 
 from .forms import find
 from .forwards import KEEP, Planned
+from .mixtures import end_before_sum
 from .projections import ending_before
 
 
@@ -26,21 +27,33 @@ def apply(model: nn.Module, drops: Drops) -> None:
         drops.check_fits(len(layers))
     except ValueError as e:
         raise InputError(f"The plan does not fit the model that vLLM loaded: {e}.") from None
+    mixtures = [form.mixture_of(layer) for layer in layers]
+    if drops.streams_differ and any(mixtures):
+        raise InputError("Ranks whose streams differ for good (plain_drop) would choose different experts: no plan.")
     for i, layer in enumerate(layers):
-        for module in (layer, *map(layer.get_submodule, (form.o, form.down))):
+        for module in (layer, *form.linears(layer), *((m, m.gate, m.experts) if (m := mixtures[i]) else ())):
             _refuse_foreign_forward(module, i)
     predictors = {
         point.block: fitted(layers[point.block].get_submodule(form.o), drops.at(point), block=point.block)
         for point in drops
         if drops.at(point).predictors is not None
     }
+    routers = {
+        point.block: fitted_router(layers[point.block].get_submodule(form.o), router, block=point.block)
+        for point in drops
+        if (router := drops.at(point).router) is not None
+    }
+    if lacking := sorted(block for block in routers if not mixtures[block]):
+        raise InputError(f"Block {lacking[0]} has no router that a predictor could serve.")
     owes = False
     for i, layer in enumerate(layers):
         attention, mlp = drops.at(Point(i, "attention")), drops.at(Point(i, "mlp"))
         dense = attention.strategy == mlp.strategy == KEEP and not owes
-        for linear in map(layer.get_submodule, (form.o, form.down)):
+        for linear in form.linears(layer):
             _set_forward(linear, None if dense else ending_before(linear))
-        planned = Planned(attention, mlp, predictors.get(i), owes=owes)
+        if mixtures[i] is not None:
+            end_before_sum(mixtures[i], not dense)
+        planned = Planned(attention, mlp, predictors.get(i), routers.get(i), owes=owes)
         _set_forward(layer, None if dense else form.planned(layer, form.parts(layer), planned))
         owes = mlp.strategy != KEEP
 
@@ -60,8 +73,19 @@ def fitted(o_proj: Any, drop: Drop, *, block: int) -> Predictor:
         raise InputError(f"Block {block} has no predictor for rank {o_proj.tp_rank}.")
     own = {o_proj.tp_rank: drop.predictors[o_proj.tp_rank]}
     check_predictors(block, own, d_rank=o_proj.input_size_per_partition, d=o_proj.output_size)
+    return own[o_proj.tp_rank].like(_as_computed(o_proj))
+
+
+def fitted_router(o_proj: Any, router: Predictor, *, block: int) -> Predictor:
+    """Return the predictor of a block's router, as `fitted` does a rank's own. Raises InputError for other shapes."""
+    check_router_predictor(block, router, d=o_proj.output_size)
+    return router.like(_as_computed(o_proj))
+
+
+def _as_computed(o_proj: Any) -> torch.Tensor:
+    """Return an empty tensor where o_proj is and in the dtype that it computes in."""
     weight = next(o_proj.parameters())  # which may be packed, so that its dtype says nothing
-    return own[o_proj.tp_rank].like(torch.empty(0, device=weight.device, dtype=o_proj.params_dtype))
+    return torch.empty(0, device=weight.device, dtype=o_proj.params_dtype)
 
 
 def _refuse_foreign_forward(module: nn.Module, block: int) -> None:

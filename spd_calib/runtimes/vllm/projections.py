@@ -52,9 +52,9 @@ class Projection:
         """
         first = self.linear.tp_rank == 0
         if p is not None:
-            return _all_reduce(self.onto(add(p, self.bias) if first else p, z))
+            return all_reduced(self.onto(add(p, self.bias) if first else p, z))
         bias = self.linear.bias if first else None
-        return _all_reduce(scaled(self.linear.quant_method.apply(self.linear, z, bias), self.scale))
+        return all_reduced(scaled(self.linear.quant_method.apply(self.linear, z, bias), self.scale))
 
 
 @torch.library.custom_op("spd_calib::add_product_", mutates_args=("p",))
@@ -95,7 +95,7 @@ def scaled(a: Tensor, scale: float) -> Tensor:
     return a if scale == 1.0 else a * scale
 
 
-def _all_reduce(partial: Tensor) -> Tensor:
+def all_reduced(partial: Tensor) -> Tensor:
     """Return the sum over all ranks. Works in place on a CPU: `partial` is nobody's afterwards."""
     from vllm.distributed import tensor_model_parallel_all_reduce
 

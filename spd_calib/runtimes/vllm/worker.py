@@ -149,4 +149,4 @@ def drops_of_this_rank(rows: Iterable[dict[str, Any]], plan: Path | None = None)
     from vllm.distributed import get_tensor_model_parallel_rank
 
     _, of_plan = load_plan(plan, ranks=[get_tensor_model_parallel_rank()])
-    return drops | of_plan.only(p for p in of_plan if of_plan.at(p).predictors is not None)
+    return drops | of_plan.only(p for p in of_plan if of_plan.at(p).predictors or of_plan.at(p).router)
