@@ -17,19 +17,18 @@ from spd_calib.api.options import RunOptions
 from spd_calib.api.provenance import provenance
 from spd_calib.formats.drops import BITS, KEPT, SUBLAYERS, Drop, Drops, Point, Strategy
 from spd_calib.formats.profile import Comparison
-from spd_calib.parallel.quantised_sync import GROUP, SCALES
+from spd_calib.parallel.quantised_sync import bytes_a_value
 from spd_calib.parallel.session import open_session
 from spd_calib.planning.sync_bits import Option, at_bits, within_bytes
 from spd_calib.sensitivity.measure import Subject, measure
+from spd_calib.sensitivity.text import TextOptions, load_text
 
 DROP = Drop(Strategy.BLOCK_DROP)
 
 
 def bytes_of(treatment: Drop) -> float:
     """Bytes a value of the message."""
-    if treatment.strategy != Strategy.KEEP_SYNC:
-        return 0.0
-    return 2.0 if treatment.bits is None else treatment.bits / 8 + SCALES / GROUP
+    return bytes_a_value(treatment.bits) if treatment.strategy == Strategy.KEEP_SYNC else 0.0
 
 
 def figures(c: Comparison) -> dict:
@@ -48,10 +47,8 @@ def main() -> None:
     given = parser.parse_args()
 
     session = open_session(given.model, given.tp)
-    ids = session.tokenizer(given.data.read_text(encoding="utf-8"))["input_ids"]
     n = given.seq_len
-    sequences = [ids[i : i + n] for i in range(0, n * (given.choose + given.verify), n)]
-    choose_on, verify_on = sequences[: given.choose], sequences[given.choose :]
+    text = load_text(TextOptions(str(given.data), n, n, given.choose, given.verify, pack=True), session.tokenizer)
     run = RunOptions(device="cpu").resolved()
     lm = session.load(run.device, str(run.dtype))
     subject = Subject(lm)
@@ -59,9 +56,7 @@ def main() -> None:
     points = [Point(i, sublayer) for i in range(lm.num_blocks) for sublayer in SUBLAYERS]
     attentions = [p for p in points if p.sync_point == "attention"]
     singles = [Drops.of_bits({p: 4}) for p in points] + [Drops({p: DROP}) for p in attentions]
-    _, measured = measure(
-        subject, choose_on, plans=singles, batch_size=8, tick=lambda i, _: print(i, end=" ", flush=True)
-    )
+    _, measured = measure(subject, text.calibration, plans=singles, batch_size=8)
     at_four = dict(zip(points, (c.kl for c in measured), strict=False))
     dropped = dict(zip(attentions, (c.kl for c in measured[len(points) :]), strict=True))
 
@@ -79,7 +74,7 @@ def main() -> None:
     for b in BITS:
         budget = len(points) * bytes_of(Drop(Strategy.KEEP_SYNC, bits=b))
         plans[f"mixed, the bytes of {b} bits"] = within_bytes({p: options(p) for p in points}, budget)
-    _, whole = measure(subject, verify_on, plans=list(plans.values()), batch_size=8)
+    _, whole = measure(subject, text.verification, plans=list(plans.values()), batch_size=8)
 
     def row(drops: Drops, c: Comparison) -> dict:
         treated = [drops.at(p) for p in points]

@@ -12,6 +12,7 @@ from spd_calib.formats.files import dumps, read
 from spd_calib.formats.plan import Plan
 from spd_calib.formats.profile import Profile
 from spd_calib.models.plan_files import load_plan
+from spd_calib.parallel.quantised_sync import bytes_a_value
 
 CPU = spd_calib.RunOptions(device="cpu")
 
@@ -89,6 +90,25 @@ def test_every_sync_that_is_kept_has_the_bits_asked_for(spd, profile, profile_fi
         spd_calib.plan(profile, drop=2, sync_bits=5, run=CPU)
     refused = spd("recover", tmp_path / "plan.json", "--data", "demo", "-o", tmp_path / "recovered")
     assert refused.code == 2 and "Recovery cannot fit weights through quantised syncs" in refused.err
+
+
+def test_within_a_share_of_the_bytes_some_syncs_are_dropped_and_some_quantised(spd, profile, profile_file, tmp_path):
+    run = spd("plan", profile_file, "--max-bytes", "30%", "-o", tmp_path / "plan.json", "--device", "cpu")
+    assert run.code == 0 and "asked for: 30 % of the" in run.err, run.err
+    plan, drops = load_plan(tmp_path / "plan.json")
+    blocks = plan.model.num_blocks
+    sent = sum(bytes_a_value(bits) for b in plan.blocks for s, bits in b.syncs if s == "keep_sync")
+    assert 0 < sent <= 0.3 * 2 * blocks * 2
+    assert drops.bits and plan.budget.kind == "max_bytes"
+    alike = spd_calib.plan(profile, drop=0, sync_bits=4, run=CPU)  # 27 % of the bytes
+    assert plan.verified.kl < alike.verified.kl
+    assert spd_calib.plan(profile, max_bytes=1.0, run=CPU).requires == []
+    for more, error, what in (
+        ({"max_bytes": "1%"}, SpdError, "cannot have"),
+        ({"max_bytes": "30%", "sync_bits": 8}, InputError, "leave `sync_bits`, `compare` out"),
+    ):
+        with pytest.raises(error, match=what):
+            spd_calib.plan(profile, run=CPU, **more)
 
 
 def test_the_command_is_told_where_the_model_is(spd, profile, llama, tmp_path):

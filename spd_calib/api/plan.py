@@ -67,6 +67,7 @@ def plan(
     max_accuracy_drop: Amount | None = None,
     max_logprob_diff: Amount | None = None,
     min_speedup: Amount | None = None,
+    max_bytes: Amount | None = None,
     drop: int | str | None = None,
     tau1: float | None = None,
     tau2: float | None = None,
@@ -90,6 +91,8 @@ def plan(
         max_accuracy_drop: a fraction of next tokens or, with `tasks`, of lm-eval documents: 0.01 is one point.
         max_logprob_diff: the largest |delta log p| of any token, anywhere.
         min_speedup: share of a step's time to save by the model of `latency`: '10%'.
+        max_bytes: share of all syncs' bytes at 16 bits a value that may be sent, '25%': at the least KL sync points
+            are kept, sent with 8, 6 or 4 bits, or dropped.
         drop: a number of sync points, or a share of those profiled: 5, '60%'.
         tau1, tau2: the paper's thresholds, points of perplexity: drop up to tau1, extremely sensitive above tau2.
         each_text: keep the budget on each of the profile's texts, not on their mean.
@@ -111,6 +114,7 @@ def plan(
         max_accuracy_drop=max_accuracy_drop,
         max_logprob_diff=max_logprob_diff,
         min_speedup=min_speedup,
+        max_bytes=max_bytes,
         drop=drop,
         tau1=tau1,
         tau2=tau2,
@@ -152,6 +156,8 @@ def plan_with_details(
         raise InputError(
             f"`sync_bits` {sync_bits} is none of {', '.join(map(str, BITS))}; leave it out for full syncs."
         )
+    if asked.max_bytes is not None and (sync_bits is not None or compare):
+        raise InputError("`max_bytes` chooses the bits itself, and has no baselines: leave `sync_bits`, `compare` out.")
     inputs = _open(
         profile,
         asked,

@@ -10,7 +10,7 @@ from .options import BatchSize, Device, Dtype, Json, ModelPlace, Recipe
 if TYPE_CHECKING:
     from spd_calib.api.plan import PlanningResult
 
-BUDGET, EVAL, LATENCY = "Budget, exactly one", "lm-eval", "Latency model"
+BUDGET, LATENCY = "Budget, exactly one", "Latency model"
 
 
 def register(app: typer.Typer) -> None:
@@ -34,13 +34,13 @@ def plan(
     tasks: Annotated[
         str | None,
         typer.Option(
-            metavar="NAMES", help="For --max-accuracy-drop: every 2nd document verifies.", rich_help_panel=EVAL
+            metavar="NAMES", help="For --max-accuracy-drop: every 2nd document verifies.", rich_help_panel=BUDGET
         ),
     ] = None,
     include_path: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder with further lm-eval tasks.", rich_help_panel=EVAL)
+        Path | None, typer.Option(metavar="DIR", help="Folder with further lm-eval tasks.", rich_help_panel=BUDGET)
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=2, help="Documents a task.", rich_help_panel=EVAL)] = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="Documents a task.", rich_help_panel=BUDGET)] = None,
     max_logprob_diff: Annotated[
         str | None,
         typer.Option(metavar="X", help="Largest |delta log p| of any token, anywhere.", rich_help_panel=BUDGET),
@@ -48,6 +48,10 @@ def plan(
     min_speedup: Annotated[
         str | None,
         typer.Option(metavar="X", help="Share of a step's time saved, modelled, e.g. 10%.", rich_help_panel=BUDGET),
+    ] = None,
+    max_bytes: Annotated[
+        str | None,
+        typer.Option(metavar="X", help="Share of the syncs' bytes that are sent, e.g. 25%.", rich_help_panel=BUDGET),
     ] = None,
     hardware: Annotated[
         str | None, typer.Option(help="hardware.json, a CSV, or a name such as h100-nvlink.", rich_help_panel=LATENCY)
@@ -110,6 +114,7 @@ def plan(
         max_accuracy_drop=max_accuracy_drop,
         max_logprob_diff=max_logprob_diff,
         min_speedup=min_speedup,
+        max_bytes=max_bytes,
         drop=drop,
         tau1=tau1,
         tau2=tau2,

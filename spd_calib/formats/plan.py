@@ -19,11 +19,13 @@ def field_of_bits(description: str) -> Any:
 class Budget(Part):
     """The bound that the plan was asked to keep. Fractions are fractions: 0.01 for 1 %."""
 
-    kind: Literal["max_kl", "max_ppl_increase", "max_accuracy_drop", "max_logprob_diff", "drop", "tau", "min_speedup"]
+    kind: Literal[
+        "max_kl", "max_ppl_increase", "max_accuracy_drop", "max_logprob_diff", "drop", "tau", "min_speedup", "max_bytes"
+    ]
     value: Finite = Field(
         ge=0,
         description="For `drop` a number of sync points; for `tau` the paper's tau1; for `min_speedup` the share of a "
-        "dense step's time to save",
+        "dense step's time to save; for `max_bytes` the share of all syncs' bytes at 16 bits a value that may be sent",
     )
     tau2: Finite | None = Field(default=None, ge=0, description="The paper's second threshold, of `tau`")
     strategies: list[Strategy] = Field(min_length=1, description="What the plan was allowed to use")

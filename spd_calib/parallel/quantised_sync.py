@@ -37,6 +37,11 @@ def packed_bytes(shape: torch.Size, bits: int) -> int:
     return shape[:-1].numel() * -(-shape[-1] // GROUP) * (GROUP * bits // 8 + SCALES)
 
 
+def bytes_a_value(bits: int | None) -> float:
+    """Return the bytes of a value of a message as it is sent; 2, those of bfloat16 and float16, without bits."""
+    return 2.0 if bits is None else bits / 8 + SCALES / GROUP
+
+
 def grouped(message: Tensor) -> Tensor:
     """Return a message [..., W] as groups of values, [G, 64], float32."""
     rows = message.reshape(-1, message.shape[-1]).float()

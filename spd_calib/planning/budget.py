@@ -28,14 +28,14 @@ def cost(budget: Budget, measured: Comparison) -> float:
 
 
 def kept(budget: Budget, measured: Comparison, *, certain: bool = False) -> bool:
-    """Say whether a measured plan keeps its budget; numbers of drops and the paper's thresholds are always kept.
+    """Say whether a measured plan keeps its budget; numbers of drops or bytes and the paper's thresholds are kept.
 
     With `certain` it must do so with `spare` left over, so that other text of the kind will agree.
     """
     if budget.each_text:
         return all(kept(_on_one(budget), one, certain=certain) for one in measured.per_text)
     left_over = spare(budget, measured) if certain else 0.0
-    return budget.kind in ("drop", "tau") or cost(budget, measured) + left_over <= budget.value
+    return budget.kind in ("drop", "tau", "max_bytes") or cost(budget, measured) + left_over <= budget.value
 
 
 def margin(sequences: int) -> float:
@@ -70,7 +70,7 @@ def check_enough_text(budget: Budget, profile: Profile) -> None:
     Of numbers of drops, largest differences and lm-eval tasks nothing is promised that rests on standard errors over
     sequences.
     """
-    if budget.kind in ("drop", "tau", "min_speedup", "max_logprob_diff") or budget.tasks:
+    if budget.kind in ("drop", "tau", "min_speedup", "max_bytes", "max_logprob_diff") or budget.tasks:
         return
     for refs, fewest, what, parameter in (
         (profile.text.each, FEWEST_TO_CHOOSE, "measure on", "max_samples"),
@@ -112,6 +112,7 @@ def describe(budget: Budget, value: float | None = None) -> str:
         + (f" on {', '.join(budget.tasks)}" if budget.tasks else ""),
         "max_logprob_diff": f"max |delta log p| {v:.4g}",
         "min_speedup": f"a step {100 * v:.3g} % shorter",
+        "max_bytes": f"{100 * v:.3g} % of the syncs' bytes",
         "drop": f"{v:.0f} sync points dropped",
         "tau": f"tau1 {v:.4g}, tau2 {budget.tau2 or 0:.4g}",
     }[budget.kind]

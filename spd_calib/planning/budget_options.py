@@ -10,7 +10,9 @@ from spd_calib.formats.plan import Budget
 from spd_calib.formats.profile import Profile
 
 Amount = float | str  # 0.01, '0.01' or '1%'
-BUDGETS = ("max_kl", "max_ppl_increase", "max_accuracy_drop", "max_logprob_diff", "min_speedup", "drop", "tau1")
+BUDGETS = (
+    "max_kl", "max_ppl_increase", "max_accuracy_drop", "max_logprob_diff", "min_speedup", "max_bytes", "drop", "tau1"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -18,10 +20,10 @@ class BudgetOptions:
     """Exactly one budget (tau1 and tau2 go together), and what a plan within it may use.
 
     max_kl in nats per token; max_ppl_increase relative; max_accuracy_drop a fraction of next tokens or of lm-eval
-    documents; max_logprob_diff in nats, of any token; min_speedup the share of a step's time to save; drop a number of
-    sync points, or a share of those profiled; tau1 and tau2 the paper's thresholds in points of perplexity.
-    `each_text`: the budget holds on each of the profile's texts, else on their mean. `strategies`: None for those that
-    were profiled.
+    documents; max_logprob_diff in nats, of any token; min_speedup the share of a step's time to save; max_bytes the
+    share of all syncs' bytes, at 16 bits a value, that may be sent; drop a number of sync points, or a share of those
+    profiled; tau1 and tau2 the paper's thresholds in points of perplexity. `each_text`: the budget holds on each of the
+    profile's texts, else on their mean. `strategies`: None for those that were profiled.
     """
 
     max_kl: Amount | None = None
@@ -29,6 +31,7 @@ class BudgetOptions:
     max_accuracy_drop: Amount | None = None
     max_logprob_diff: Amount | None = None
     min_speedup: Amount | None = None
+    max_bytes: Amount | None = None
     drop: int | str | None = None
     tau1: float | None = None
     tau2: float | None = None
@@ -49,7 +52,7 @@ class BudgetOptions:
 def budget_for(profile: Profile, asked: BudgetOptions) -> Budget:
     """Return the one budget asked for. Raises InputError for none, two, or one that makes no sense for the profile."""
     kind, amount = _the_one(asked)
-    if asked.each_text and (kind in ("drop", "tau1", "min_speedup") or not profile.text.parts):
+    if asked.each_text and (kind in ("drop", "tau1", "min_speedup", "max_bytes") or not profile.text.parts):
         raise InputError(
             "`each_text` needs a budget of a cost, such as `max_kl`, and a profile of several texts; leave it out."
         )

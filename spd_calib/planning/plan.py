@@ -21,6 +21,7 @@ from spd_calib.formats.profile import Comparison, Metric, Profile
 from .baselines import Baselines
 from .candidates import Candidate, candidates, drops_of, tier
 from .search import Choice, choose
+from .sync_bits import choose_bytes
 from .whole_plans import Calibration, HeldOut
 
 Recovery = Literal["distillation", "grouping+distillation"]
@@ -60,7 +61,12 @@ def make_plan(
     """
     found = candidates(profile, budget)
     baselines = Baselines(drops_of(found), calibration) if compare else None
-    choice = choose(profile, budget, calibration=calibration, verify=held_out.verify, baselines=baselines)
+    if budget.kind == "max_bytes":
+        choice = choose_bytes(
+            profile, budget, num_blocks=len(module_paths), calibration=calibration, verify=held_out.verify
+        )
+    else:
+        choice = choose(profile, budget, calibration=calibration, verify=held_out.verify, baselines=baselines)
     blocks = _blocks(
         profile,
         budget,

@@ -1,4 +1,4 @@
-"""Choosing how each sync point is treated where the bytes in the syncs' messages are what is scarce.
+"""Choosing how each sync point is treated where the bytes in the syncs' messages are what is scarce (`max_bytes`).
 
 Each sync point has options: kept as it is, kept with fewer bits, dropped; each with a KL and bytes. Costs add up, as
 errors of quantisation do to second order, being independent; that neighbouring drops cost more than their sum is not in
@@ -9,7 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from spd_calib.errors import SpdError
-from spd_calib.formats.drops import Drop, Drops, Point
+from spd_calib.formats.drops import BITS, SUBLAYERS, Drop, Drops, Point, Strategy
+from spd_calib.formats.plan import Budget
+from spd_calib.formats.profile import Profile
+from spd_calib.parallel.quantised_sync import bytes_a_value
+
+from .candidates import candidates
+from .search import Choice, Verify
+from .whole_plans import Calibration
+
+MEASURED_BITS = 4  # of these each sync is measured alone; what more bits cost follows
 
 
 @dataclass(frozen=True)
@@ -45,3 +54,37 @@ def within_bytes(options: Mapping[Point, Sequence[Option]], max_bytes: float) ->
         _, point, best = min(changes, key=lambda change: change[:2])
         chosen[point] = best
     return Drops({point: option.treatment for point, option in chosen.items()})
+
+
+def choose_bytes(
+    profile: Profile, budget: Budget, *, num_blocks: int, calibration: Calibration, verify: Verify
+) -> Choice:
+    """Choose the treatment of every sync point of a model, so that the messages keep to a share of their bytes.
+
+    What dropping costs alone stands in the profile; what fewer bits cost is measured on a part of the calibration text.
+    On the whole of it plans that drop some, that drop none and that have one number of bits everywhere are measured,
+    and the cheapest is verified. Raises SpdError where even the fewest bytes are too many.
+    """
+    points = [Point(b, s) for b in range(num_blocks) for s in SUBLAYERS if Point(b, s) not in profile.settled]
+    most = budget.value * 2 * num_blocks * bytes_a_value(None)
+    alone = {point: Drops.of_bits({point: MEASURED_BITS}) for point in points}
+    measured = calibration.measure_on_part([*alone.values(), Drops()])
+    base = measured[Drops()].kl  # above 0 for a recovered checkpoint
+    quantised = {p: max(measured[drops].kl - base, 0.0) for p, drops in alone.items()}
+    kept = {
+        p: [_kept(None, 0.0), *(_kept(b, at_bits(kl, MEASURED_BITS, b)) for b in BITS)] for p, kl in quantised.items()
+    }
+    dropped = {c.point: Option(Drop(c.strategy), c.kl, 0.0) for c in candidates(profile, budget)}
+    options = {p: [*own, dropped[p]] if p in dropped else own for p, own in kept.items()}
+    found = [within_bytes(options, most)]
+    if most >= len(points) * bytes_a_value(min(BITS)):
+        found += [within_bytes(kept, most)]
+        found += [Drops.of_bits(dict.fromkeys(points, b)) for b in BITS if len(points) * bytes_a_value(b) <= most]
+    costs = calibration.measure(found)
+    drops = min(zip(costs, found, strict=True), key=lambda pair: pair[0].kl)[1]
+    predicted = base + sum(next(o.kl for o in options[p] if o.treatment == drops.at(p)) for p in points)
+    return Choice(drops, verify(drops, 0), predicted, given_back=0, rounds=0)
+
+
+def _kept(bits: int | None, kl: float) -> Option:
+    return Option(Drop(Strategy.KEEP_SYNC, bits=bits), kl, bytes_a_value(bits))
