@@ -15,6 +15,7 @@ sub-layer, until the next sync point that is kept; meanwhile the rank reads the 
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+import delta
 import experts
 import latent
 import torch
@@ -102,6 +103,7 @@ NAMES: dict[str, dict] = {
     "gpt_oss": LLAMA_NAMES,
     "deepseek_v3": LLAMA_NAMES,
     "deepseek_v2": LLAMA_NAMES,
+    "qwen3_5_text": LLAMA_NAMES,
 }
 """Model type -> what the parts are called in its state dict; `gate` is None where the MLP has no gate."""
 
@@ -232,6 +234,8 @@ def _streams(
             for rank, read in enumerate(reads):
                 if linear == "o" and "self_attn.kv_b_proj.weight" in part:
                     shares.append(latent.attention(part, config, rank, tp, read))
+                elif linear == "o" and delta.is_in(part):
+                    shares.append(delta.attention(part, config, rank, tp, read))
                 elif linear == "o":
                     shares.append(_attention(part, config, block, rank, tp, reads))
                 elif routed is not None:
@@ -364,7 +368,7 @@ def _embed(weights: dict[str, Tensor], config: PreTrainedConfig, ids: Tensor) ->
 def _norm(weights: dict[str, Tensor], config: PreTrainedConfig, name: str, x: Tensor) -> Tensor:
     """LayerNorm in the families of LAYER_NORM_EPS, else RMSNorm, over the last dimension."""
     weight = weights[name + ".weight"]
-    if config.model_type in (*GEMMA, "nemotron"):
+    if config.model_type in (*GEMMA, "nemotron", "qwen3_5_text"):
         weight = 1 + weight
     if config.model_type in LAYER_NORM_EPS:
         eps = getattr(config, LAYER_NORM_EPS[config.model_type] or "", 1e-5)
@@ -384,15 +388,15 @@ def _attention(
     names = NAMES[config.model_type]
     heads = config.num_attention_heads
     kv_heads = heads if config.model_type == "opt" else config.num_key_value_heads
-    size = part[names["q"] + ".weight"].shape[0] // heads
+    size, q_rows = (part[names[n] + ".weight"].shape[d] // heads for n, d in (("o", 1), ("q", 0)))
     window = _window(config, block)
     total = torch.zeros_like(x)
     for head in range(rank * heads // tp, (rank + 1) * heads // tp):
         served_by = head // (heads // kv_heads)
-        q = _rows(part, names["q"], x, head * size, (head + 1) * size)
+        q = _rows(part, names["q"], x, head * q_rows, head * q_rows + size)
         k = _rows(part, names["k"], x, served_by * size, (served_by + 1) * size)
         v = _rows(part, names["v"], x, served_by * size, (served_by + 1) * size)
-        if config.model_type in ("qwen3", "qwen3_moe", "apertus", "gemma3_text", "exaone4"):
+        if config.model_type in ("qwen3", "qwen3_moe", "apertus", "gemma3_text", "exaone4", "qwen3_5_text"):
             q = _norm(part, config, "self_attn.q_norm", q)
             k = _norm(part, config, "self_attn.k_norm", k)
         if config.model_type in OVER_ALL_HEADS:
@@ -424,7 +428,11 @@ def _attention(
                 of_sink = (part["self_attn.sinks"][head] - scores.max()).exp()
             shares = (scores - scores.max()).exp()
             seen.append((shares / (shares.sum() + of_sink)) @ v[first : t + 1])
-        total = total + torch.stack(seen) @ part[names["o"] + ".weight"][:, head * size : (head + 1) * size].T
+        attended = torch.stack(seen)
+        if q_rows > size:  # behind a head's query lies its gate
+            gate = _rows(part, names["q"], x, head * q_rows + size, (head + 1) * q_rows)
+            attended = attended * torch.sigmoid(gate)
+        total = total + attended @ part[names["o"] + ".weight"][:, head * size : (head + 1) * size].T
     return total
 
 

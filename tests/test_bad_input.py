@@ -12,7 +12,7 @@ WITHOUT_O = ("check", "generate", "report", "diff")
 BAD = [
     (["profile", "{llama}", "--tp", "3", "--data", "{text}"], "8 query heads"),
     (["profile", "{llama}", "--tp", "0", "--data", "{text}"], "--tp"),
-    (["profile", "{qwen3_5}", "--tp", "2", "--data", "{text}"], "hybrid"),
+    (["profile", "{falcon_mamba}", "--tp", "2", "--data", "{text}"], "no plain attention"),
     (["profile", "{gpt_neox_sequential}", "--tp", "2", "--data", "{text}"], "fused"),
     (["profile", "{gpt_neox}", "--tp", "2", "--data", "{text}"], "parallel"),
     (["profile", "{llama4}", "--tp", "2", "--data", "{text}"], "mixture of experts"),
@@ -134,7 +134,7 @@ BAD = [
 def places(tmp_path_factory, llama, text, profile_file) -> dict[str, Path]:
     tmp = tmp_path_factory.mktemp("bad")
     out = {"tmp": tmp, "llama": llama, "text": text, "profile": profile_file}
-    for name in ("qwen3_5", "gpt_neox_sequential", "gpt_neox", "llama4", "opt_350m", "gemma4"):
+    for name in ("falcon_mamba", "gpt_neox_sequential", "gpt_neox", "llama4", "opt_350m", "gemma4"):
         out[name] = tiny.save(tiny.build_refused(name), tmp / name)
     for name in ("pickle", "torn"):
         out[name] = Path(shutil.copytree(llama, tmp / name))

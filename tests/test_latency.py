@@ -350,3 +350,24 @@ def test_the_front_tells_what_every_size_saves(tmp_path):
     one = points[1]["saved"]["decode"]
     assert one > 0
     assert [p["saved"]["decode"] for p in points] == pytest.approx([one * p["drops"] for p in points])
+
+
+def test_a_hybrid_is_counted_block_by_block():
+    """Every second block has a linear attention: divided by head, and a state in place of a cache."""
+    model = tiny.build("qwen3_5")
+    sizes, step, tp = ModelSizes.of(model), Step("decode", 3, 50, 2), 2
+    weights = cache = states = 0.0
+    for layer in model.model.layers:
+        weights += sum(p.numel() for p in layer.mlp.parameters()) / tp
+        if layer.block_type == "linear_attention":
+            mixer = layer.linear_attn
+            linears = (mixer.in_proj_qkv, mixer.in_proj_z, mixer.in_proj_a, mixer.in_proj_b, mixer.out_proj)
+            weights += sum(linear.weight.numel() for linear in linears) / tp
+            states += 2 * mixer.num_v_heads * mixer.head_k_dim * mixer.head_v_dim / tp
+        else:
+            mixer = layer.self_attn
+            linears = (mixer.q_proj, mixer.k_proj, mixer.v_proj, mixer.o_proj)
+            weights += sum(linear.weight.numel() for linear in linears) / tp
+            cache += 2 * model.config.num_key_value_heads * mixer.head_dim / tp
+    by_hand = 2 * (weights + model.lm_head.weight.numel() / tp + 3 * (50 * cache + states))
+    assert bytes_moved(sizes, step, tp=tp) == pytest.approx(by_hand)

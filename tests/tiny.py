@@ -141,6 +141,19 @@ FAMILIES: dict[str, tuple[str, dict]] = {
             "dim_model_base": 32,
         },
     ),
+    "qwen3_5": (
+        "qwen3_5_text",  # blocks 0 and 2 with a linear attention
+        {
+            "head_dim": 16,
+            "full_attention_interval": 2,
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 8,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 12,
+            "rms_norm_eps": 1e-2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        },
+    ),
     "cwm": (
         "cwm",  # block 0 sees everything, the others a window
         {"head_dim": 8, "sliding_window": 5, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
@@ -242,7 +255,6 @@ _REFUSED: dict[str, tuple[str, dict, tuple[str, ...]]] = {
     "hyperclovax_logits": ("hyperclovax", {"use_post_norm": False, "logits_scaling": 3.0}, ("differs",)),
     "gemma3_embedding": ("gemma3_text", {"head_dim": 8, "use_bidirectional_attention": True}, ("follows",)),
     "gemma4": ("gemma4_text", {"head_dim": 8, "hidden_size_per_layer_input": 0}, ("layer_scalar",)),
-    "qwen3_5": ("qwen3_5_text", {"head_dim": 8}, ("hybrid", "linear_attention")),
     "deepseek_v32": (
         "deepseek_v32",
         {"kv_heads": 8, "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 2},
@@ -390,7 +402,7 @@ def _model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if name.endswith("bias") or (norms_add_one and parameter.dim() == 1):
+            if name.endswith(("bias", "A_log")) or (norms_add_one and parameter.dim() == 1):
                 parameter.copy_(0.2 * noise)
             elif parameter.dim() == 1:  # a norm's weight: centred on one, in Gemma on zero
                 parameter.add_(0.2 * noise)

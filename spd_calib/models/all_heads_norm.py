@@ -15,7 +15,7 @@ from .architecture import LayerParts, Projection
 
 def all_heads_norms(parts: LayerParts) -> dict[str, Projection]:
     """Return the attention's norms over all heads, by name in the attention: the projection, q or k, that they norm."""
-    if not parts.by_kv_head:
+    if not parts.by_kv_head or parts.convolution is not None:
         return {}
     normed = {"q": parts.by_head[0], "k": parts.by_kv_head[0]}
     return {

@@ -109,7 +109,8 @@ class LayerParts:
 
     The rows of the projections in `by_head` are divided over ranks by query head, as many for each: those of q, or
     whatever else a row names, those behind latents last. Those in `by_kv_head`, k and v, are divided by KV head;
-    `latents` are whole on every rank.
+    `latents` are whole on every rank. In a linear attention v is divided by head, q and k by KV head, and `convolution`
+    as these are.
     """
 
     names: LayerNames
@@ -121,6 +122,7 @@ class LayerParts:
     ffn: MLPParts | ExpertParts
     by_kv_head: tuple[Projection, ...] = ()
     latents: tuple[nn.Linear, ...] = ()
+    convolution: nn.Conv1d | None = None
     attention_out_norm: nn.Module | None = None
     mlp_out_norm: nn.Module | None = None
     scale: float = 1.0
@@ -144,11 +146,11 @@ class LayerParts:
     @property
     def reading(self) -> dict[str, Projection]:
         """Return the projections that read what enters the attention, by name."""
-        if self.by_kv_head:
+        if self.by_kv_head and self.convolution is None:
             return dict(zip("qkv", (*self.by_head, *self.by_kv_head), strict=True))
-        names = (*self.names.by_head, *self.names.latents)
-        projections = (*self.by_head[: len(self.names.by_head)], *self.latents)
-        return {name.rpartition(".")[2]: p for name, p in zip(names, projections, strict=True)}
+        names = (*self.names.qkv, *self.names.by_head, *self.names.latents)
+        paths = {name: name.removeprefix(f"{self.names.attention}.") for name in names}
+        return {path.rpartition(".")[2]: self.attention.get_submodule(path) for path in paths.values()}  # type: ignore[misc]
 
     @property
     def head_parameters(self) -> tuple[str, ...]:
@@ -196,9 +198,12 @@ def layer_parts(layer: nn.Module) -> LayerParts | None:
         if None not in (*found.values(), *behind.values(), *parameters, scale, ffn) and all(
             isinstance(m, nn.Linear) for m in linears
         ):
+            of_o = found["o"].in_features
+            convolution = _find(layer, names.convolution) if names.convolution else None
             if len(qkv) == 1:
-                qkv = _unfused(qkv[0], q_rows=found["o"].in_features)
+                qkv = _unfused(qkv[0], q_rows=of_o) if convolution is None else _of_linear(qkv[0], v_rows=of_o)
             found |= {"by_head": (*qkv[:1], *by_head), "by_kv_head": qkv[1:], "latents": latents}
+            found |= {"convolution": convolution}
             norms: dict[str, Any] = {f: None if isinstance(norm, nn.Identity) else norm for f, norm in behind.items()}
             return LayerParts(names, **found, **norms, ffn=ffn, scale=float(scale))
     return None
@@ -245,6 +250,12 @@ def _unfused(qkv: nn.Linear, *, q_rows: int) -> tuple[LinearRows, ...]:
     """Return q, k and v of a linear layer that holds the rows of q, then those of k, then as many of v."""
     kv_rows = (qkv.out_features - q_rows) // 2
     return (LinearRows(qkv, 0, q_rows), *(LinearRows(qkv, q_rows + i * kv_rows, kv_rows) for i in range(2)))
+
+
+def _of_linear(qkv: nn.Linear, *, v_rows: int) -> tuple[LinearRows, ...]:
+    """Return v, q and k of a linear attention's fused layer, which holds the rows of q, then as many of k, then v's."""
+    k_rows = (qkv.out_features - v_rows) // 2
+    return (LinearRows(qkv, 2 * k_rows, v_rows), *(LinearRows(qkv, i * k_rows, k_rows) for i in range(2)))
 
 
 def _find_all(layer: nn.Module, paths: tuple[str, ...]) -> tuple[Any, ...]:
@@ -305,10 +316,11 @@ class HeadCounts:
     def of(cls, parts: LayerParts) -> "HeadCounts":
         attention: Any = parts.attention
         shared = parts.experts.shared if parts.experts else None
-        if parts.by_kv_head:
-            heads, kv_heads = (p[0].out_features // attention.head_dim for p in (parts.by_head, parts.by_kv_head))
+        if parts.names.heads:
+            heads = getattr(attention, parts.names.heads)
+            kv_heads = getattr(attention, parts.names.kv_heads or parts.names.heads)
         else:
-            heads = kv_heads = attention.num_heads
+            heads, kv_heads = (n // attention.head_dim for n in (parts.o.in_features, parts.by_kv_head[0].out_features))
         return cls(
             heads=heads,
             kv_heads=kv_heads,

@@ -31,7 +31,10 @@ class LayerNames:
     `qkv` names three linear layers, or a fused one that holds the rows of q, then k's, then v's. An attention of
     another kind lists its linear layers by how ranks divide them: those in `by_head` read the stream and are divided by
     head, those in `latents` read the stream and are whole on every rank, those in `behind_latents` read what these give
-    and are divided by head. `head_parameters` names parameters with one number a query head. `mlp_in` names one
+    and are divided by head. `head_parameters` names parameters with one number a query head. `convolution` is that of a
+    linear attention, whose channels are the rows of `qkv`, fused; there q and k are divided by KV head, v by head.
+    `heads` and `kv_heads` are the attention's attributes that count them, where they do not follow from the sizes of
+    its linear layers; without `kv_heads` there are as many. `mlp_in` names one
     linear layer for act(first), two for act(gate) * up, or a fused one that holds the rows of the gate, then those of
     up. `norm1` and `norm2` are the norms in front of attention and MLP, "" where these read the residual stream itself.
     `attention_out_norm` and `mlp_out_norm` are those that a branch goes through before it is added to the stream, ""
@@ -49,6 +52,9 @@ class LayerNames:
     latents: tuple[str, ...] = ()
     behind_latents: tuple[str, ...] = ()
     head_parameters: tuple[str, ...] = ()
+    convolution: str = ""
+    heads: str = ""
+    kv_heads: str = ""
     mlp_in: tuple[str, ...] = ()
     activation: str = ""
     down: str = ""
@@ -80,6 +86,7 @@ _LATENT_ATTENTION: dict[str, Any] = {  # MLA; keys and values of all heads are m
     "latents": ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
     "behind_latents": ("self_attn.q_b_proj", "self_attn.kv_b_proj"),
     "o": "self_attn.o_proj",
+    "heads": "num_heads",
 }
 _LATENT_KEYS: dict[str, Any] = {  # the same with plain queries
     **_LATENT_ATTENTION,
@@ -88,6 +95,18 @@ _LATENT_KEYS: dict[str, Any] = {  # the same with plain queries
     "behind_latents": ("self_attn.kv_b_proj",),
 }
 _EXPERTS = ExpertNames(router="mlp.gate", experts="mlp.experts")
+_DELTA_NET: dict[
+    str, Any
+] = {  # Gated DeltaNet: a head gives as many numbers as its value has, so v's heads are the heads
+    "attention": "linear_attn",
+    "qkv": ("linear_attn.in_proj_qkv",),
+    "by_head": ("linear_attn.in_proj_z", "linear_attn.in_proj_b", "linear_attn.in_proj_a"),
+    "head_parameters": ("linear_attn.A_log", "linear_attn.dt_bias"),
+    "convolution": "linear_attn.conv1d",
+    "o": "linear_attn.out_proj",
+    "heads": "num_v_heads",
+    "kv_heads": "num_k_heads",
+}
 _FUSED_MLP: dict[str, Any] = {
     "mlp_in": ("mlp.gate_up_proj",),
     "activation": "mlp.activation_fn",
@@ -240,6 +259,8 @@ LAYERS = {  # the first row that fits is taken: those that name more parts come 
     "DeepSeek, dense": LayerNames(classes=(), **_NORMS, **_LATENT_ATTENTION, **_GATED_MLP),
     "DeepSeek Lite": LayerNames(classes=(), **_NORMS, **_LATENT_KEYS, experts=_EXPERTS),
     "DeepSeek Lite, dense": LayerNames(classes=(), **_NORMS, **_LATENT_KEYS, **_GATED_MLP),
+    "Gated DeltaNet": LayerNames(classes=("Qwen3_5ForCausalLM",), **_NORMS, **_DELTA_NET, **_GATED_MLP),
+    "Gated DeltaNet, experts": LayerNames(classes=("Qwen3_5MoeForCausalLM",), **_NORMS, **_DELTA_NET, experts=_EXPERTS),
     "OPT": LayerNames(
         classes=("OPTForCausalLM",),
         norm1="self_attn_layer_norm",

@@ -5,6 +5,7 @@ and M nothing, a norm, a number to multiply by, or both (docs/design.md, section
 Everything else is refused with one sentence that names the cause.
 """
 
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -17,6 +18,7 @@ from .all_heads_norm import all_heads_norms
 from .architecture import Decoder, HeadCounts, LayerParts, find_decoder, layer_parts
 from .experts import RankExperts, route
 from .layer_names import SUPPORTED
+from .linear_attention import as_attention
 from .mlp import activations
 from .shard import RankSlices
 
@@ -72,6 +74,11 @@ def _refuse_other_forms(model: PreTrainedModel, decoder: Decoder | None) -> None
             f"{name} has a projection between its blocks and its output head (word_embed_proj_dim "
             f"{model.config.word_embed_proj_dim}, hidden_size {model.config.hidden_size}): not supported."
         )
+
+
+def _refuse_unknown_names(model: PreTrainedModel) -> NoReturn:
+    """Raise InputError for a model whose layers' parts have names that no row knows, with the likely cause."""
+    name = type(model).__name__
     kinds = {str(kind) for kind in getattr(model.config, "layer_types", None) or ()}
     if other := sorted(kinds & NO_SOFTMAX_ATTENTION):
         form = "is a hybrid" if kinds - NO_SOFTMAX_ATTENTION else "has no plain attention"
@@ -79,11 +86,6 @@ def _refuse_other_forms(model: PreTrainedModel, decoder: Decoder | None) -> None
             f"{name} {form} (its blocks are of the kind {', '.join(other)}): how such mixers are divided over ranks is "
             "not supported yet."
         )
-
-
-def _refuse_unknown_names(model: PreTrainedModel) -> NoReturn:
-    """Raise InputError for a model whose layers' parts have names that no row knows, with the likely cause."""
-    name = type(model).__name__
     linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     if mixed := [n for n, m in model.named_modules() if n.endswith((".experts", ".router", "block_sparse_moe"))]:
         raise InputError(
@@ -118,9 +120,11 @@ def _refuse_other_weights(name: str, parts: LayerParts) -> None:
     are norms of one head's size, or of a latent's.
     """
     own = {id(p) for linear in parts.linears for p in linear.parameters()}
-    one_head = getattr(parts.attention, "head_dim", None)
+    one_head = HeadCounts.of(parts).head_dim
     shapes = {(linear.in_features,) for linear in parts.by_head} if parts.latents else {(one_head,)}
     known = {f"{norm}.weight" for norm in all_heads_norms(parts)} | set(parts.head_parameters)
+    if parts.convolution is not None and parts.convolution.groups == parts.convolution.out_channels:
+        own.add(id(parts.convolution.weight))
     for path, parameter in parts.attention.named_parameters():
         if id(parameter) not in own and path not in known and (parameter.shape not in shapes or path.count(".") != 1):
             raise InputError(
@@ -163,7 +167,8 @@ def check_block(index: int, layer: nn.Module, parts: LayerParts, hidden: Tensor,
         for hook in hooks:
             hook.remove()
     computed = computed[0] if isinstance(computed, tuple) else computed
-    a = parts.attention(hidden_states=parts.norm1(x), **kwargs)[0]
+    attend = parts.attention if parts.convolution is None else partial(as_attention, parts.attention)
+    a = attend(hidden_states=parts.norm1(x), **kwargs)[0]
     h = x + parts.scale * _through(parts.attention_out_norm, a)
     if _close(computed, h + parts.scale * _through(parts.mlp_out_norm, mlp(parts, parts.norm2(h))), x):
         return

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import linear_attention
 from .all_heads_norm import AllHeadsNorm, all_heads_norms
 from .architecture import HeadCounts, LayerParts, LinearRows, MLPParts
 from .mlp import activations
@@ -59,13 +60,21 @@ def linear_slices(parts: LayerParts, slices: RankSlices) -> list[tuple[nn.Linear
     of_heads = [(p, slices.heads, counts.heads) for p in parts.by_head]
     for part, own, heads in (*of_heads, *((p, slices.kv_heads, counts.kv_heads) for p in parts.by_kv_head)):
         linear, start = (part.linear, part.start) if isinstance(part, LinearRows) else (part, 0)
-        rows[linear] = (*rows.get(linear, ()), _moved(times(own, part.out_features // heads), start))
+        of_part = _moved(times(own, part.out_features // heads), start)
+        rows[linear] = tuple(sorted((*rows.get(linear, ()), of_part), key=lambda r: r.start))  # as the layer holds them
     of_o = (parts.o, ALL_ROWS, times(slices.heads, counts.head_dim))
     attention = [*((linear, own, ALL) for linear, own in rows.items()), of_o]
     if parts.experts is None:
         return [*attention, *mlp_slices(parts.dense, slices.neurons)]
     shared = parts.experts.shared
     return [*attention, *(mlp_slices(shared, slices.shared_neurons) if shared else [])]
+
+
+def channels(parts: LayerParts, slices: RankSlices) -> Rows:
+    """Return the channels that a rank owns of the convolution of a linear attention: its rows of q, k and v."""
+    fused = parts.by_head[0]
+    assert isinstance(fused, LinearRows)
+    return next(rows for linear, rows, _ in linear_slices(parts, slices) if linear is fused.linear)
 
 
 def mlp_slices(mlp: MLPParts, neurons: slice) -> list[tuple[nn.Linear, Rows, slice]]:
@@ -147,10 +156,16 @@ def rank_attention(parts: LayerParts, slices: RankSlices, layer_idx: int) -> nn.
         "num_key_value_heads": size(slices.kv_heads),
         "layer_idx": layer_idx,
     }
+    if parts.convolution is not None:
+        own_counts |= linear_attention.counts(shard, heads=size(slices.heads), kv_heads=size(slices.kv_heads))
     for name, value in own_counts.items():
         if hasattr(shard, name):
             setattr(shard, name, value)
-    if isinstance(parts.by_head[0], LinearRows):  # it finds q's end in what the fused layer gives by its configuration
+    if parts.convolution is not None:
+        linear_attention.cut(shard, parts.convolution, channels(parts, slices))
+    elif isinstance(
+        parts.by_head[0], LinearRows
+    ):  # it finds q's end in what the fused layer gives by its configuration
         config: Any = copy.copy(shard.config)
         config.num_attention_heads = own_counts["num_heads"]
         shard.config = config

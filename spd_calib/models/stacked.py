@@ -44,8 +44,8 @@ AnyTensor = Piece | StackedTensor
 def read_cuts(tensor: AnyTensor, *, rows: tuple[slice, ...], columns: slice) -> Tensor:
     """Return ranges of rows, one behind the other, and a range of columns of a tensor; of each expert, if stacked.
 
-    A tensor of one number has neither. A quantised weight is dequantised, whole, and then cut. Raises InputError for a
-    file that has gone.
+    The rows of a convolution by channel, [channels, 1, width], are its channels. A tensor of one number has neither. A
+    quantised weight is dequantised, whole, and then cut. Raises InputError for a file that has gone.
     """
     if isinstance(tensor, StackedTensor):
         with opened({p.file for pieces in tensor.pieces for p in pieces if isinstance(p, StoredTensor)}) as files:
@@ -56,7 +56,8 @@ def read_cuts(tensor: AnyTensor, *, rows: tuple[slice, ...], columns: slice) -> 
     with opened({tensor.file}) as files:
         if not tensor.shape:
             return files[tensor.file].get_tensor(tensor.name)
-        whole, stacks = files[tensor.file].get_slice(tensor.name), (ALL,) * (len(tensor.shape) - 2)
+        whole = files[tensor.file].get_slice(tensor.name)
+        stacks = (ALL,) if len(tensor.shape) == 3 and tensor.shape[1] != 1 else ()
         cuts = [whole[(*stacks, r, columns)[: len(tensor.shape)]] for r in rows]
         return cuts[0] if len(cuts) == 1 else torch.cat(cuts, dim=len(stacks))
 

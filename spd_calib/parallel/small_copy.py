@@ -57,9 +57,13 @@ def narrowed(config: Any) -> Any:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     width = RANKS * head_dim
+    key_heads = getattr(config, "linear_num_key_heads", None) or 1
+    values_a_key = (getattr(config, "linear_num_value_heads", None) or 1) // key_heads
     for name, value in {
         "num_attention_heads": RANKS,
         "num_key_value_heads": RANKS if kv_heads == heads else 1,
+        "linear_num_key_heads": RANKS,
+        "linear_num_value_heads": RANKS * values_a_key,
         "hidden_size": width,
         "word_embed_proj_dim": width,
         "intermediate_size": width,

@@ -18,13 +18,16 @@ from .latency import Step
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Sizes of a model, weights in elements; biases and norms are left out. Those of MLPs are the mean over blocks."""
+    """Sizes of a model, weights in elements; biases and norms are left out.
+
+    Those of a block are the mean over blocks; `counts` and `key_dim` are those of softmax attention, if there is any.
+    """
 
     blocks: int
     width: int
     counts: HeadCounts
-    query_weights: int  # of a block, what is divided by query head: q and o
-    kv_weights: int  # of k and v, a block
+    query_weights: float  # of a block, what is divided by query head: q and o; all of a linear attention's
+    kv_weights: float  # of k and v, a block
     mlp_weights: float  # of a block: its MLP, or what every token goes through of a mixture of experts
     head_weights: int  # what makes logits of the last hidden state; the embedding is looked up, not read
     expert_weights: float = 0  # of a block, all its experts
@@ -32,25 +35,36 @@ class ModelSizes:
     latent_weights: int = 0  # of a block, what every rank has whole of its attention
     latents: int = 0  # numbers that the cache holds for a token and block, on every rank; 0: keys and values
     key_dim: int = 0  # the width of one head's keys
+    attending: float = 1.0  # of the blocks, those whose cache grows with every token: all but linear attentions
+    states: float = 0  # numbers of a block's recurrent state, of all heads
     side_by_side: bool = False  # partial sums that wait take room of their own in a message: behind norms
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "ModelSizes":
         """Return the sizes of any supported model; its weights may be on the meta device."""
         layers = find_layers(model)
-        parts = layers[0]
+        linear = [p for p in layers if p.convolution is not None]
+        softmax = [p for p in layers if p.convolution is None]
+        parts = (softmax or layers)[0]
+        counts = HeadCounts.of(parts)
+        of_heads = [p for layer in layers for p in (*layer.by_head, layer.o)]
+        of_heads += [p for layer in linear for p in layer.by_kv_head]
+        of_kv = [p for layer in softmax for p in layer.by_kv_head]
+        keys = (parts.by_kv_head[0], counts.kv_heads) if parts.by_kv_head else (parts.by_head[0], counts.heads)
         return cls(
             blocks=len(layers),
             width=parts.o.out_features,
-            counts=HeadCounts.of(parts),
-            query_weights=sum(p.weight.numel() for p in (*parts.by_head, parts.o)),
-            kv_weights=sum(p.weight.numel() for p in parts.by_kv_head),
+            counts=counts,
+            query_weights=sum(p.weight.numel() for p in of_heads) / len(layers),
+            kv_weights=sum(p.weight.numel() for p in of_kv) / len(layers),
             latent_weights=sum(linear.weight.numel() for linear in parts.latents),
             latents=parts.latents[-1].out_features if parts.latents else 0,
-            key_dim=parts.by_head[0].out_features // HeadCounts.of(parts).heads,
+            key_dim=keys[0].out_features // keys[1],
             mlp_weights=sum(linear.weight.numel() for p in layers for linear in p.ffn.linears) / len(layers),
             head_weights=model.get_output_embeddings().weight.numel(),
             **_of_experts(layers),
+            attending=1 - len(linear) / len(layers),
+            states=sum(map(_state, linear)) / len(layers),
             side_by_side=parts.attention_out_norm is not None,
         )
 
@@ -72,6 +86,12 @@ class ModelSizes:
         return 1 - (1 - self.expert_share) ** tokens
 
 
+def _state(parts: LayerParts) -> int:
+    """Return the numbers in a linear attention's recurrent state: a head's is a matrix, its key by its value."""
+    counts = HeadCounts.of(parts)
+    return counts.heads * parts.by_kv_head[0].out_features // counts.kv_heads * counts.head_dim
+
+
 def _of_experts(layers: Sequence[LayerParts]) -> dict[str, float]:
     """Return the fields of ModelSizes that speak of experts, which without any keep their defaults."""
     mixtures = [p.experts for p in layers if p.experts]
@@ -84,9 +104,11 @@ def _of_experts(layers: Sequence[LayerParts]) -> dict[str, float]:
 
 def bytes_moved(sizes: ModelSizes, step: Step, *, tp: int) -> float:
     """Return the bytes that a rank reads or writes: its weights, and the cache, read (decode) or written (prefill)."""
-    cache = sizes.blocks * sizes.cached(tp) * step.batch * step.context
+    cache = sizes.attending * sizes.cached(tp) * step.context + 2 * sizes.states / tp  # a state is read, and written
     experts = sizes.expert_weights / tp * sizes.experts_met(step.new_tokens)
-    return (sizes.blocks * (sizes.block_weights(tp) + experts) + sizes.head_weights / tp + cache) * step.itemsize
+    return (
+        sizes.blocks * (sizes.block_weights(tp) + experts) + sizes.head_weights / tp + sizes.blocks * step.batch * cache
+    ) * step.itemsize
 
 
 def flops(sizes: ModelSizes, step: Step, *, tp: int) -> float:
@@ -95,7 +117,9 @@ def flops(sizes: ModelSizes, step: Step, *, tp: int) -> float:
     linear = 2 * step.new_tokens * sizes.blocks * weights + 2 * step.batch * sizes.head_weights / tp
     keys = step.context if step.phase == "decode" else step.context / 2  # a token attends to, on average: it is causal
     of_head = 2 * (sizes.key_dim + sizes.counts.head_dim)  # a key and a value of one head
-    return linear + sizes.blocks * sizes.counts.heads / tp * of_head * step.new_tokens * keys
+    of_states = 6 * sizes.blocks * sizes.states / tp * step.new_tokens  # read, written to and asked, once a token
+    attended = sizes.attending * sizes.blocks * sizes.counts.heads / tp * of_head * step.new_tokens * keys
+    return linear + attended + of_states
 
 
 def predictor_weights(plan: Plan, sizes: ModelSizes) -> int:

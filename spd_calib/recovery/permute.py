@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from spd_calib.models.all_heads_norm import all_heads_norms
-from spd_calib.models.architecture import HeadCounts, LayerParts
+from spd_calib.models.architecture import HeadCounts, LayerParts, LinearRows
 
 
 @torch.no_grad()
@@ -36,6 +36,10 @@ def permute_heads(parts: LayerParts, counts: HeadCounts, heads: Tensor) -> None:
         part.weight.copy_(part.weight[order])
         if part.bias is not None:
             part.bias.copy_(part.bias[order])
+    if parts.convolution is not None:  # its channels are the fused layer's rows
+        fused = sorted((part for part in rows if isinstance(part, LinearRows)), key=lambda part: part.start)
+        weight = parts.convolution.weight
+        weight.copy_(weight[torch.cat([part.start + rows[part] for part in fused])])
     for name, projection in all_heads_norms(parts).items():
         (weight,) = parts.attention.get_submodule(name).parameters()
         weight.copy_(weight[rows[projection]])
