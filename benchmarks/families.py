@@ -98,13 +98,13 @@ def main() -> None:
     output = parser.parse_args().output
     logging.disable(logging.WARNING)
     transformers_logging.set_verbosity_error()
-    rows, seen = [], set()
+    found: dict[str, str] = {}
     for model_type, names in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()):
         for name in [names] if isinstance(names, str) else names:
-            if name not in seen:
-                seen.add(name)
-                rows.append((name, outcome(model_type, name)))
-                print(*rows[-1], sep=": ", file=sys.stderr, flush=True)
+            if found.get(name) != RUNS:  # of several configurations the one that it runs with, such as its text part's
+                found[name] = outcome(model_type, name)
+                print(name, found[name], sep=": ", file=sys.stderr, flush=True)
+    rows = list(found.items())
     import transformers
 
     rows.sort(key=lambda row: (row[1] != RUNS, row[0].lower()))

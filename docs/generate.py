@@ -64,7 +64,8 @@ def architectures_page() -> str:
     lines = ["| transformers' class | form | simulation, torchrun | vLLM |\n|---|---|---|---|\n"]
     for row in LAYERS.values():
         form = [_form(row)]
-        form += ["q, k and v in one layer"] if len(row.qkv) == 1 else []
+        form += ["hybrid: Gated DeltaNet"] if row.convolution else []
+        form += ["q, k and v in one layer"] if len(row.qkv) == 1 and not row.convolution else []
         form += ["latent attention"] if row.latents else []
         form += ["mixture of experts"] if row.experts else []
         form += ["gate and up in one layer"] if any("gate_up" in name for name in row.mlp_in) else []

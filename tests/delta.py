@@ -7,16 +7,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+HYBRIDS = ("qwen3_5_text", "qwen3_5_moe_text", "qwen3_next")
+"""Model types that have it; their norms multiply by one more than their weight, but for its own."""
+
 
 def is_in(part: dict[str, Tensor]) -> bool:
     """Whether the block has a linear attention."""
-    return "linear_attn.in_proj_qkv.weight" in part
+    return "linear_attn.out_proj.weight" in part
 
 
 def attention(part: dict[str, Tensor], config: PreTrainedConfig, rank: int, tp: int, x: Tensor) -> Tensor:
     """The sum over the rank's own heads, those of the values, of head times its columns of `o`."""
     heads, key_heads = config.linear_num_value_heads, config.linear_num_key_heads
     of_key, of_value = config.linear_key_head_dim, config.linear_value_head_dim
+    part = _taken_apart(part, config)
     keys = key_heads * of_key
     total = torch.zeros_like(x)
     for head in range(rank * heads // tp, (rank + 1) * heads // tp):
@@ -50,3 +54,19 @@ def _convolved(part: dict[str, Tensor], x: Tensor, first: int, size: int) -> Ten
         for back in range(min(width, t + 1)):
             out[t] += weights[:, width - 1 - back] * own[t - back]
     return out * torch.sigmoid(out)
+
+
+def _taken_apart(part: dict[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
+    """The projections as Qwen3.5 has them, where those of one key head lie together (Qwen3-Next)."""
+    if "linear_attn.in_proj_qkvz.weight" not in part:
+        return part
+    key_heads, each = config.linear_num_key_heads, config.linear_num_value_heads // config.linear_num_key_heads
+    sizes = [config.linear_key_head_dim] * 2 + [each * config.linear_value_head_dim] * 2
+    found: dict[str, list[Tensor]] = {name: [] for name in "qkvzba"}
+    for fused, names, widths in (("qkvz", "qkvz", sizes), ("ba", "ba", [each, each])):
+        for rows in part[f"linear_attn.in_proj_{fused}.weight"].chunk(key_heads):
+            for name, own in zip(names, rows.split(widths), strict=True):
+                found[name].append(own)
+    whole = {name: torch.cat(rows) for name, rows in found.items()}
+    whole["qkv"] = torch.cat([whole["q"], whole["k"], whole["v"]])
+    return {**part, **{f"linear_attn.in_proj_{name}.weight": rows for name, rows in whole.items()}}

@@ -65,7 +65,7 @@ def _best(values: Tensor, among: Iterable[int], count: int) -> list[int]:
 def _renormalised(config: PreTrainedConfig) -> bool:
     if config.model_type == "deepseek_v2":
         return False
-    return config.model_type in ("mixtral", "ernie4_5_moe") or config.norm_topk_prob
+    return config.model_type in ("mixtral", "ernie4_5_moe", "qwen3_5_moe_text") or config.norm_topk_prob
 
 
 def partial(part: dict[str, Tensor], config: PreTrainedConfig, rank: int, tp: int, x: Tensor, routed: Routed) -> Tensor:

@@ -104,6 +104,8 @@ NAMES: dict[str, dict] = {
     "deepseek_v3": LLAMA_NAMES,
     "deepseek_v2": LLAMA_NAMES,
     "qwen3_5_text": LLAMA_NAMES,
+    "qwen3_5_moe_text": LLAMA_NAMES,
+    "qwen3_next": LLAMA_NAMES,
 }
 """Model type -> what the parts are called in its state dict; `gate` is None where the MLP has no gate."""
 
@@ -368,7 +370,7 @@ def _embed(weights: dict[str, Tensor], config: PreTrainedConfig, ids: Tensor) ->
 def _norm(weights: dict[str, Tensor], config: PreTrainedConfig, name: str, x: Tensor) -> Tensor:
     """LayerNorm in the families of LAYER_NORM_EPS, else RMSNorm, over the last dimension."""
     weight = weights[name + ".weight"]
-    if config.model_type in (*GEMMA, "nemotron", "qwen3_5_text"):
+    if config.model_type in (*GEMMA, "nemotron", *delta.HYBRIDS):
         weight = 1 + weight
     if config.model_type in LAYER_NORM_EPS:
         eps = getattr(config, LAYER_NORM_EPS[config.model_type] or "", 1e-5)
@@ -396,7 +398,7 @@ def _attention(
         q = _rows(part, names["q"], x, head * q_rows, head * q_rows + size)
         k = _rows(part, names["k"], x, served_by * size, (served_by + 1) * size)
         v = _rows(part, names["v"], x, served_by * size, (served_by + 1) * size)
-        if config.model_type in ("qwen3", "qwen3_moe", "apertus", "gemma3_text", "exaone4", "qwen3_5_text"):
+        if config.model_type in ("qwen3", "qwen3_moe", "apertus", "gemma3_text", "exaone4", *delta.HYBRIDS):
             q = _norm(part, config, "self_attn.q_norm", q)
             k = _norm(part, config, "self_attn.k_norm", k)
         if config.model_type in OVER_ALL_HEADS:

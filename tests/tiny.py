@@ -49,6 +49,18 @@ ALIASES = {
 }
 """Short names for the arguments of `build`, the same for all families."""
 
+_DELTA = {
+    "head_dim": 16,
+    "full_attention_interval": 2,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "rms_norm_eps": 1e-2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+}
+"""Gated DeltaNet in every second block. Its norms, of a single head, enlarge rounding unless their epsilon is large."""
+
 FAMILIES: dict[str, tuple[str, dict]] = {
     "llama": ("llama", {}),
     "llama_bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -141,19 +153,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
             "dim_model_base": 32,
         },
     ),
-    "qwen3_5": (
-        "qwen3_5_text",  # blocks 0 and 2 with a linear attention
-        {
-            "head_dim": 16,
-            "full_attention_interval": 2,
-            "linear_num_key_heads": 4,
-            "linear_num_value_heads": 8,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 12,
-            "rms_norm_eps": 1e-2,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
-        },
-    ),
+    "qwen3_5": ("qwen3_5_text", _DELTA),  # blocks 0 and 2 with a linear attention
     "cwm": (
         "cwm",  # block 0 sees everything, the others a window
         {"head_dim": 8, "sliding_window": 5, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
@@ -240,6 +240,11 @@ MIXTURES: dict[str, tuple[str, dict]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
         },
     ),
+    "qwen3_5_moe": ("qwen3_5_moe_text", {**_DELTA, **_EXPERTS, "shared_expert_intermediate_size": 48}),
+    "qwen3_next": (
+        "qwen3_next",
+        {**_DELTA, **_EXPERTS, "shared_expert_intermediate_size": 48, "mlp_only_layers": [1]},
+    ),  # block 1 is dense
     "deepseek_v3": (  # block 0 is dense; latent queries, keys and values; experts in groups
         "deepseek_v3",
         {**_DEEPSEEK, "q_lora_rank": 24, "n_group": 4, "topk_group": 2, "norm_topk_prob": True, "attention_bias": True},

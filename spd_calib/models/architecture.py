@@ -109,8 +109,8 @@ class LayerParts:
 
     The rows of the projections in `by_head` are divided over ranks by query head, as many for each: those of q, or
     whatever else a row names, those behind latents last. Those in `by_kv_head`, k and v, are divided by KV head;
-    `latents` are whole on every rank. In a linear attention v is divided by head, q and k by KV head, and `convolution`
-    as these are.
+    `latents` are whole on every rank. In a linear attention q and k are divided by KV head and v by head, or all by
+    head in one layer, and `convolution` as these are.
     """
 
     names: LayerNames
@@ -154,7 +154,7 @@ class LayerParts:
 
     @property
     def head_parameters(self) -> tuple[str, ...]:
-        """Return the names, in the attention, of its parameters with one number a query head."""
+        """Return the names, in the attention, of its parameters with one number a head (LayerNames)."""
         return tuple(name.removeprefix(f"{self.names.attention}.") for name in self.names.head_parameters)
 
     @property

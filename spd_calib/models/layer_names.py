@@ -31,8 +31,9 @@ class LayerNames:
     `qkv` names three linear layers, or a fused one that holds the rows of q, then k's, then v's. An attention of
     another kind lists its linear layers by how ranks divide them: those in `by_head` read the stream and are divided by
     head, those in `latents` read the stream and are whole on every rank, those in `behind_latents` read what these give
-    and are divided by head. `head_parameters` names parameters with one number a query head. `convolution` is that of a
-    linear attention, whose channels are the rows of `qkv`, fused; there q and k are divided by KV head, v by head.
+    and are divided by head. `head_parameters` names parameters with one number a query head, in a linear
+    attention a head of v. `convolution` is that of a linear attention, whose channels are q, k and v; where `qkv` is
+    fused there, q and k are divided by KV head and v by head.
     `heads` and `kv_heads` are the attention's attributes that count them, where they do not follow from the sizes of
     its linear layers; without `kv_heads` there are as many. `mlp_in` names one
     linear layer for act(first), two for act(gate) * up, or a fused one that holds the rows of the gate, then those of
@@ -95,17 +96,23 @@ _LATENT_KEYS: dict[str, Any] = {  # the same with plain queries
     "behind_latents": ("self_attn.kv_b_proj",),
 }
 _EXPERTS = ExpertNames(router="mlp.gate", experts="mlp.experts")
-_DELTA_NET: dict[
-    str, Any
-] = {  # Gated DeltaNet: a head gives as many numbers as its value has, so v's heads are the heads
+_DELTA: dict[str, Any] = {  # Gated DeltaNet; there may be more heads of v than of q and k
     "attention": "linear_attn",
-    "qkv": ("linear_attn.in_proj_qkv",),
-    "by_head": ("linear_attn.in_proj_z", "linear_attn.in_proj_b", "linear_attn.in_proj_a"),
     "head_parameters": ("linear_attn.A_log", "linear_attn.dt_bias"),
     "convolution": "linear_attn.conv1d",
     "o": "linear_attn.out_proj",
+}
+_DELTA_NET: dict[str, Any] = {
+    **_DELTA,
+    "qkv": ("linear_attn.in_proj_qkv",),
+    "by_head": ("linear_attn.in_proj_z", "linear_attn.in_proj_b", "linear_attn.in_proj_a"),
     "heads": "num_v_heads",
     "kv_heads": "num_k_heads",
+}
+_DELTA_NET_BY_KEY: dict[str, Any] = {  # everything lies together with the head of k that it belongs to
+    **_DELTA,
+    "by_head": ("linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba"),
+    "heads": "num_k_heads",
 }
 _FUSED_MLP: dict[str, Any] = {
     "mlp_in": ("mlp.gate_up_proj",),
@@ -261,6 +268,10 @@ LAYERS = {  # the first row that fits is taken: those that name more parts come 
     "DeepSeek Lite, dense": LayerNames(classes=(), **_NORMS, **_LATENT_KEYS, **_GATED_MLP),
     "Gated DeltaNet": LayerNames(classes=("Qwen3_5ForCausalLM",), **_NORMS, **_DELTA_NET, **_GATED_MLP),
     "Gated DeltaNet, experts": LayerNames(classes=("Qwen3_5MoeForCausalLM",), **_NORMS, **_DELTA_NET, experts=_EXPERTS),
+    "Gated DeltaNet by key": LayerNames(classes=(), **_NORMS, **_DELTA_NET_BY_KEY, **_GATED_MLP),
+    "Gated DeltaNet by key, experts": LayerNames(
+        classes=("Qwen3NextForCausalLM",), **_NORMS, **_DELTA_NET_BY_KEY, experts=_EXPERTS
+    ),
     "OPT": LayerNames(
         classes=("OPTForCausalLM",),
         norm1="self_attn_layer_norm",

@@ -120,7 +120,7 @@ def _refuse_other_weights(name: str, parts: LayerParts) -> None:
     are norms of one head's size, or of a latent's.
     """
     own = {id(p) for linear in parts.linears for p in linear.parameters()}
-    one_head = HeadCounts.of(parts).head_dim
+    one_head = getattr(parts.attention, "head_dim" if parts.convolution is None else "head_v_dim", None)
     shapes = {(linear.in_features,) for linear in parts.by_head} if parts.latents else {(one_head,)}
     known = {f"{norm}.weight" for norm in all_heads_norms(parts)} | set(parts.head_parameters)
     if parts.convolution is not None and parts.convolution.groups == parts.convolution.out_channels:

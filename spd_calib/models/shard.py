@@ -71,10 +71,18 @@ def linear_slices(parts: LayerParts, slices: RankSlices) -> list[tuple[nn.Linear
 
 
 def channels(parts: LayerParts, slices: RankSlices) -> Rows:
-    """Return the channels that a rank owns of the convolution of a linear attention: its rows of q, k and v."""
-    fused = parts.by_head[0]
-    assert isinstance(fused, LinearRows)
-    return next(rows for linear, rows, _ in linear_slices(parts, slices) if linear is fused.linear)
+    """Return the channels that a rank owns of the convolution of a linear attention: its q's, its k's and its v's."""
+    attention: Any = parts.attention
+    keys = times(slices.kv_heads, attention.head_k_dim)
+    values = times(head_entries(parts, slices)[0], attention.head_v_dim)
+    return (keys, _moved(keys, attention.key_dim), _moved(values, 2 * attention.key_dim))
+
+
+def head_entries(parts: LayerParts, slices: RankSlices) -> tuple[slice, int]:
+    """Return the numbers that a rank owns of a parameter with one a head (LayerNames), and how many there are."""
+    heads = HeadCounts.of(parts).heads
+    of: Any = heads if parts.convolution is None else parts.attention.num_v_heads
+    return times(slices.heads, of // heads), of
 
 
 def mlp_slices(mlp: MLPParts, neurons: slice) -> list[tuple[nn.Linear, Rows, slice]]:
@@ -157,7 +165,8 @@ def rank_attention(parts: LayerParts, slices: RankSlices, layer_idx: int) -> nn.
         "layer_idx": layer_idx,
     }
     if parts.convolution is not None:
-        own_counts |= linear_attention.counts(shard, heads=size(slices.heads), kv_heads=size(slices.kv_heads))
+        v_heads, _ = head_entries(parts, slices)
+        own_counts |= linear_attention.counts(shard, heads=size(v_heads), kv_heads=size(slices.kv_heads))
     for name, value in own_counts.items():
         if hasattr(shard, name):
             setattr(shard, name, value)
@@ -170,12 +179,13 @@ def rank_attention(parts: LayerParts, slices: RankSlices, layer_idx: int) -> nn.
         config.num_attention_heads = own_counts["num_heads"]
         shard.config = config
     for name in parts.head_parameters:
-        _cut_parameter(shard, name, slices.heads, of=counts.heads)
+        entries, of = head_entries(parts, slices)
+        _cut_parameter(shard, name, entries, of=of)
     return shard
 
 
 def _cut_parameter(shard: nn.Module, name: str, own: slice, *, of: int) -> None:
-    """Have `shard` read its own heads' entries of a parameter that holds one for each of `of` heads.
+    """Have `shard` read its own heads' entries of a parameter that holds `of` of them.
 
     They are taken anew in each forward, since the parameter, which stays whole, may be trained or moved.
     """

@@ -14,7 +14,7 @@ from .experts import expert_slices
 from .fill import Own, fill
 from .load import DTYPES, check_device, refusing_unreadable, skeleton
 from .probe import find_layers
-from .shard import ALL, RankSlices, channels, linear_slices, vocabulary_slice
+from .shard import ALL, RankSlices, channels, head_entries, linear_slices, vocabulary_slice
 from .source import Source
 
 
@@ -44,7 +44,8 @@ def own_slices(model: PreTrainedModel, *, rank: int, tp: int) -> Own:
         for linear, rows, columns in linear_slices(parts, slices):
             own[f"{names[linear]}.weight"] = (rows, columns)
             own[f"{names[linear]}.bias"] = (rows, ALL)
-        own |= {f"{names[parts.attention]}.{name}": ((slices.heads,), ALL) for name in parts.head_parameters}
+        own_heads, _ = head_entries(parts, slices)
+        own |= {f"{names[parts.attention]}.{name}": ((own_heads,), ALL) for name in parts.head_parameters}
         if parts.convolution is not None:
             own[f"{names[parts.convolution]}.weight"] = (channels(parts, slices), ALL)
         if (mixture := parts.experts) is not None:

@@ -23,6 +23,8 @@ WITH_TEXT_PART = (
     "LlavaNextForConditionalGeneration",
     "LlavaOnevisionForConditionalGeneration",
     "Mistral3ForConditionalGeneration",
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForConditionalGeneration",
     "VipLlavaForConditionalGeneration",
 )
 """Classes whose forward, given text alone, is that of their language model."""

@@ -88,8 +88,8 @@ class ModelSizes:
 
 def _state(parts: LayerParts) -> int:
     """Return the numbers in a linear attention's recurrent state: a head's is a matrix, its key by its value."""
-    counts = HeadCounts.of(parts)
-    return counts.heads * parts.by_kv_head[0].out_features // counts.kv_heads * counts.head_dim
+    attention: Any = parts.attention
+    return int(attention.num_v_heads * attention.head_k_dim * attention.head_v_dim)
 
 
 def _of_experts(layers: Sequence[LayerParts]) -> dict[str, float]:

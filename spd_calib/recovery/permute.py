@@ -1,10 +1,12 @@
 """Reordering the heads and neurons of a block: the same dense function, other neighbours on a rank."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from spd_calib.models.all_heads_norm import all_heads_norms
-from spd_calib.models.architecture import HeadCounts, LayerParts, LinearRows
+from spd_calib.models.architecture import HeadCounts, LayerParts
 
 
 @torch.no_grad()
@@ -36,16 +38,19 @@ def permute_heads(parts: LayerParts, counts: HeadCounts, heads: Tensor) -> None:
         part.weight.copy_(part.weight[order])
         if part.bias is not None:
             part.bias.copy_(part.bias[order])
-    if parts.convolution is not None:  # its channels are the fused layer's rows
-        fused = sorted((part for part in rows if isinstance(part, LinearRows)), key=lambda part: part.start)
-        weight = parts.convolution.weight
-        weight.copy_(weight[torch.cat([part.start + rows[part] for part in fused])])
+    of_parameters = heads
+    if parts.convolution is not None:
+        attention: Any = parts.attention
+        of_parameters = entries(heads, attention.num_v_heads // counts.heads)  # heads of v
+        keys, values = entries(kv, attention.head_k_dim), entries(of_parameters, attention.head_v_dim)
+        weight = parts.convolution.weight  # its channels: q's, k's, v's
+        weight.copy_(weight[torch.cat([keys, attention.key_dim + keys, 2 * attention.key_dim + values])])
     for name, projection in all_heads_norms(parts).items():
         (weight,) = parts.attention.get_submodule(name).parameters()
         weight.copy_(weight[rows[projection]])
     for name in parts.head_parameters:
         parameter = parts.attention.get_parameter(name)
-        parameter.copy_(parameter[heads])
+        parameter.copy_(parameter[of_parameters])
     parts.o.weight.copy_(parts.o.weight[:, entries(heads, counts.head_dim)])
 
 
