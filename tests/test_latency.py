@@ -226,7 +226,8 @@ def test_latency_as_it_stands_in_a_plan():
 def test_shipped_tables_name_their_source(name):
     found = load(name)
     assert isinstance(found, Machine)
-    assert (found.name, found.ranks, len(found.all_reduces)) == (name, 8, 3)
+    assert (found.name, found.ranks) == (name, 2 if name == "dgx-spark-200gbe" else 8)
+    assert len(found.all_reduces) >= 3
     assert "data sheet" in found.source
 
 
