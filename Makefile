@@ -108,6 +108,8 @@ llm: $(READY)
 	$(BIN)/python benchmarks/paper_table.py $(LLMS)/smollm2-135m --tp 3 $(TEXTS) --tasks ../shared/tasks/make.py
 	$(BIN)/python benchmarks/paper_table.py $(LLMS)/gemma3-270m --tp 4 $(TEXTS) --tasks ../shared/tasks/make.py
 	$(BIN)/python benchmarks/recovery_llm.py $(LLMS)/smollm2-135m --tp 3 $(TEXTS)
+	$(BIN)/python benchmarks/quantised_syncs.py $(LLMS)/smollm2-135m --tp 3 --data ../shared/data/wikitext2-a.txt \
+		-o results/llm/quantised_syncs.json
 
 # What dropped sync points save over a link with a delay; needs root, ip and /dev/net/tun, else loopback only.
 latency: $(READY)

@@ -1,7 +1,7 @@
 """Quantised syncs on a language model: every sync alike, which blocks carry the cost, and mixed plans of equal bytes.
 
     python benchmarks/quantised_syncs.py build/llms/smollm2-135m --tp 3 --data ../shared/data/wikitext2-a.txt \
-        -o results/llm/quantised_syncs.json
+        --seq-len 96 --choose 2 --verify 8 -o results/llm/quantised_syncs.json
 
 Each sync point alone is measured at 4 bits and, behind an attention, dropped, on `--choose` sequences. What 6 and 8
 bits cost follows from the former. Of these a mixed plan is chosen (spd_calib/planning/sync_bits.py) whose messages have
@@ -87,7 +87,7 @@ def main() -> None:
         }  # fmt: skip
 
     found = {
-        "model": session.ref.model_dump(mode="json"),
+        "model": session.ref.model_dump(mode="json") | {"id": Path(given.model).name},
         "tp": given.tp,
         "text": {"file": given.data.name, "seq_len": n, "choose": given.choose, "verify": given.verify},
         "whole_plans": {name: row(drops, c) for (name, drops), c in zip(plans.items(), whole, strict=True)},
