@@ -176,10 +176,51 @@ def make(folder: Path, scheme: str) -> dict[str, Tensor]:
     return quantise(folder, scheme)
 
 
+def mxfp4(folder: Path) -> dict[str, Tensor]:
+    """Give a folder of GPT-OSS random experts in MXFP4; return all its weights as a loop takes them back."""
+    positive = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+    generator = torch.Generator().manual_seed(0)
+    stored, real = {}, {}
+    for name, w in load_file(folder / SINGLE).items():
+        if w.dim() != 3:
+            stored[name] = real[name] = w
+            continue
+        experts, inputs, out = w.shape
+        blocks = torch.randint(0, 256, (experts, out, inputs // 32, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(121, 126, blocks.shape[:-1], generator=generator, dtype=torch.uint8)
+        real[name] = torch.empty(w.shape)
+        for e in range(experts):
+            for o in range(out):
+                for i in range(inputs):
+                    byte = int(blocks[e, o, i // 32, i % 32 // 2])
+                    four = byte >> 4 if i % 2 else byte & 15
+                    value = -positive[four - 8] if four > 7 else positive[four]
+                    real[name][e, i, o] = value * 2.0 ** (int(scales[e, o, i // 32]) - 127)
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    save_file(stored, folder / SINGLE, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    said = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": said}))
+    return real
+
+
+def test_mxfp4_is_what_a_loop_takes_out_of_the_bits_in_every_loader(tmp_path):
+    tiny.save(tiny.build("gpt_oss", layers=2), tmp_path)
+    in_every_loader(tmp_path, mxfp4(tmp_path))
+    stored = load_file(tmp_path / SINGLE)
+    name = "model.layers.1.mlp.experts.down_proj_scales"
+    save_file({n: t for n, t in stored.items() if n != name}, tmp_path / SINGLE, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=f"lacks {name}"):
+        checked_fingerprint(locate(str(tmp_path)), read_config(locate(str(tmp_path))))
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_weights_are_what_a_loop_takes_out_of_the_bits_in_every_loader(scheme, tmp_path):
-    real = make(tmp_path, scheme)
-    source = locate(str(tmp_path))
+    in_every_loader(tmp_path, make(tmp_path, scheme))
+
+
+def in_every_loader(folder: Path, real: dict[str, Tensor]) -> None:
+    source = locate(str(folder))
     config = read_config(source)
     check_config(config, 2)
     dense = load_dense(source, config, device="cpu", dtype="float32")

@@ -9,6 +9,7 @@ Layouts, with s a scale, z a zero point, and q the stored whole number or 8-bit 
     compressed-tensors    weight [out, in] float8 or int8; or weight_packed, 4 or 8 bits, along the inputs: w = q s
     gptq                  qweight packed along the inputs, g_idx the group of each input: w = (q - z) s
     awq                   qweight packed along the outputs, eight of them in the order 0 2 4 6 1 3 5 7: w = (q - z) s
+    mxfp4                 experts' weights alone, see mxfp4.py
 """
 
 import re
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from spd_calib.errors import InputError
 
+from . import mxfp4
 from .source import Source
 from .stored import StoredTensor, opened
 from .text_part import whole_of
@@ -36,13 +38,16 @@ Parts = Mapping[str, Tensor]
 class Layout:
     """Says how a weight lies in several tensors.
 
-    `dtypes` are those of each part, by the part's suffix, as safetensors spells them.
+    `dtypes` are those of each part, by the part's suffix, as safetensors spells them. What stands before it, and before
+    `separator`, is the name of a module with a `weight`, or of the weight itself.
     """
 
     dtypes: Mapping[str, tuple[str, ...]]
     optional: frozenset[str]
-    shape: Callable[[Mapping[str, tuple[int, ...]]], tuple[int, int]]  # of the weight [out, in], from its parts'
+    shape: Callable[[Mapping[str, tuple[int, ...]]], tuple[int, ...]]  # of the weight [out, in], from its parts'
     dequantise: Callable[[Parts], Tensor]  # to float32 [out, in]; raises ValueError for parts that do not fit
+    separator: str = "."
+    weight: str = ".weight"
 
 
 @dataclass(frozen=True)
@@ -102,14 +107,17 @@ def gathered(source: Source, stored: Mapping[str, StoredTensor], scheme: Scheme)
     """
     layout = scheme.layout
     own = frozenset(layout.dtypes) - {"weight"}
-    modules = dict.fromkeys(n.rpartition(".")[0] for n in stored if n.rpartition(".")[2] in own)
+    split = [name.rpartition(layout.separator) for name in stored]
+    modules = dict.fromkeys(module for module, _, suffix in split if suffix in own)
     found: dict[str, Piece] = dict(stored)
     for module in modules:
-        parts = {suffix: found.pop(f"{module}.{suffix}", None) for suffix in layout.dtypes}
+        parts = {suffix: found.pop(f"{module}{layout.separator}{suffix}", None) for suffix in layout.dtypes}
         held = {suffix: part for suffix, part in parts.items() if isinstance(part, StoredTensor)}
         if lost := sorted(layout.dtypes.keys() - held.keys() - layout.optional):
-            raise InputError(f"{source.id} lacks {module}.{lost[0]}, without which that weight means nothing; "
-                             "fetch the model again.")  # fmt: skip
+            raise InputError(
+                f"{source.id} lacks {module}{layout.separator}{lost[0]}, without which that weight means nothing; "
+                "fetch the model again."
+            )
         if odd := [part for suffix, part in held.items() if part.dtype not in layout.dtypes[suffix]]:
             raise InputError(
                 f"{source.id} holds {odd[0].name} as {odd[0].dtype}, which its configuration ({scheme.method}) does "
@@ -122,7 +130,7 @@ def gathered(source: Source, stored: Mapping[str, StoredTensor], scheme: Scheme)
             raise InputError(
                 f"{source.id}: the parts of {module} do not fit each other ({shapes}); the folder mixes two models."
             ) from None
-        name = f"{module}.weight"
+        name = f"{module}{layout.weight}"
         if name in found:
             raise InputError(f"{source.id} holds {name} beside its quantised parts; fetch the model again.")
         found[name] = QuantisedTensor(name, shape, held, scheme)
@@ -146,6 +154,7 @@ def scheme_of(config: Any) -> Scheme | None:
         "compressed-tensors": _compressed_tensors,
         "gptq": _gptq,
         "awq": _awq,
+        "mxfp4": _mxfp4,
     }
     if method not in readers:
         raise InputError(
@@ -244,6 +253,17 @@ def _awq(said: dict[str, Any]) -> Scheme:
         activations="",
         layout=_awq_layout(),
         left_alone=("lm_head", *_names(said, "modules_to_not_convert")),
+    )
+
+
+def _mxfp4(said: dict[str, Any]) -> Scheme:
+    bytes_alone = {"blocks": ("U8",), "scales": ("U8",)}
+    return Scheme(
+        method="mxfp4",
+        weights="experts in 4-bit floats, a power of two for each 32 inputs of an output",
+        activations="",
+        layout=Layout(bytes_alone, frozenset(), mxfp4.shape, mxfp4.dequantise, separator="_", weight=""),
+        left_alone=("re:.*",),  # no linear layer is quantised, and experts are none
     )
 
 

@@ -52,7 +52,7 @@ def read_cuts(tensor: AnyTensor, *, rows: tuple[slice, ...], columns: slice) -> 
             return torch.stack([_of_expert(files, pieces, rows, columns) for pieces in tensor.pieces])
     if isinstance(tensor, QuantisedTensor):
         dequantised = tensor.read()
-        return torch.cat([dequantised[r, columns] for r in rows])
+        return torch.cat([dequantised[..., r, columns] for r in rows], dim=-2)
     with opened({tensor.file}) as files:
         if not tensor.shape:
             return files[tensor.file].get_tensor(tensor.name)
