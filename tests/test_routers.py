@@ -47,8 +47,10 @@ def chosen_in(lm: TensorParallelLM, drops: Drops, ids: torch.Tensor) -> list[lis
     return seen
 
 
-def test_the_share_routed_as_dense_is_that_of_the_predicted_tokens() -> None:
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_share_routed_as_dense_is_that_of_the_predicted_tokens(streamed: bool) -> None:
     lm = TensorParallelLM.simulated(tiny.build("qwen2_moe"), 4)
+    lm.streamed = streamed  # its plans then go through the blocks in lockstep
     late = Drops.of_blocks(["keep_sync"] * 3 + ["block_drop"])
     sequences = [SEQUENCES[0], SEQUENCES[1][:9]]
     _, found = measure(Subject(lm), sequences, plans=[ATTENTIONS, late])

@@ -123,9 +123,9 @@ def test_plans_in_lockstep_leave_the_dense_models_way_where_they_first_drop(fold
         dense, finals = lockstep.run_in_lockstep(lm, ids, plans)
     assert runs == {0: 1, 1: 2, 2: 3, 3: 3}
     recording = lm.record(ids)
-    assert torch.equal(dense, recording.final) and finals[1] is dense
-    for drops, final in zip(plans, finals, strict=True):
-        assert torch.equal(lm.logits(final), lm.logits(lm.resume(recording, drops)))
+    assert torch.equal(dense.final, recording.final) and finals[1].final is dense.final
+    for drops, of_plan in zip(plans, finals, strict=True):
+        assert torch.equal(lm.logits(of_plan.final), lm.logits(lm.resume(recording, drops)))
 
 
 def test_a_weight_that_is_not_there_is_named(folder, tmp_path):

@@ -134,19 +134,18 @@ def blocks(plan: Plan) -> Table:
 def whole_plan(plan: Plan) -> Table:
     """Return what the whole plan costs as predicted and as verified, one above the other."""
     p, v = plan.predicted, plan.verified
-    return Table(
-        "the whole plan",
-        ["", "KL", "ppl", "top-1 lost, points"],
-        [
-            [
-                "predicted from the profile",
-                nats(p.kl),
-                "" if p.ppl_increase is None else f"{100 * p.ppl_increase:+.2f} %",
-                "" if p.accuracy_drop is None else f"{100 * p.accuracy_drop:+.2f}",
-            ],
-            ["verified, held-out text", *_costs(v)],
-        ],
-    )
+    columns = ["", "KL", "ppl", "top-1 lost, points"]
+    predicted = [
+        "predicted from the profile",
+        nats(p.kl),
+        "" if p.ppl_increase is None else f"{100 * p.ppl_increase:+.2f} %",
+        "" if p.accuracy_drop is None else f"{100 * p.accuracy_drop:+.2f}",
+    ]
+    verified = ["verified, held-out text", *_costs(v)]
+    if v.routed_as_dense is not None:
+        columns, predicted = [*columns, "routed as dense"], [*predicted, ""]
+        verified = [*verified, f"{100 * v.routed_as_dense:.1f} %"]
+    return Table("the whole plan", columns, [predicted, verified])
 
 
 def task_losses(plan: Plan) -> str:

@@ -169,12 +169,16 @@ class _Batch:
         """Run plans of a model that is read from disk: they go through its blocks together."""
         lm, original = self.subject.lm, self.subject.original
         some = self.plans[first : first + at_a_time(lm, self.input_ids)]
-        final, finals = run_in_lockstep(lm, self.input_ids, [self.subject.always | drops for drops in some])
+        own, carried = run_in_lockstep(lm, self.input_ids, [self.subject.always | drops for drops in some])
         if self.reference is None:
-            if original is not None:
-                final, _ = run_in_lockstep(original, self.input_ids, [])
-            self.reference = Reference(lm, final, input_ids=self.input_ids, lengths=self.lengths)
-        return self.reference, some, [self.reference.streams(final) for final in finals]
+            dense = own if original is None else run_in_lockstep(original, self.input_ids, [])[0]
+            self.reference = Reference(lm, dense.final, input_ids=self.input_ids, lengths=self.lengths)
+            self.dense_experts = dense.experts
+        reference = self.reference
+        for drops, of_plan in zip(some, carried, strict=True):
+            planned = {**own.experts, **of_plan.experts}
+            self.routed[drops] = tokens_routed_alike(self.dense_experts, planned, reference.predicting)
+        return reference, some, [reference.streams(of_plan.final) for of_plan in carried]
 
 
 def batches(sequences: Sequence[Sequence[int]], size: int, device: torch.device) -> Iterator[tuple[Tensor, list[int]]]:
