@@ -100,6 +100,8 @@ def test_within_a_share_of_the_bytes_some_syncs_are_dropped_and_some_quantised(s
     sent = sum(bytes_a_value(bits) for b in plan.blocks for s, bits in b.syncs if s == "keep_sync")
     assert 0 < sent <= 0.3 * 2 * blocks * 2
     assert drops.bits and plan.budget.kind == "max_bytes"
+    said = f"{len(drops.bits)} of them quantised; {100 * sent / (4 * blocks):.0f} % of the bytes"
+    assert said in " ".join(run.err.split()), run.err
     alike = spd_calib.plan(profile, drop=0, sync_bits=4, run=CPU)  # 27 % of the bytes
     assert plan.verified.kl < alike.verified.kl
     assert spd_calib.plan(profile, max_bytes=1.0, run=CPU).requires == []

@@ -8,6 +8,7 @@ from spd_calib.formats.pareto import Pareto
 from spd_calib.formats.plan import Latency, Plan
 from spd_calib.formats.profile import Comparison, Profile
 from spd_calib.formats.results import Results
+from spd_calib.parallel.quantised_sync import bytes_a_value
 from spd_calib.planning.budget import describe
 
 from .table import Table, nats, percentage_points, treatment
@@ -158,13 +159,18 @@ def task_losses(plan: Plan) -> str:
 
 
 def saving(plan: Plan) -> str:
-    """Return in a sentence how many all-reduces are gone, and how many are left."""
+    """Return in a sentence how many all-reduces are gone, how many are left, and how many of these are quantised."""
     n, m = (len(plan.drops.blocks(sublayer)) for sublayer in SUBLAYERS)
     before = 2 * len(plan.blocks)
     what = f"{n} of {len(plan.blocks)} attention all-reduces"
     if m:
         what += f" and {m} of {len(plan.blocks) - 1} of the MLPs"
-    return f"{what} dropped: {before} a forward and rank become {before - n - m}"
+    said = f"{what} dropped: {before} a forward and rank become {before - n - m}"
+    if not (quantised := plan.drops.bits):
+        return said
+    sent = sum(bytes_a_value(bits) for b in plan.blocks for s, bits in b.syncs if s == Strategy.KEEP_SYNC)
+    share = sent / (before * bytes_a_value(None))
+    return f"{said}, {len(quantised)} of them quantised; {100 * share:.0f} % of the bytes of all at 16 bits a value"
 
 
 def pareto(front: Pareto) -> Table:
