@@ -319,7 +319,7 @@ def test_check_refuses_a_stale_plan(folder, tmp_path):
 def test_bench_measures_sums_and_steps_on_real_ranks(folder, tmp_path, spd):
     plan = plans.write_plan(tmp_path / "plan.json", folder / "llama", 2, PLANNED, words(MLP))
     done = spd("bench", plan, "-o", tmp_path / "hardware.json", "--rounds", 2, "--tokens", 8, "--new-tokens", 3,
-               "--device", "cpu")  # fmt: skip
+               "--batch-size", 1, "--batch-size", 2, "--device", "cpu")  # fmt: skip
     assert done.code == 0, done.err
     hardware = read(Hardware, tmp_path / "hardware.json")
     assert (hardware.backend, hardware.nodes, hardware.tensor_parallel.size) == ("gloo", 1, 2)
@@ -330,11 +330,14 @@ def test_bench_measures_sums_and_steps_on_real_ranks(folder, tmp_path, spd):
     assert hardware.all_reduce_seconds() == {
         size: used[size].seconds.median for size in sizes
     }  # as the steps made them
-    assert {(s.phase, s.blocks, s.dropped, s.seconds.repeats) for s in hardware.steps} == {
-        (phase, blocks, dropped, 2 * repeats)
+    assert {(s.phase, s.batch, s.tokens, s.blocks, s.dropped, s.seconds.repeats) for s in hardware.steps} == {
+        (phase, batch, 8, blocks, dropped, 2 * repeats)
         for phase, repeats in (("prefill", 1), ("decode", 3))
+        for batch in (1, 2)
         for blocks, dropped in (("dense", 0), ("plan", 5), ("every_block_dropped", 4))
     }
+    assert (hardware.runtime, hardware.execution) == ("torchrun", "eager")
+    assert "eager forward, no serving engine, on 2 ranks" in done.err
     for c in hardware.collectives:
         assert 0 < c.seconds.p10 <= c.seconds.median <= c.seconds.p90
 

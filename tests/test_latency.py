@@ -287,6 +287,19 @@ def test_a_measured_step_calibrates_and_is_held_against_the_others():
         as_measured(measured, sizes, phase="prefill", name="h")
 
 
+def test_one_of_several_measured_steps():
+    sizes = ModelSizes.of(tiny.build("llama"))
+    few, many = hardware(sizes, dense=1.0, dropped=0.9), hardware(sizes, dense=3.0, dropped=2.0)
+    larger = [step.model_copy(update={"batch": 32}) for step in many.steps]
+    both = few.model_copy(update={"steps": [*few.steps, *larger]})
+    assert as_measured(both, sizes, phase="decode", name="h") == as_measured(few, sizes, phase="decode", name="h")
+    model = as_measured(both, sizes, phase="decode", name="h", batch=32)
+    assert model.step.batch == 32 and model.seconds(0) == pytest.approx(3.0)
+    assert {seen for _, seen in held_against(both, model).values()} == {2.0}
+    with pytest.raises(InputError, match="h holds steps of batch 1 and 8 tokens, batch 32 and 8 tokens; leave out"):
+        as_measured(both, sizes, phase="decode", name="h", batch=2)
+
+
 def of_prefill(sizes: ModelSizes, seconds: float, batch: int = 2, tokens: int = 8):
     """Measured prefill steps; an all-reduce takes 1 us a byte."""
     rows = [Collective(method="all_reduce", ranks=2, bytes=b, seconds=timing(1e-6 * b)) for b in (1, 10**9)]

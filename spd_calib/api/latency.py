@@ -23,8 +23,8 @@ class LatencyOptions:
 
     `hardware` is the path of a hardware.json or of a CSV, or the name of a table that ships, such as 'h100-nvlink'.
     `phase` is the one that min_speedup is about. `batch` sequences (default: 1) of `context` tokens (default: 2048, or
-    the model's limit) make a step; of a hardware.json they are those that were timed. Raises InputError for a phase
-    that is neither.
+    the model's limit) make a step; of a hardware.json they name one that was timed (default: the first). Raises
+    InputError for a phase that is neither.
     """
 
     hardware: str
@@ -61,10 +61,17 @@ def latency_models(
     if isinstance(found, Hardware):
         _check_fits(found, session, options=options)
         models = {
-            phase: as_measured(found, sizes, phase=phase, name=options.hardware, predictors=predictors)
+            phase: as_measured(
+                found,
+                sizes,
+                phase=phase,
+                name=options.hardware,
+                batch=options.batch,
+                context=options.context,
+                predictors=predictors,
+            )
             for phase in PHASES
         }
-        _check_steps(options, models["decode"].step)
         _say_held_against(found, models, progress=progress)
     else:
         context = options.context or min(CONTEXT, session.max_length)
@@ -91,14 +98,6 @@ def _check_fits(hardware: Hardware, session: Session, *, options: LatencyOptions
         raise InputError(
             f"{options.hardware} was measured with {hardware.tensor_parallel.size} ranks, the profile is for "
             f"{session.tp}."
-        )
-
-
-def _check_steps(options: LatencyOptions, timed: Step) -> None:
-    if (options.batch or timed.batch, options.context or timed.context) != (timed.batch, timed.context):
-        raise InputError(
-            f"{options.hardware} holds steps of batch {timed.batch} and {timed.context} tokens; leave out `batch` and "
-            "`context`, or bench others."
         )
 
 

@@ -48,6 +48,15 @@ class Hardware(Part):
     tensor_parallel: TensorParallel
     device: str = Field(min_length=1, description="Name of the processor or GPU")
     backend: Literal["gloo", "nccl"]
+    runtime: Literal["torchrun", "vllm"] = Field(
+        default="torchrun",
+        exclude_if=lambda value: value == "torchrun",
+        description="torchrun: transformers' own modules, no serving engine; vllm: the engine as it is served, its "
+        "scheduler and sampler with it",
+    )
+    execution: Literal["eager", "compiled", "cuda_graphs"] = Field(
+        default="eager", exclude_if=lambda value: value == "eager", description="How the steps were run"
+    )
     nodes: int = Field(gt=0, description="Machines the ranks are spread over")
     gathered_at_most: Count = Field(
         default=0, description="Bytes up to which the steps' sums went by all_gather_and_sum; beyond, by all_reduce"

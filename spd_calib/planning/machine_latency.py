@@ -53,16 +53,29 @@ def _busy(machine: Machine, sizes: ModelSizes, *, tp: int, step: Step, more: int
     return max(memory, compute)
 
 
-def as_measured(hardware: Hardware, sizes: ModelSizes, *, phase: Phase, name: str, predictors: int = 0) -> LatencyModel:
-    """Return the latency model with a measured dense step, of the batch and prompt it was timed with.
+def as_measured(
+    hardware: Hardware,
+    sizes: ModelSizes,
+    *,
+    phase: Phase,
+    name: str,
+    batch: int | None = None,
+    context: int | None = None,
+    predictors: int = 0,
+) -> LatencyModel:
+    """Return the latency model with a measured dense step: of `batch` and `context`, else the first that was timed.
 
     `predictors`: weights that they add on a rank; they take as long as the step's own, in proportion. `name` is what
     `hardware` is called in messages. Raises InputError where that step is not there, or took less than its all-reduces
     timed alone.
     """
-    row = next((s for s in hardware.steps if s.phase == phase and s.blocks == "dense"), None)
-    if row is None:
+    rows = [s for s in hardware.steps if s.phase == phase and s.blocks == "dense"]
+    if not rows:
         raise InputError(f"{name} holds no {phase} step of the dense model; run `spd-calib bench` again.")
+    row = next((s for s in rows if s.batch == (batch or s.batch) and s.tokens == (context or s.tokens)), None)
+    if row is None:
+        timed = ", ".join(f"batch {s.batch} and {s.tokens} tokens" for s in rows)
+        raise InputError(f"{name} holds steps of {timed}; leave out `batch` and `context`, or bench others.")
     step = Step(phase, row.batch, row.tokens, ITEMSIZE[hardware.provenance.dtype])
     times, message = hardware.all_reduce_seconds(), step.new_tokens * sizes.width * step.itemsize
     one = interpolate(times, message)
@@ -92,5 +105,6 @@ def held_against(hardware: Hardware, model: LatencyModel) -> dict[str, tuple[flo
     return {
         s.blocks: (model.seconds(s.dropped), s.seconds.median)
         for s in hardware.steps
-        if s.phase == model.step.phase and s.blocks != "dense"
+        if (s.phase, s.batch, s.tokens) == (model.step.phase, model.step.batch, model.step.context)
+        and s.blocks != "dense"
     }

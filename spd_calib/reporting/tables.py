@@ -265,34 +265,37 @@ def latencies(found: Sequence[Latency]) -> Table:
 def hardware(measured: Hardware) -> list[Table]:
     """Return two tables of what was timed: sums over the ranks by size, and forwards."""
     ranks = f"{measured.tensor_parallel.size} ranks, {measured.backend}, {measured.device}"
+    how = measured.execution.replace("_", " ").replace("cuda", "CUDA")
+    what = f"step of vLLM, {how}," if measured.runtime == "vllm" else "eager forward, no serving engine,"
     gathered = {c.bytes: c.seconds for c in measured.collectives if c.method == "all_gather_and_sum"}
     sums = [
-        [f"{c.bytes}", _spread(c.seconds, 1e6), _spread(gathered[c.bytes], 1e6)]
+        [f"{c.bytes}", _spread(c.seconds, 1e6), *([_spread(gathered[c.bytes], 1e6)] if gathered else [])]
         for c in measured.collectives
         if c.method == "all_reduce"
     ]
-    dense = {s.phase: s.seconds.median for s in measured.steps if s.blocks == "dense"}
+    dense = {(s.phase, s.batch, s.tokens): s.seconds.median for s in measured.steps if s.blocks == "dense"}
     steps = [
         [
             s.phase,
+            f"{s.batch} x {s.tokens}",
             s.blocks.replace("_", " "),
             str(s.dropped),
             _spread(s.seconds, 1e3),
-            f"{100 * s.seconds.median / dense[s.phase]:.1f} %",
+            f"{100 * s.seconds.median / dense[s.phase, s.batch, s.tokens]:.1f} %",
         ]
         for s in measured.steps
     ]
     return [
         Table(
             f"sum over {ranks}: median (10 % to 90 %), microseconds",
-            ["bytes", "all-reduce", "all-gather and sum"],
+            ["bytes", "all-reduce", *(["all-gather and sum"] if gathered else [])],
             sums,
         ),
         Table(
-            f"forward on {ranks}: median (10 % to 90 %), milliseconds",
-            ["phase", "sync points", "dropped", "time", "of dense"],
+            f"{what} on {ranks}: median (10 % to 90 %), milliseconds",
+            ["phase", "batch", "sync points", "dropped", "time", "of dense"],
             steps,
-            2,
+            3,
         ),
     ]
 

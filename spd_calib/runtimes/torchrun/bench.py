@@ -3,8 +3,8 @@
 What is compared is measured in turns, round after round, so that a machine that grows slower does so for all.
 """
 
-import platform
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -25,20 +25,10 @@ from spd_calib.parallel.distributed import backend, local_size
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.session import open_session
 from spd_calib.ranks import rank, world_size
+from spd_calib.runtimes.bench import SIZES, BenchSettings, Blocks, device_name, rotated, timing
 
-SIZES = tuple(2**k for k in range(10, 25, 2))  # bytes: 1 KiB to 16 MiB
 AT_ONCE = 2**22  # bytes reduced between two looks at the clock, at most; see `time_collectives`
-Blocks = Literal["dense", "plan", "every_block_dropped"]
 Tick = Callable[[str], None]
-
-
-class BenchSettings(BaseModel, frozen=True):
-    """The size of a bench: `rounds` turns; `batch_size` prompts of `tokens` tokens, `new_tokens` decoded each."""
-
-    rounds: int = 20
-    batch_size: int = 1
-    tokens: int = 128
-    new_tokens: int = 16
 
 
 class BenchJob(BaseModel, frozen=True):
@@ -60,13 +50,13 @@ def run(job: BenchJob, *, expect: Callable[[int], None], tick: Tick) -> Hardware
     """
     plan, drops = load_plan(job.plan, ranks=[rank()])
     session = open_session(job.model, plan.tensor_parallel.size, expected=plan.model)
-    tokens, new_tokens = job.settings.tokens, job.settings.new_tokens
-    if tokens + new_tokens > session.max_length:
+    if job.settings.longest > session.max_length:
         raise InputError(
-            f"`tokens` {tokens} and `new_tokens` {new_tokens} are beyond the model's {session.max_length}; lower them."
+            f"`tokens` {max(job.settings.tokens)} and `new_tokens` {job.settings.new_tokens} are beyond the model's "
+            f"{session.max_length}; lower them."
         )
     lm = session.load(job.device, job.dtype)
-    expect(2 * (job.settings.rounds + 1))
+    expect((1 + len(job.settings.steps)) * (job.settings.rounds + 1))
     collectives = time_collectives(lm.device, lm.model.dtype, rounds=job.settings.rounds, tick=tick)
     steps = time_steps(lm, drops, settings=job.settings, tick=tick)
     return Hardware(
@@ -98,7 +88,7 @@ def time_collectives(
     messages = {size: torch.zeros(size // dtype.itemsize, dtype=dtype, device=device) for size in sizes}
     times: dict[tuple, list[float]] = {(method, size): [] for size in sizes for method in methods}
     for turn in range(rounds + 1):
-        for method, size in _rotated(list(times), turn):
+        for method, size in rotated(list(times), turn):
             in_a_row = max(1, min(16, AT_ONCE // size))
             with _Clock(device) as clock:
                 for _ in range(in_a_row):
@@ -121,28 +111,27 @@ def time_steps(lm: TensorParallelLM, planned: Drops, *, settings: BenchSettings,
         "plan": lm.fitted(planned),
         "every_block_dropped": Drops.of_blocks([Strategy.BLOCK_DROP] * lm.num_blocks),
     }
-    generator = torch.Generator().manual_seed(0)
-    shape = (settings.batch_size, settings.tokens)
-    ids = torch.randint(0, lm.head.vocab_size, shape, generator=generator).to(lm.device)
-    times: dict[tuple, list[float]] = {(phase, name): [] for phase in ("prefill", "decode") for name in variants}
-    for turn in range(settings.rounds + 1):
-        for name in _rotated(list(variants), turn):
-            with lm.running(variants[name]):
-                prefill, decode = _time_forwards(lm, ids, new_tokens=settings.new_tokens)
-            if turn:
-                times["prefill", name].append(prefill)
-                times["decode", name].extend(decode)
-        tick("prefill and decode")
+    generator, times = torch.Generator().manual_seed(0), defaultdict[tuple, list[float]](list)
+    for batch, tokens in settings.steps:
+        ids = torch.randint(0, lm.head.vocab_size, (batch, tokens), generator=generator).to(lm.device)
+        for turn in range(settings.rounds + 1):
+            for name in rotated(list(variants), turn):
+                with lm.running(variants[name]):
+                    prefill, decode = _time_forwards(lm, ids, new_tokens=settings.new_tokens)
+                if turn:
+                    times["prefill", name, batch, tokens].append(prefill)
+                    times["decode", name, batch, tokens].extend(decode)
+            tick("prefill and decode")
     return [
         TimedStep(
             phase=phase,
             blocks=name,
             dropped=len(variants[name]),
-            batch=settings.batch_size,
-            tokens=settings.tokens,
+            batch=batch,
+            tokens=tokens,
             seconds=_timing(seconds),
         )
-        for (phase, name), seconds in times.items()
+        for (phase, name, batch, tokens), seconds in times.items()
     ]
 
 
@@ -157,16 +146,6 @@ def _time_forwards(lm: TensorParallelLM, ids: Tensor, *, new_tokens: int) -> tup
             out = lm.model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
         decode.append(clock.seconds)
     return prefill, decode
-
-
-def device_name(device: torch.device) -> str:
-    """Return the GPU's or the processor's name."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _all_gather_and_sum(message: Tensor) -> Tensor:
@@ -197,16 +176,8 @@ class _Clock:
             torch.cuda.synchronize(self.device)
 
 
-def _rotated(items: list, turn: int) -> list:
-    """Return the items in an order that puts each of them first in its turn."""
-    start = turn % len(items)
-    return items[start:] + items[:start]
-
-
 def _timing(seconds: Sequence[float]) -> Timing:
     """Return the spread of a measurement over its repeats; in each the slowest rank counts."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, list(seconds))
-    slowest = torch.tensor(everyone, dtype=torch.float64).amax(0)
-    low, median, high = slowest.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
-    return Timing(median=median, p10=low, p90=high, repeats=len(seconds))
+    return timing(everyone)

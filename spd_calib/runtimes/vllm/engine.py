@@ -1,4 +1,4 @@
-"""Starting a vLLM engine for a check, on loopback, and cleaning up afterwards."""
+"""Starting a vLLM engine for a check or a bench, on loopback, and cleaning up afterwards."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

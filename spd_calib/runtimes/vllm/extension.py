@@ -1,4 +1,4 @@
-"""Methods that `check` gives every worker through `worker_extension_cls`; no server has them.
+"""Methods that `check` and `bench` give every worker through `worker_extension_cls`; no server has them.
 
 None raises: an error that leaves a worker method puts vLLM's later replies out of step. They return it instead.
 """
@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from .collectives import time_all_reduces
 from .forms import find
 from .layers import apply
 from .worker import drops_of_this_rank
@@ -61,6 +62,17 @@ class CheckExtension:
     def spd_traced_all_reduces(self: Any) -> int:
         """Return the all-reduces in the graph that was compiled of the model, 0 where none was."""
         return max(TRACED["vllm"] or TRACED["torch"], default=0)
+
+    def spd_time_all_reduces(self: Any, sizes: list[int], rounds: int, graphs: bool) -> list[list[float]] | str:
+        """Return the seconds of an all-reduce of each of `sizes` bytes on this rank, round by round."""
+        try:
+            model_runner = self.model_runner
+            times = time_all_reduces(
+                sizes, rounds=rounds, dtype=model_runner.dtype, device=model_runner.device, graphs=graphs
+            )
+        except Exception as e:
+            return f"{type(e).__name__}: {e}"
+        return times
 
     def spd_vocabulary(self: Any) -> list[int] | str:
         """Return the first token id, and the one behind the last, that this rank's part of the output head computes."""
