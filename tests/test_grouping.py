@@ -40,6 +40,23 @@ def test_grouping_leaves_the_dense_function_alone(family: str, tp: int) -> None:
         assert (ranks(ids) - before).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "deepseek_v2"])
+def test_sinks_and_what_lies_behind_latents_follow_their_heads(family: str) -> None:
+    model, ids = tiny.build(family, layers=2), tiny.tokens(2, 12)
+    with torch.no_grad():
+        before = model(ids).logits
+        for parts in find_layers(model):
+            counts = HeadCounts.of(parts)
+            group = counts.heads // counts.kv_heads
+            kv = torch.arange(counts.kv_heads).flip(0)
+            heads = (kv[:, None] * group + torch.arange(group).flip(0)).flatten()
+            weight = parts.by_head[0].weight.clone()
+            permute_heads(parts, counts, heads)
+            assert not torch.equal(parts.by_head[0].weight, weight)
+        assert (model(ids).logits - before).abs().max() < 1e-5
+        assert (TensorParallelLM.simulated(model, 4)(ids) - before).abs().max() < 1e-4
+
+
 def test_heads_of_one_kv_head_are_not_torn_apart() -> None:
     parts = find_layers(tiny.build("llama", layers=1))[0]
     with pytest.raises(ValueError, match="torn apart"):
