@@ -96,6 +96,25 @@ def test_refitted_weights_are_the_checkpoint(llama, text, tmp_path) -> None:
     assert abs(again.kl - made.verified.kl) < 1e-4 * made.verified.kl
 
 
+def test_within_a_budget_blocks_are_given_back_and_the_plan_says_so(spd, llama, text, tmp_path) -> None:
+    plan = write_plan(tmp_path / "plan.json", llama, 4, ["block_drop"] * 4, mlp=["block_drop"] * 3 + ["keep_sync"])
+    run = spd("recover", plan, "--data", text, "--seq-len", 24, "--max-samples", 24, "--verify-samples", 8, "-o",
+              tmp_path / "out", "--methods", "compensation", "--device", "cpu", "--max-kl", 0.05)  # fmt: skip
+    assert run.code == 0, run.err
+    made = read(Plan, tmp_path / "out" / "plan.json")
+    back = [b for b in made.blocks if b.strategy == "keep_sync"]
+    assert back and all(b.mlp_strategy == "keep_sync" and "kept again" in b.reason and not b.compensation for b in back)
+    assert made.budget.kind == "max_kl" and made.budget.value == 0.05
+    assert ("mlp_drop" in made.requires) == made.drops.requires_mlp_drop
+    assert abs(verified_again(made, tmp_path / "out", text).kl - made.verified.kl) < 1e-4 * max(made.verified.kl, 1e-3)
+
+
+def test_two_budgets_are_refused(spd, llama, text, tmp_path) -> None:
+    plan = write_plan(tmp_path / "plan.json", llama, 4, ["block_drop"] * 4)
+    run = spd("recover", plan, "--data", text, "-o", tmp_path / "o", "--max-kl", 1, "--max-ppl-increase", "1%")
+    assert run.code == 2 and "two budgets" in run.err and not (tmp_path / "o").exists()
+
+
 def verified_again(plan: Plan, folder, text):
     """What the checkpoint costs against the model it was made from, both loaded anew, on the sequences verified on."""
     from spd_calib.api.text import load_texts_for

@@ -6,13 +6,16 @@ from functools import partial
 from pathlib import Path
 
 from spd_calib.errors import InputError
+from spd_calib.formats.drops import Strategy
 from spd_calib.formats.files import sha256_as_written, sha256_of
-from spd_calib.formats.plan import Plan
+from spd_calib.formats.plan import Budget, Plan
 from spd_calib.models.load import load_dense
 from spd_calib.models.plan_files import load_drops
 from spd_calib.models.text_part import whole_of
 from spd_calib.parallel.comm import DistributedComm
 from spd_calib.parallel.distributed import from_main_rank, local_device
+from spd_calib.planning.budget import cost, describe, kept
+from spd_calib.planning.budget_options import Amount, fraction
 from spd_calib.ranks import is_main_rank, world_size
 from spd_calib.recovery import checkpoint
 from spd_calib.recovery.block_tiers import drops_to_recover, tiers_of
@@ -49,6 +52,8 @@ def recover(
     steps: int = 200,
     final_steps: int = 200,
     rate: float = 0.01,
+    max_kl: Amount | None = None,
+    max_ppl_increase: Amount | None = None,
     run: RunOptions = RunOptions(batch_size=16),
     progress: Progress = SILENT,
 ) -> Plan:
@@ -72,6 +77,8 @@ def recover(
         steps, final_steps: of training a block (0: none is trained alone), and of training all treated blocks together
             at the end.
         rate: of training, relative to each weight's size.
+        max_kl, max_ppl_increase: a budget for the recovered plan, one of them: as many blocks are given back to the
+            dense model as must be to keep it on the text to judge by, with standard errors to spare.
         run: device, dtype (default: the plan's), batch size, seed.
         progress: callbacks, told how far it is.
 
@@ -86,6 +93,7 @@ def recover(
         block_schedule=Schedule(steps=steps, rate=rate, seed=run.seed),
         whole_schedule=Schedule(steps=final_steps, rate=rate, seed=run.seed),
     )
+    budget = _budget(max_kl, max_ppl_increase)
     output = Path(output)
     document, path = document_of(Plan, plan)
     if document.drops.bits:
@@ -127,6 +135,7 @@ def recover(
             held_out=judging,
             tiers=tiers,
             options=options,
+            budget=budget,
             journal=journal,
             tick=progress.step,
             replicas=DistributedComm() if world_size() > 1 else None,
@@ -143,14 +152,36 @@ def recover(
                 planned,
                 source=source,
                 make_plan=partial(
-                    recovered_plan, document, planned, report=report, measured=measured, provenance=provenance(run)
+                    recovered_plan,
+                    document,
+                    planned,
+                    report=report,
+                    measured=measured,
+                    budget=budget,
+                    provenance=provenance(run),
                 ),
                 report=report.json() | {"tiers_from": whence},
             )
             journal.remove()
+            if budget and not kept(budget, made.verified):
+                found_cost = describe(budget, cost(budget, made.verified))
+                progress.say(f"on the text to verify on it costs {found_cost}, which is more than its budget")
     made = from_main_rank(made)
     assert made is not None
     return made
+
+
+def _budget(max_kl: Amount | None, max_ppl_increase: Amount | None) -> Budget | None:
+    """Return the budget asked for. Raises InputError for two."""
+    if max_kl is not None and max_ppl_increase is not None:
+        raise InputError("`max_kl` and `max_ppl_increase` are two budgets; give one.")
+    strategies = [Strategy.BLOCK_DROP]
+    if max_kl is not None:
+        return Budget(kind="max_kl", value=fraction(max_kl, "max_kl"), strategies=strategies)
+    if max_ppl_increase is not None:
+        value = fraction(max_ppl_increase, "max_ppl_increase")
+        return Budget(kind="max_ppl_increase", value=value, strategies=strategies)
+    return None
 
 
 def _checked_methods(methods: Sequence[str]) -> tuple[RecoveryMethod, ...]:

@@ -32,9 +32,7 @@ def recover(
     ] = "grouping,compensation,refit",
     max_rank: Annotated[
         int | None,
-        typer.Option(
-            min=0, help="Bound on the predictor; 0: a mean shift [with refit], else [full].", rich_help_panel=TREAT
-        ),
+        typer.Option(min=0, help="Bound on predictors; 0: a mean [0 with refit].", rich_help_panel=TREAT),
     ] = None,
     exchange: Annotated[
         float, typer.Option(min=0, help="% of the missing that 1 % more weights explain.", rich_help_panel=TREAT)
@@ -64,7 +62,7 @@ def recover(
         str, typer.Option(metavar="NAME", help="Field with the text, or with chat messages.", rich_help_panel=TEXT)
     ] = "text",
     steps: Annotated[
-        int, typer.Option(min=0, help="Of training, a block; 0: all blocks together only.", rich_help_panel=TREAT)
+        int, typer.Option(min=0, help="Of training, a block; 0: only all together.", rich_help_panel=TREAT)
     ] = 200,
     final_steps: Annotated[
         int, typer.Option(min=1, help="Of training all blocks together, at the end.", rich_help_panel=TREAT)
@@ -72,6 +70,12 @@ def recover(
     rate: Annotated[
         float, typer.Option(min=0, help="Of training, relative to each weight's size.", rich_help_panel=TREAT)
     ] = 0.01,
+    max_kl: Annotated[
+        str | None, typer.Option(metavar="NATS", help="Give back blocks until it costs less.", rich_help_panel=TREAT)
+    ] = None,
+    max_ppl_increase: Annotated[
+        str | None, typer.Option(metavar="%", help="The same, as a budget of perplexity.", rich_help_panel=TREAT)
+    ] = None,
     batch_size: BatchSize = 16,
     seed: Seed = 0,
     device: Device = "auto",
@@ -80,9 +84,9 @@ def recover(
     json: Json = False,
     recipe: Recipe = None,
 ) -> None:
-    """Regroup, compensate, refit, distil the blocks a plan drops; keep what makes the whole plan better.
+    """Regroup, compensate, refit, distil dropped blocks; keep what helps.
 
-    A killed run goes on when given again. Under torchrun, processes train together.
+    A killed run goes on when given again; torchrun's processes train together.
     """
     from spd_calib.api.options import RunOptions
     from spd_calib.api.recover import recover as run
@@ -109,6 +113,8 @@ def recover(
             steps=steps,
             final_steps=final_steps,
             rate=rate,
+            max_kl=max_kl,
+            max_ppl_increase=max_ppl_increase,
             run=RunOptions(device, dtype, batch_size, seed),
             progress=work.progress,
         )

@@ -1,5 +1,6 @@
 """plan.json: what a runtime does at each sync point. A runtime needs `tensor_parallel`, `blocks`, `requires`."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -132,6 +133,17 @@ class PlannedBlock(Part):
     def syncs(self) -> list[tuple[Strategy, int | None]]:
         """Return the strategy and the bits of the attention's sync point, and of the MLP's."""
         return [(self.strategy, self.sync_bits), (self.mlp_strategy, self.mlp_sync_bits)]
+
+
+def requirements(blocks: Sequence[PlannedBlock]) -> list[Requirement]:
+    """Return what a plain runtime lacks and a plan of these blocks needs."""
+    needed: dict[Requirement, bool] = {
+        "mlp_drop": any(b.mlp_strategy != Strategy.KEEP_SYNC for b in blocks),
+        "compensation": any(b.compensation or b.mlp_compensation for b in blocks),
+        "router_predictor": any(b.router for b in blocks),
+        "quantised_sync": any(b.sync_bits or b.mlp_sync_bits for b in blocks),
+    }
+    return [name for name, wanted in needed.items() if wanted]
 
 
 class Predicted(Part):

@@ -12,9 +12,9 @@ from spd_calib.formats.plan import (
     Plan,
     PlannedBlock,
     Predicted,
-    Requirement,
     RouterPredictor,
     Verified,
+    requirements,
 )
 from spd_calib.formats.profile import Comparison, Metric, Profile
 
@@ -82,7 +82,7 @@ def make_plan(
     plan = Plan(
         model=profile.model,
         tensor_parallel=profile.tensor_parallel,
-        requires=_requirements(blocks),
+        requires=requirements(blocks),
         compensation=predictors,
         recovered_from=recovered.recovered_from if recovered else None,
         blocks=blocks,
@@ -94,18 +94,6 @@ def make_plan(
         provenance=provenance,
     )
     return Planned(plan, choice, baselines.compare(choice.drops) if baselines else {})
-
-
-def _requirements(blocks: Sequence[PlannedBlock]) -> list[Requirement]:
-    """Return what a plain runtime lacks and this plan needs."""
-    mlp_drop = any(b.mlp_strategy != Strategy.KEEP_SYNC for b in blocks)
-    needed: dict[Requirement, bool] = {
-        "mlp_drop": mlp_drop,
-        "compensation": any(b.compensation for b in blocks),
-        "router_predictor": any(b.router for b in blocks),
-        "quantised_sync": any(b.sync_bits or b.mlp_sync_bits for b in blocks),
-    }
-    return [name for name, wanted in needed.items() if wanted]
 
 
 def _blocks(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import Strategy
+from spd_calib.formats.plan import Budget
 from spd_calib.parallel.comm import Comm, SimulatedComm
 from spd_calib.sensitivity.tiers import Tier
 
@@ -20,6 +21,7 @@ from .distillation import distil_block, distil_together
 from .error_cost import error_costs, fits_in_memory
 from .feed import Feed
 from .finished import FinishedSteps
+from .give_back import give_back
 from .held_out import HeldOut
 from .journal import TensorJournal
 from .judge import Judge
@@ -38,11 +40,14 @@ def recover(
     held_out: Sequences,
     tiers: Mapping[int, Tier],
     options: RecoveryOptions = RecoveryOptions(),
+    budget: Budget | None = None,
     journal: TensorJournal | None = None,
     tick: Callable[[str], None] | None = None,
     replicas: Comm | None = None,
 ) -> RecoveryReport:
     """Treat the dropped blocks of `model` by their tiers; its students are then what was kept.
+
+    With a `budget` as few blocks as must be are given back to the dense model in the end, until the whole keeps it.
 
     Blocks are fitted on `fitting` (whose last eighth chooses ridges, heads and when training stops) and judged on
     `held_out`; both are sequences of token ids. `tick` is given a note after each decision and each look at a training.
@@ -71,7 +76,9 @@ def recover(
     run.finished.share(list(treatments))
     if "distillation" in options.methods and trained:
         run.distil(trained)
-    return RecoveryReport(dict(tiers), before, judge.tally.kl() if is_main else 0.0, judge.attempts)
+    given_back = give_back(model, text, budget, tick=judge.tick) if is_main and budget else []
+    left = text.measure() if given_back else judge.tally if is_main else None
+    return RecoveryReport(dict(tiers), before, left.kl() if left else 0.0, [*judge.attempts, *given_back])
 
 
 def _closed_form(options: RecoveryOptions, tier: Tier | None) -> ClosedForm:

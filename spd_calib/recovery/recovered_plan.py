@@ -4,14 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spd_calib.formats.common import ModelRef, Provenance, TextRef
+from spd_calib.formats.drops import Strategy
 from spd_calib.formats.plan import (
+    Budget,
     CompensationFile,
     Plan,
     PlannedBlock,
     Predicted,
-    Requirement,
     RouterPredictor,
     Verified,
+    requirements,
 )
 from spd_calib.models.plan_files import form_of
 from spd_calib.sensitivity.metrics import Tally
@@ -39,33 +41,35 @@ def recovered_plan(
     predictors: CompensationFile | None,
     report: RecoveryReport,
     measured: Measured,
+    budget: Budget | None,
     provenance: Provenance,
 ) -> Plan:
-    """Return the plan for the checkpoint that was made of `plan` and holds the weights of `model`."""
+    """Return the plan for the checkpoint that was made of `plan` and holds the weights of `model`.
+
+    `budget` is the one that it was to keep after recovery, if there was one.
+    """
     c = measured.judged.comparison()
+    blocks = [_block(b, model, report) for b in plan.blocks]
     return Plan(
         model=checkpoint,
         tensor_parallel=plan.tensor_parallel,
-        requires=_requirements(plan, model),
+        requires=requirements(blocks),
         compensation=predictors,
         recovered_from=plan.model,
-        blocks=[_block(b, model, report) for b in plan.blocks],
-        budget=plan.budget,
+        blocks=blocks,
+        budget=budget or plan.budget,
         predicted=Predicted(kl=c.kl, ppl_increase=c.ppl_increase, accuracy_drop=c.accuracy_drop),
         verified=Verified(**vars(measured.verified.comparison()), text=measured.text),
         provenance=provenance,
     )
 
 
-def _requirements(plan: Plan, model: PlannedModel) -> list[Requirement]:
-    """Return what the plan needed of a runtime, and, of predictors for the ranks' MLPs, what it needs now."""
-    needed: list[Requirement] = [name for name in plan.requires if name != "compensation"]
-    predicted = any(drop.predictors for drop in model.drops.by_point.values())
-    return [*needed, "compensation"] if predicted else needed
-
-
 def _block(block: PlannedBlock, model: PlannedModel, report: RecoveryReport) -> PlannedBlock:
     student = model.students.get(block.index)
+    if student is None and block.index in report.given_back:
+        nothing = dict.fromkeys(("recovery", "compensation", "mlp_compensation", "router"))
+        kept = dict.fromkeys(("strategy", "mlp_strategy"), Strategy.KEEP_SYNC)
+        return block.model_copy(update={**nothing, **kept, "reason": "kept again: without it the budget is broken"})
     if student is None:
         return block
     return block.model_copy(

@@ -10,6 +10,8 @@ from spd_calib.sensitivity.tiers import Tier
 REPORT_FILE = "recovery.json"  # in the checkpoint's folder
 TOGETHER = "all without training"  # what was done in closed form, to all blocks, as one treatment
 
+GIVEN_BACK = "given back"  # to the dense model, in the end, since the whole broke its budget
+
 
 @dataclass(frozen=True)
 class Attempt:
@@ -37,6 +39,11 @@ class RecoveryReport:
     kl_as_is: float
     kl: float
     attempts: Sequence[Attempt]
+
+    @property
+    def given_back(self) -> set[int | None]:
+        """Return the blocks that are the dense model's again."""
+        return {a.block for a in self.attempts if a.treatment == GIVEN_BACK}
 
     def kept(self, block: int) -> list[str]:
         """Return the treatments of a block that stayed."""

@@ -1,0 +1,62 @@
+"""Keeping sync points again until a recovered model keeps a budget: of the treated blocks those that cost most.
+
+A block that is given back is the dense model's, both its sync points kept. What the others were fitted to shifts a
+little, towards the dense model.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from spd_calib.formats.plan import Budget
+from spd_calib.planning.budget import cost, describe, kept
+
+from .held_out import HeldOut, kl_fall
+from .planned_model import PlannedModel
+from .report import GIVEN_BACK, Attempt
+from .student import Student
+
+RANKED_BY = 4  # sequences, to see what each block costs
+
+
+def give_back(model: PlannedModel, text: HeldOut, budget: Budget, *, tick: Callable[[str], None]) -> list[Attempt]:
+    """Give back as few blocks as `model` must to keep `budget` on `text`, with standard errors to spare.
+
+    They go in the order of what giving back each alone wins, by the KL of the whole on some of the text. Returns an
+    attempt for each.
+    """
+    if kept(budget, text.measure().comparison(), certain=True):
+        return []
+    ranked, treated = _ranked(model, text, tick=tick), dict(model.students)
+    low, high = 1, len(ranked)  # with all of them given back it is the dense model
+    while low < high:
+        tried = (low + high) // 2
+        _leave_out(model, treated, ranked[:tried])
+        found = text.measure().comparison()
+        tick(f"{tried} of {len(treated)} blocks given back: {describe(budget, cost(budget, found))}")
+        low, high = (low, tried) if kept(budget, found, certain=True) else (tried + 1, high)
+    _leave_out(model, treated, ranked[:low])
+    return ranked[:low]
+
+
+def _ranked(model: PlannedModel, text: HeldOut, *, tick: Callable[[str], None]) -> list[Attempt]:
+    """Return an attempt at giving back each block alone, those that win most first; the model stays as it was."""
+    some = HeldOut(model, text.sequences[:RANKED_BY], batch_size=text.batch_size)
+    treated, before, found = dict(model.students), some.measure(), list[Attempt]()
+    for block in treated:
+        began = time.monotonic()
+        attempt = Attempt(block, GIVEN_BACK, before.kl(), 0.0, 0.0, 0.0, True, 0.0)
+        _leave_out(model, treated, [attempt])
+        after = some.measure()
+        fell, error = kl_fall(before, after)
+        seconds = time.monotonic() - began
+        found.append(replace(attempt, kl_after=after.kl(), fell=fell, fell_stderr=error, seconds=seconds))
+        tick(f"block {block} given back alone: KL {before.kl():.4f} -> {after.kl():.4f}")
+    _leave_out(model, treated, [])
+    return sorted(found, key=lambda attempt: attempt.fell or 0.0, reverse=True)
+
+
+def _leave_out(model: PlannedModel, treated: Mapping[int, Student], given_back: Sequence[Attempt]) -> None:
+    """Give the model the treated blocks but those given back."""
+    left_out = {attempt.block for attempt in given_back}
+    model.students = {block: student for block, student in treated.items() if block not in left_out}

@@ -1,0 +1,71 @@
+"""Giving blocks back to the dense model until a recovered model keeps a budget."""
+
+import pytest
+import torch
+from planned_models import extreme, planned, sequences
+
+from spd_calib.formats.drops import Strategy
+from spd_calib.formats.plan import Budget
+from spd_calib.planning.budget import kept
+from spd_calib.recovery.give_back import give_back
+from spd_calib.recovery.held_out import HeldOut
+from spd_calib.recovery.options import RecoveryOptions
+from spd_calib.recovery.recover import recover
+from spd_calib.recovery.report import GIVEN_BACK
+
+
+def budget(value: float, kind: str = "max_kl") -> Budget:
+    return Budget(kind=kind, value=value, strategies=[Strategy.BLOCK_DROP])
+
+
+def kl_by_hand(model, text) -> float:
+    """KL(dense || planned) a token, both run whole, the planned one block by block as its students say."""
+    dense = torch.cat([model.lm(torch.tensor([ids])) for ids in text]).double().log_softmax(-1)
+    with torch.no_grad():
+        finals = [model.run(model.lm.record(torch.tensor([ids]))) for ids in text]
+    found = torch.cat([model.lm.logits(final) for final in finals]).double().log_softmax(-1)
+    return float((dense.exp() * (dense - found)).sum(-1)[:, :-1].mean())
+
+
+def test_the_costliest_blocks_go_and_no_more_than_must() -> None:
+    model, text = planned(layers=4), sequences(12, seed=1)
+    held_out, students = HeldOut(model, text), dict(model.students)
+    whole = held_out.measure().kl()
+    tried = give_back(model, held_out, budget(0.5 * whole), tick=lambda note: None)
+    left = held_out.measure().comparison()
+    assert 0 < len(tried) < 4 and kept(budget(0.5 * whole), left, certain=True)
+    assert set(model.students) == set(students) - {a.block for a in tried}
+    assert left.kl == pytest.approx(kl_by_hand(model, text), rel=1e-4)
+    wins = [a.fell for a in tried]
+    assert wins == sorted(wins, reverse=True)
+    for block in students:  # alone, on the first sequences: none of those that stayed wins more
+        model.students = {i: s for i, s in students.items() if i != block}
+        fell = HeldOut(model, text[:4]).measure().kl()
+        model.students = students
+        assert block in {a.block for a in tried} or HeldOut(model, text[:4]).measure().kl() - fell <= wins[-1] + 1e-9
+    model.students = {i: s for i, s in students.items() if i not in {a.block for a in tried[:-1]}}
+    assert not kept(budget(0.5 * whole), held_out.measure().comparison(), certain=True)
+
+
+def test_within_its_budget_nothing_is_given_back_and_beyond_any_everything() -> None:
+    model, text = planned(layers=2), sequences(8, seed=1)
+    held_out = HeldOut(model, text)
+    assert give_back(model, held_out, budget(100.0, "max_ppl_increase"), tick=lambda note: None) == []
+    tried = give_back(model, held_out, budget(0.0), tick=lambda note: None)
+    assert len(tried) == 2 and not model.students and not model.drops and held_out.measure().kl() == 0
+
+
+def test_a_recovery_ends_within_its_budget() -> None:
+    model = planned(layers=3)
+    text = sequences(8, seed=1)
+    as_is = HeldOut(model, text).measure().kl()
+    report = recover(
+        model,
+        fitting=sequences(16),
+        held_out=text,
+        tiers=extreme(model),
+        options=RecoveryOptions(methods=("grouping", "refit"), max_rank=0),
+        budget=budget(0.3 * as_is),
+    )
+    given = [a.block for a in report.attempts if a.treatment == GIVEN_BACK]
+    assert report.kl <= 0.3 * as_is and given and set(given) == report.given_back == {0, 1, 2} - set(model.students)
