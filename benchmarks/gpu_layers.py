@@ -146,7 +146,7 @@ def stand_in(*, norm_reduces: bool) -> None:
             all_reduce(partial)
         return partial
 
-    projections._all_reduce = reduced
+    projections.all_reduced = reduced
 
 
 def inputs_of(sizes: Sizes, *, batch: int, context: int, device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -109,7 +109,7 @@ class Layers(nn.Module):
 
 @pytest.fixture(autouse=True)
 def two_ranks(monkeypatch):
-    monkeypatch.setattr(projections, "_all_reduce", all_reduce)
+    monkeypatch.setattr(projections, "all_reduced", all_reduce)
     torch.compiler.reset()
 
 
