@@ -15,13 +15,14 @@ def write_plan(
     kinds: Sequence[str | None] = (),
     bits: Mapping[tuple[int, str], int] | None = None,
     routers: Sequence[str | None] = (),
+    mlp_kinds: Sequence[str | None] = (),
     **changes,
 ) -> Path:
     """A plan for the model in `folder` with these strategies, and beside it random predictors of these kinds.
 
-    `kinds`: one a block, or None where its MLP reads the rank's own partial sum. `bits`: of quantised syncs, by block
-    and "attention" or "mlp". `routers`: the same as `kinds` for what routers read, or "zero". `changes` replace whole
-    fields. Returns `path`.
+    `kinds`: one a block, or None where its MLP reads the rank's own partial sum; "scaled mean" has a scale, too.
+    `mlp_kinds`: the same of the predictors behind its MLP, `routers` of what routers read, or "zero". `bits`: of
+    quantised syncs, by block and "attention" or "mlp". `changes` replace whole fields. Returns `path`.
     """
     from spd_calib.formats.common import Provenance, TensorParallel, TextRef
     from spd_calib.formats.files import dumps
@@ -31,12 +32,17 @@ def write_plan(
     source = locate(str(folder))
     mlp = mlp or ["keep_sync"] * len(attention)
     text = TextRef(source="t", seq_len=8, min_len=8, pack=False, first=0, sequences=1, tokens=8, sha256="0" * 64)
-    forms = [k and Compensation(kind=k, rank=RANK if k == "low_rank" else 0) for k in kinds] or [None] * len(attention)
-    reads = [k and RouterPredictor(kind=k, rank=RANK if k == "low_rank" else 0) for k in routers] or [None] * len(forms)
-    beside = (
-        _write_predictors(path, locate(str(folder)).folder, tp, kinds, routers) if any((*kinds, *routers)) else None
-    )
-    requires = ["mlp_drop"] * ("block_drop" in mlp) + ["compensation"] * any(map(bool, kinds))
+
+    def forms_of(kinds):
+        named = [k and (k.removeprefix("scaled "), k.startswith("scaled ")) for k in kinds] or [None] * len(attention)
+        return [n and Compensation(kind=n[0], rank=RANK if n[0] == "low_rank" else 0, scaled=n[1]) for n in named]
+
+    reads = [k and RouterPredictor(kind=k, rank=RANK if k == "low_rank" else 0) for k in routers]
+    reads = reads or [None] * len(attention)
+    beside = None
+    if any((*kinds, *mlp_kinds, *routers)):
+        beside = _write_predictors(path, locate(str(folder)).folder, tp, kinds, routers, mlp_kinds)
+    requires = ["mlp_drop"] * ("block_drop" in mlp) + ["compensation"] * any((*kinds, *mlp_kinds))
     requires += ["quantised_sync"] * bool(bits)
     requires += ["router_predictor"] * any(map(bool, routers))
     required = {name for name, field in Verified.model_fields.items() if field.is_required()}
@@ -56,9 +62,12 @@ def write_plan(
                 mlp_sync_bits=(bits or {}).get((i, "mlp")),
                 compensation=form,
                 router=router,
+                mlp_compensation=mlp_form,
                 reason="a test",
             )
-            for i, (a, m, form, router) in enumerate(zip(attention, mlp, forms, reads, strict=True))
+            for i, (a, m, form, router, mlp_form) in enumerate(
+                zip(attention, mlp, forms_of(kinds), reads, forms_of(mlp_kinds), strict=True)
+            )
         ],
         budget=Budget(kind="drop", value=1, strategies=["block_drop"]),
         predicted=Predicted(kl=0.0, ppl_increase=0.0, accuracy_drop=0.0),
@@ -69,7 +78,7 @@ def write_plan(
     return path
 
 
-def _write_predictors(path: Path, folder: Path, tp: int, kinds: Sequence[str | None], routers: Sequence[str | None]):
+def _write_predictors(path: Path, folder: Path, tp: int, kinds, routers, mlp_kinds):
     """Large enough to be noticed; returns what the plan says of the file."""
     import torch
     from safetensors.torch import save_file
@@ -83,18 +92,20 @@ def _write_predictors(path: Path, folder: Path, tp: int, kinds: Sequence[str | N
     d_rank = heads * (getattr(config, "head_dim", None) or d // heads) // tp
 
     def shapes(kind: str, width: int) -> dict[str, tuple[int, ...]]:
-        return {
+        of = {
             "mean": {"bias": (d,)},
             "low_rank": {"bias": (d,), "a": (width, RANK), "b": (RANK, d)},
             "full": {"bias": (d,), "w": (width, d)},
-        }.get(kind, {})
+        }.get(kind.removeprefix("scaled "), {})
+        return {**of, "scale": (d,)} if kind.startswith("scaled ") else of
 
     generator = torch.Generator().manual_seed(0)
     tensors = {
-        f"blocks.{block}.ranks.{rank}.{part}": 0.3 * torch.randn(shape, generator=generator)
-        for block, kind in enumerate(kinds)
+        f"blocks.{block}.{point}ranks.{rank}.{part}": 0.3 * torch.randn(shape, generator=generator)
+        for point, read, of_point in (("", d_rank, kinds), ("mlp.", d, mlp_kinds))
+        for block, kind in enumerate(of_point)
         for rank in range(tp)
-        for part, shape in shapes(kind or "", d_rank).items()
+        for part, shape in shapes(kind or "", read).items()
     }
     tensors |= {
         f"blocks.{block}.router.{part}": 0.3 * torch.randn(shape, generator=generator)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from spd_calib.formats.drops import Drop, Strategy
-from spd_calib.runtimes.vllm import projections
+from spd_calib.runtimes.vllm import norm_forwards, projections
 from spd_calib.runtimes.vllm.forwards import Parts, Planned, fused
+from spd_calib.runtimes.vllm.norm_forwards import behind_norms, sandwich
 from spd_calib.runtimes.vllm.projections import Projection, ending_before
 
 K, D, P = (Drop(s) for s in (Strategy.KEEP_SYNC, Strategy.BLOCK_DROP, Strategy.PLAIN_DROP))
@@ -110,6 +111,7 @@ class Layers(nn.Module):
 @pytest.fixture(autouse=True)
 def two_ranks(monkeypatch):
     monkeypatch.setattr(projections, "all_reduced", all_reduce)
+    monkeypatch.setattr(norm_forwards, "all_reduced", all_reduce)
     torch.compiler.reset()
 
 
@@ -165,3 +167,50 @@ def test_in_place_is_the_same_sum(plan, bias):
         torch.testing.assert_close(in_place(*given), plain)
         torch.testing.assert_close(torch.compile(in_place, fullgraph=True)(*given), plain)
     torch.testing.assert_close(given, streams())  # nobody's tensor but their own was written to
+
+
+class LayersBehindNorms(nn.Module):
+    """Layers of Gemma 2's kind, whose branches go through a norm, and the last norm."""
+
+    def __init__(self, plan):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.norm, owes = nn.ModuleList(Layer(bias=True) for _ in plan), Norm(), False
+        self.out_norms = nn.ModuleList(nn.ModuleList([Norm(), Norm()]) for _ in plan)
+        for i, (layer, out_norms, drops) in enumerate(zip(self.layers, self.out_norms, plan, strict=True)):
+            for part in (layer.o, layer.down):
+                part.forward = ending_before(part)
+            parts = Parts(layer.norm1, layer.norm2, Projection(layer.o), Projection(layer.down), *out_norms)
+            planned = Planned(*drops, owes=owes, last=i == len(plan) - 1)
+            layer.forward = behind_norms(sandwich)(layer, parts, planned)
+            owes = drops[1] is not K
+
+    def forward(self, hidden):
+        residual = None
+        for layer in self.layers:
+            hidden, residual = layer(None, hidden, residual)
+        return self.norm(hidden, residual)[0]
+
+    def naive(self, plan, x):
+        """The same by the definition: partial sums wait, ranks read A(partial) for them; this rank's are everyone's."""
+        waiting = []
+        for layer, (norm_a, norm_m), drops in zip(self.layers, self.out_norms, plan, strict=True):
+            sub_layers = (
+                (norm_a, layer.o, lambda u, layer=layer: attention(layer.norm1(u))),
+                (norm_m, layer.down, lambda u, layer=layer: torch.relu(layer.up(layer.norm2(u)))),
+            )
+            for drop, (norm, linear, inner) in zip(drops, sub_layers, strict=True):
+                read = x + sum(own(partial + bias) for own, partial, bias in waiting)
+                waiting.append((norm, inner(read) @ linear.weight.T, linear.bias))
+                if drop is K:
+                    x, waiting = x + sum(own(2 * partial + bias) for own, partial, bias in waiting), []
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("plan", [[(D, K), (K, K)], [(D, D), (D, K)], [(K, D), (K, D), (D, K)]])
+def test_sums_behind_norms_wait_side_by_side(plan):
+    layers, (x, _) = LayersBehindNorms(plan), streams()
+    with torch.no_grad():
+        expected = layers.naive(plan, x)
+        torch.testing.assert_close(layers(x), expected)
+        torch.testing.assert_close(torch.compile(layers, fullgraph=True, backend="aot_eager")(x), expected)

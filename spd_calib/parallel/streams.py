@@ -75,7 +75,7 @@ class Streams:
     @property
     def settled(self) -> bool:
         """Say whether nothing is left for the next sync point."""
-        return self.debt is None and not self.waiting
+        return self.debt is None and len(self.waiting) == 0  # as a compiler can trace it
 
     @property
     def agree(self) -> bool:

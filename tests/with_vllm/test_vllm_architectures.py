@@ -22,9 +22,12 @@ from spd_calib.runtimes.vllm.processes import vllm_environment
 
 K, D, P = "keep_sync", "block_drop", "plain_drop"
 ATTENTION, MLP, KINDS = [D, P, K, D], [D, K, D, K], ["low_rank", None, None, "full"]
+NORM_KINDS, MLP_KINDS = ["scaled low_rank", None, None, "scaled full"], ["scaled mean", None, None, None]
 ALL_REDUCES = 4  # of 9: three attention sync points are dropped, and two MLPs'
 FAMILIES = ("ernie4_5", "phi3", "nemotron", "granite", "hyperclovax", "stablelm")
 FAMILIES += ("smollm3", "seed_oss", "hunyuan", "cwm", "starcoder2", "arcee")
+NORMS = ("gemma2", "gemma3", "glm4", "exaone4")  # whose branches go through one
+FAMILIES += NORMS
 AS_ON_A_GPU = ("llama_bias", "granite")
 """Run a second time with weights that lie open, as on a GPU: what is owed is then added to within the products."""
 JOBS = {**{name: (name, False) for name in FAMILIES}, **{f"{name}-in-place": (name, True) for name in AS_ON_A_GPU}}
@@ -45,7 +48,8 @@ def engines(folder_of, tmp_path_factory):
     jobs = {}
     for name, (family, gpu) in JOBS.items():
         (place / name).mkdir()
-        plan = write_plan(place / name / "plan.json", folder_of(family), 2, ATTENTION, MLP, KINDS)
+        kinds = {"kinds": NORM_KINDS, "mlp_kinds": MLP_KINDS} if family in NORMS else {"kinds": KINDS}
+        plan = write_plan(place / name / "plan.json", folder_of(family), 2, ATTENTION, MLP, **kinds)
         jobs[name] = {"folder": str(folder_of(family)), "plan": str(plan), "prompts": PROMPTS, "new": NEW}
         jobs[name]["as_on_a_gpu"] = gpu
     for name in (*MIXTURES, FAULT):

@@ -126,8 +126,8 @@ def test_another_model(folder_of, plan):
 
 
 def test_an_architecture_that_is_not_on_the_list(plan, tmp_path):
-    folder = tiny.save(tiny.build("gemma2"), tmp_path / "gemma2")
-    refused(folder, plan, "Gemma2ForCausalLM, whose decoder layer spd-calib does not know")
+    folder = tiny.save(tiny.build("apertus"), tmp_path / "apertus")
+    refused(folder, plan, "ApertusForCausalLM, whose decoder layer spd-calib does not know")
 
 
 def test_the_generic_implementation_of_a_known_architecture(folder, plan):
@@ -348,11 +348,11 @@ def test_a_predictor_goes_to_the_dtype_that_a_packed_layer_computes_in():
     )
     o_proj.qweight = torch.nn.Parameter(torch.zeros(3, 1, dtype=torch.int32), requires_grad=False)
     given = Predictor(torch.full((4,), 0.5), w=torch.full((3, 4), 0.25))
-    found = fitted(o_proj, Drop(Strategy.BLOCK_DROP, {1: given}), block=0)
+    found = fitted(o_proj, Drop(Strategy.BLOCK_DROP, {1: given}), block=0, d_rank=3)
     assert found.bias.dtype == found.w.dtype == torch.bfloat16
     assert found.w.tolist() == given.w.tolist()
     with pytest.raises(InputError, match="no predictor for rank 1"):
-        fitted(o_proj, Drop(Strategy.BLOCK_DROP, {0: given}), block=0)
+        fitted(o_proj, Drop(Strategy.BLOCK_DROP, {0: given}), block=0, d_rank=3)
 
 
 def test_registering_twice_is_registering_once():

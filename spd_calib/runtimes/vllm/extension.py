@@ -77,7 +77,9 @@ class CheckExtension:
     def spd_vocabulary(self: Any) -> list[int] | str:
         """Return the first token id, and the one behind the last, that this rank's part of the output head computes."""
         try:
-            part = self.model_runner.get_model().lm_head.shard_indices
+            model = self.model_runner.get_model()
+            head = model.lm_head if hasattr(model, "lm_head") else model.model.embed_tokens  # where they are tied
+            part = head.shard_indices
         except Exception as e:
             return f"{type(e).__name__}: {e}"
         return [part.org_vocab_start_index, part.org_vocab_end_index]

@@ -15,6 +15,7 @@ from spd_calib.models.layer_names import LAYERS
 
 from .forwards import Parts, fused, granite, opt, transformers_layer, unfused, with_unused_residual
 from .mixtures import Mixture, check_mixture, is_mixture
+from .norm_forwards import behind_norms, post_norm, sandwich
 from .projections import open_projection
 
 BACKEND = "TransformersForCausalLM"
@@ -34,6 +35,8 @@ class LayerForm:
     layers: str = "model.layers"
     norm1: str = "input_layernorm"
     norm2: str = "post_attention_layernorm"
+    attention_out_norm: str = ""
+    mlp_out_norm: str = ""
     o: str = "self_attn.o_proj"
     down: str = "mlp.down_proj"
     mixture: str = ""  # the layer's module, if any, that may be a mixture of experts; else its MLP ends in `down`
@@ -43,11 +46,13 @@ class LayerForm:
 
     def parts(self, layer: nn.Module) -> Parts:
         """Return the parts of a layer of this form."""
-        norm1, norm2, o = map(layer.get_submodule, (self.norm1, self.norm2, self.o))
         scale = float(getattr(layer, self.scale)) if self.scale else 1.0
         mixture = self.mixture_of(layer)
+        o = open_projection(layer.get_submodule(self.o), scale)
         down = Mixture(mixture) if mixture else open_projection(layer.get_submodule(self.down), scale)
-        return Parts(norm1, norm2, open_projection(o, scale), down)
+        norms = (self.norm1, self.norm2, self.attention_out_norm, self.mlp_out_norm)
+        norm1, norm2, *out_norms = (layer.get_submodule(path) if path else nn.Identity() for path in norms)
+        return Parts(norm1, norm2, o, down, *out_norms)
 
     def mixture_of(self, layer: nn.Module) -> nn.Module | None:
         """Return a layer's mixture of experts; None where it has a dense MLP."""
@@ -108,6 +113,33 @@ FORMS = {
     ),
     "StableLmForCausalLM": _form(
         "stablelm.StablelmForCausalLM", "stablelm.StablelmDecoderLayer", unfused(with_unused_residual)
+    ),
+    **{
+        f"{name}ForCausalLM": _form(
+            f"{module}.{name}ForCausalLM",
+            f"{module}.{name}DecoderLayer",
+            behind_norms(sandwich),
+            attention_out_norm="post_attention_layernorm",
+            norm2="pre_feedforward_layernorm",
+            mlp_out_norm="post_feedforward_layernorm",
+        )
+        for name, module in (("Gemma2", "gemma2"), ("Gemma3", "gemma3"))
+    },
+    "Glm4ForCausalLM": _form(
+        "glm4.Glm4ForCausalLM",
+        "glm4.Glm4DecoderLayer",
+        behind_norms(sandwich),
+        attention_out_norm="post_self_attn_layernorm",
+        mlp_out_norm="post_mlp_layernorm",
+    ),
+    "Exaone4ForCausalLM": _form(
+        "exaone4.Exaone4ForCausalLM",
+        "exaone4.Exaone4DecoderLayer",
+        behind_norms(post_norm),
+        norm1="",
+        norm2="",
+        attention_out_norm="post_attention_layernorm",
+        mlp_out_norm="post_feedforward_layernorm",
     ),
     "OPTForCausalLM": _form(
         "opt.OPTForCausalLM",

@@ -26,26 +26,34 @@ Stream = Tensor | Pair
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of a layer that its planned forward calls."""
+    """The parts of a layer that its planned forward calls.
+
+    The last two are the norms that a branch goes through before it is added, where there are any.
+    """
 
     norm1: Any
     norm2: Any
     o: Projection
     down: Projection | Mixture
+    attention_out_norm: Any = None
+    mlp_out_norm: Any = None
 
 
 @dataclass(frozen=True)
 class Planned:
-    """What a plan says of one layer: its two sync points, its predictors, and whether the layer before owes.
+    """What a plan says of one layer: its two sync points, and their predictors.
 
-    `predictor` is the rank's own, `router` that of what the router reads in a mixture of experts.
+    `predictor` and `mlp_predictor` are the rank's own, `router` that of what the router reads in a mixture of experts.
+    `owes`: the layer before left a debt, or partial sums that wait. `last`: it is the last layer.
     """
 
     attention: Drop
     mlp: Drop
     predictor: Predictor | None = None
     router: Predictor | None = None
+    mlp_predictor: Predictor | None = None
     owes: bool = False
+    last: bool = False
 
 
 def fused(layer: Any, parts: Parts, planned: Planned) -> Callable[..., Pair]:

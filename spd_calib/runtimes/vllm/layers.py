@@ -34,7 +34,7 @@ def apply(model: nn.Module, drops: Drops) -> None:
         for module in (layer, *form.linears(layer), *((m, m.gate, m.experts) if (m := mixtures[i]) else ())):
             _refuse_foreign_forward(module, i)
     predictors = {
-        point.block: fitted(layers[point.block].get_submodule(form.o), drops.at(point), block=point.block)
+        point: _fitted_at(point, drops.at(point), o_proj=layers[point.block].get_submodule(form.o))
         for point in drops
         if drops.at(point).predictors is not None
     }
@@ -45,15 +45,26 @@ def apply(model: nn.Module, drops: Drops) -> None:
     }
     if lacking := sorted(block for block in routers if not mixtures[block]):
         raise InputError(f"Block {lacking[0]} has no router that a predictor could serve.")
+    if not form.mlp_out_norm and (behind_mlps := [p for p in predictors if p.sync_point == "mlp"]):
+        raise InputError(f"{behind_mlps[0]} has a predictor, and no norm behind it that would need one: no plan.")
     owes = False
     for i, layer in enumerate(layers):
-        attention, mlp = drops.at(Point(i, "attention")), drops.at(Point(i, "mlp"))
+        of_attention, of_mlp = Point(i, "attention"), Point(i, "mlp")
+        attention, mlp = drops.at(of_attention), drops.at(of_mlp)
         dense = attention.strategy == mlp.strategy == KEEP and not owes
         for linear in form.linears(layer):
             _set_forward(linear, None if dense else ending_before(linear))
         if mixtures[i] is not None:
             end_before_sum(mixtures[i], not dense)
-        planned = Planned(attention, mlp, predictors.get(i), routers.get(i), owes=owes)
+        planned = Planned(
+            attention,
+            mlp,
+            predictors.get(of_attention),
+            routers.get(i),
+            predictors.get(of_mlp),
+            owes=owes,
+            last=i == len(layers) - 1,
+        )
         _set_forward(layer, None if dense else form.planned(layer, form.parts(layer), planned))
         owes = mlp.strategy != KEEP
 
@@ -63,16 +74,22 @@ def count_layers(model: nn.Module) -> int:
     return len(find(model)[1])
 
 
-def fitted(o_proj: Any, drop: Drop, *, block: int) -> Predictor:
-    """Return this rank's predictor of `drop` where o_proj is and in the dtype that o_proj computes in.
+def _fitted_at(point: Point, drop: Drop, *, o_proj: Any) -> Predictor:
+    """Return the predictor of a sync point: an MLP's reads this rank's partial sum itself, which is as wide as all."""
+    read = o_proj.input_size_per_partition if point.sync_point == "attention" else o_proj.output_size
+    return fitted(o_proj, drop, block=point.block, d_rank=read)
 
-    Raises InputError where there is none for this rank, or where its shapes are not o_proj's.
+
+def fitted(o_proj: Any, drop: Drop, *, block: int, d_rank: int) -> Predictor:
+    """Return this rank's predictor of `drop` where o_proj is and in its dtype; `d_rank`: values it reads.
+
+    Raises InputError where there is none for this rank, or where its shapes are others.
     """
     assert drop.predictors is not None
     if o_proj.tp_rank not in drop.predictors:
         raise InputError(f"Block {block} has no predictor for rank {o_proj.tp_rank}.")
     own = {o_proj.tp_rank: drop.predictors[o_proj.tp_rank]}
-    check_predictors(block, own, d_rank=o_proj.input_size_per_partition, d=o_proj.output_size)
+    check_predictors(block, own, d_rank=d_rank, d=o_proj.output_size)
     return own[o_proj.tp_rank].like(_as_computed(o_proj))
 
 
