@@ -5,10 +5,11 @@
 
 FOLDER is a transformers checkpoint (of SmolLM2 135M: ../shared/models/real_llms.sh). For each share of the sync points,
 those that a profile by Fisher information expects to cost least are dropped (the profile is made once, and kept in
-results/llm/); each method then treats them, fitted on the text's first sequences. Measured on its last ones, on a
-second text that nothing is fitted on, and on lm-eval tasks: every loss is the paired difference to the dense model,
-with its standard error. Row by row into results/llm/NAME-tpN-table.json; a row that stands there is not made again, and
-a recovery that was killed goes on. `--report` only writes NAME-tpN-table.md and .png from it.
+results/llm/); each method then treats them, fitted on sequences from all over the first three quarters of the
+text. Measured on others from all over its last quarter, on a second text that nothing is fitted on, and on lm-eval
+tasks: every loss is the paired difference to the dense model, with its standard error. Row by row into
+results/llm/NAME-tpN-table.json; a row that stands there is not made again, and a recovery that was killed goes on.
+`--report` only writes NAME-tpN-table.md and .png from it.
 """
 
 import argparse
@@ -69,9 +70,11 @@ class Table:
     def __init__(self, args: argparse.Namespace):
         self.args, self.source = args, locate(str(args.model))
         self.config, self.tokenizer = read_config(self.source), load_tokenizer(self.source)
-        options = TextOptions(str(args.data), args.seq_len, args.seq_len, 10**6, args.measured, pack=True)
-        text = load_text(options, self.tokenizer)
-        self.sequences, self.measured = text.calibration[: args.sequences + args.judged], text.verification
+        whole = TextOptions(str(args.data), args.seq_len, args.seq_len, 10**6, 1, pack=True)
+        found = load_text(whole, self.tokenizer).calibration
+        kept_apart = 3 * len(found) // 4  # sequences that follow one another are of the same few documents
+        self.sequences = evenly(found[:kept_apart], args.sequences + args.judged)
+        self.measured = evenly(found[kept_apart:], args.measured)
         second = TextOptions(str(args.second), args.seq_len, args.seq_len, args.measured, 1, pack=True)
         self.second = load_text(second, self.tokenizer).calibration
         lm = TensorParallelLM.simulated(self.load(), args.tp)
@@ -180,6 +183,11 @@ class Table:
             for r in found
             if r.metric == "acc"
         }  # fmt: skip
+
+
+def evenly(sequences: Sequence[list[int]], number: int) -> list[list[int]]:
+    """Return so many of the sequences, from everywhere among them."""
+    return [sequences[i * len(sequences) // number] for i in range(number)]
 
 
 def _figures(found: Comparison) -> dict:

@@ -112,3 +112,22 @@ def test_text_that_cannot_be_used_is_named(tmp_path, tokenizer, name, content, w
 def test_a_missing_file_is_no_hub_dataset(tokenizer):
     with pytest.raises(InputError, match="no data file"):
         load_text(options("nowhere.jsonl"), tokenizer)
+
+
+def test_packed_sequences_are_taken_evenly_from_more_of_the_text(tmp_path):
+    """Of 4 times as many as are used, as far as there are; what is verified on follows all of them."""
+    path = tmp_path / "text.jsonl"
+    texts = tiny.stories(60, tiny.WORDS, seed=3)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer = tiny.tokenizer()
+    everything = load_text(TextOptions(str(path), 8, 8, 10**6, 1, pack=True), tokenizer)
+    sequences = everything.calibration + everything.verification
+    found = load_text(TextOptions(str(path), 8, 8, 10, 5, pack=True, spread=4), tokenizer)
+    assert found.calibration == sequences[0:40:4] and found.verification == sequences[40:45]
+    assert found.verification_ref().first == 40
+    (more,) = further([found], 2, tokenizer=tokenizer)
+    assert more.verification == sequences[50:55] and more.verification_ref().first == 50
+    usable = len(sequences) - 5
+    most = load_text(TextOptions(str(path), 8, 8, usable - 3, 5, pack=True, spread=4), tokenizer)
+    assert len(most.calibration) == usable - 3 and most.verification == sequences[-5:]
+    assert most.calibration[0] == sequences[0] and most.calibration[-1] in sequences[-8:-5]

@@ -36,6 +36,8 @@ from .progress import SILENT, Progress
 from .provenance import provenance
 from .text import TextSelection, load_texts_for
 
+SPREAD = 4  # times as many packed sequences as are used are read, so that they are of more documents
+
 
 def recover(
     plan: Plan | Path | str,
@@ -113,7 +115,7 @@ def recover(
         )
     run = resolved_for(session, run, dtype=document.provenance.dtype)
     run = replace(run, device=local_device(run.device))
-    found = load_texts_for(session, [data], _like_the_plans(text, document))[0]
+    found = load_texts_for(session, [data], _like_the_plans(text, document), spread=SPREAD)[0]
     judged = max(2, len(found.calibration) // 5)
     fitting, judging = found.calibration[:-judged], found.calibration[-judged:]
     _announce(progress, found, judged=judged, tiers=tiers, whence=whence)

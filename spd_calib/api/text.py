@@ -34,10 +34,12 @@ class TextSelection:
     column: str = TEXT
 
 
-def load_texts_for(session: Session, data: Sequence[str], selection: TextSelection, *, skip: int = 0) -> list[Text]:
+def load_texts_for(
+    session: Session, data: Sequence[str], selection: TextSelection, *, skip: int = 0, spread: int = 1
+) -> list[Text]:
     """Return the sequences of each text of `data` for a session's model, none in two of them.
 
-    The first `skip` of each text are left out.
+    The first `skip` of each text are left out; `spread` is that of TextOptions, for text that is packed.
 
     Raises InputError for lengths that the model cannot read, for a text that is named twice or cannot be used.
     """
@@ -51,7 +53,14 @@ def load_texts_for(session: Session, data: Sequence[str], selection: TextSelecti
         raise InputError(f"min_len {min_len} is more than seq_len {seq_len}: no document would be left.")
     samples = selection.max_samples, selection.verify_samples
     common = TextOptions(
-        "", seq_len, min_len or seq_len, *samples, pack=selection.pack, skip=skip, column=selection.column
+        "",
+        seq_len,
+        min_len or seq_len,
+        *samples,
+        pack=selection.pack,
+        skip=skip,
+        column=selection.column,
+        spread=spread if selection.pack else 1,
     )
     return load_texts([replace(common, source=resolve_data(d), name=d) for d in data], session.tokenizer)
 

@@ -34,6 +34,7 @@ class TextOptions:
     pack: bool = False
     name: str | None = None  # what stands in files in place of `source`
     skip: int = 0  # sequences at the beginning that are left out: a recovery was fitted on them
+    spread: int = 1  # the sequences to measure on are taken evenly from up to so many times as many
     column: str = TEXT  # that holds the documents
 
 
@@ -45,12 +46,13 @@ class Text:
     verification: list[Tokens]
     note: str | None
     options: TextOptions
+    passed: int  # sequences of the source before the verification, beyond those skipped
 
     def calibration_ref(self) -> TextRef:
         return _ref(self.options, self.calibration, first=self.options.skip)
 
     def verification_ref(self) -> TextRef:
-        return _ref(self.options, self.verification, first=self.options.skip + len(self.calibration))
+        return _ref(self.options, self.verification, first=self.options.skip + self.passed)
 
 
 def load_text(options: TextOptions, tokenizer: PreTrainedTokenizerBase) -> Text:
@@ -65,7 +67,9 @@ def load_texts(options: Sequence[TextOptions], tokenizer: PreTrainedTokenizerBas
     shorter than `min_len` are left out. With `pack` documents are glued together and cut every `seq_len` tokens. A
     document of chat messages is written out by the tokenizer's chat template. What was there before, in the same text
     or in one before it, is left out. The first `max_samples` are for measuring, those that follow for verifying; where
-    the text is too short for both, a fifth (at least one) is set aside. Raises InputError for text that cannot be used.
+    the text is too short for both, a fifth (at least one) is set aside. With `spread` those to measure on are taken
+    evenly from more of the text: packed sequences that follow one another are of the same few documents. Raises
+    InputError for text that cannot be used.
     """
     seen = _Seen()
     return [_split(_Reading(o, number, tokenizer), o, seen=seen) for number, o in enumerate(options)]
@@ -80,7 +84,7 @@ def further(texts: Sequence[Text], times: int, *, tokenizer: PreTrainedTokenizer
     seen = _Seen()
     readings = [_Reading(text.options, number, tokenizer) for number, text in enumerate(texts)]
     for text, reading in zip(texts, readings, strict=True):
-        reading.take(text.options.skip + len(text.calibration) + len(text.verification), seen)
+        reading.take(text.options.skip + text.passed + len(text.verification), seen)
     found: list[Text] = []
     for time in range(times):
         found = []
@@ -88,8 +92,8 @@ def further(texts: Sequence[Text], times: int, *, tokenizer: PreTrainedTokenizer
             sequences = reading.take(len(text.verification), seen)
             if len(sequences) < len(text.verification):
                 return None
-            first = text.options.skip + len(text.calibration) + (time + 1) * len(sequences)
-            found.append(Text([], sequences, None, replace(text.options, skip=first)))
+            first = text.options.skip + text.passed + (time + 1) * len(sequences)
+            found.append(Text([], sequences, None, replace(text.options, skip=first), passed=0))
     return found
 
 
@@ -201,7 +205,8 @@ def token_ids(document: Document, *, tokenizer: PreTrainedTokenizerBase, at_most
 
 def _split(reading: _Reading, options: TextOptions, *, seen: _Seen) -> Text:
     """Read a text, and divide it. Raises InputError for too little of it."""
-    sequences = reading.take(options.skip + options.max_samples + options.verify_samples, seen)[options.skip :]
+    most = options.spread * options.max_samples
+    sequences = reading.take(options.skip + most + options.verify_samples, seen)[options.skip :]
     source, notes = options.name or options.source, list[str]()
     if not reading.documents:
         raise InputError(f"{source} holds no text; name a file with documents in it.")
@@ -219,7 +224,7 @@ def _split(reading: _Reading, options: TextOptions, *, seen: _Seen) -> Text:
             f"{source}: {reading.repeated} sequences are left out, since they, or the documents they are from, "
             "repeat earlier ones."
         )
-    measured = options.max_samples
+    measured = min(most, len(sequences) - options.verify_samples)
     if len(sequences) < options.max_samples + options.verify_samples:
         aside = min(options.verify_samples, max(1, len(sequences) // 5))
         measured = min(options.max_samples, len(sequences) - aside)
@@ -227,7 +232,10 @@ def _split(reading: _Reading, options: TextOptions, *, seen: _Seen) -> Text:
             f"{source} has {len(sequences)} usable sequences, fewer than {options.max_samples} to measure on and "
             f"{options.verify_samples} to verify on: {measured} are measured on, {len(sequences) - measured} set aside."
         )
-    return Text(sequences[:measured], sequences[measured:], " ".join(notes) or None, options)
+    calibration, verification = sequences[:measured], sequences[measured:]
+    if measured > options.max_samples:
+        calibration = [calibration[i * measured // options.max_samples] for i in range(options.max_samples)]
+    return Text(calibration, verification, " ".join(notes) or None, options, passed=measured)
 
 
 def _hash(text: str) -> str:
