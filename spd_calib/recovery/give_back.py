@@ -6,7 +6,6 @@ little, towards the dense model.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 from spd_calib.formats.plan import Budget
 from spd_calib.planning.budget import cost, describe, kept
@@ -31,11 +30,11 @@ def give_back(model: PlannedModel, text: HeldOut, budget: Budget, *, tick: Calla
     low, high = 1, len(ranked)  # with all of them given back it is the dense model
     while low < high:
         tried = (low + high) // 2
-        _leave_out(model, treated, ranked[:tried])
+        _leave_out(model, treated, [a.block for a in ranked[:tried]])
         found = text.measure().comparison()
         tick(f"{tried} of {len(treated)} blocks given back: {describe(budget, cost(budget, found))}")
         low, high = (low, tried) if kept(budget, found, certain=True) else (tried + 1, high)
-    _leave_out(model, treated, ranked[:low])
+    _leave_out(model, treated, [a.block for a in ranked[:low]])
     return ranked[:low]
 
 
@@ -45,18 +44,16 @@ def _ranked(model: PlannedModel, text: HeldOut, *, tick: Callable[[str], None]) 
     treated, before, found = dict(model.students), some.measure(), list[Attempt]()
     for block in treated:
         began = time.monotonic()
-        attempt = Attempt(block, GIVEN_BACK, before.kl(), 0.0, 0.0, 0.0, True, 0.0)
-        _leave_out(model, treated, [attempt])
+        _leave_out(model, treated, [block])
         after = some.measure()
         fell, error = kl_fall(before, after)
         seconds = time.monotonic() - began
-        found.append(replace(attempt, kl_after=after.kl(), fell=fell, fell_stderr=error, seconds=seconds))
+        found.append(Attempt(block, GIVEN_BACK, before.kl(), after.kl(), fell, error, True, seconds))
         tick(f"block {block} given back alone: KL {before.kl():.4f} -> {after.kl():.4f}")
     _leave_out(model, treated, [])
     return sorted(found, key=lambda attempt: attempt.fell or 0.0, reverse=True)
 
 
-def _leave_out(model: PlannedModel, treated: Mapping[int, Student], given_back: Sequence[Attempt]) -> None:
+def _leave_out(model: PlannedModel, treated: Mapping[int, Student], given_back: Sequence[int | None]) -> None:
     """Give the model the treated blocks but those given back."""
-    left_out = {attempt.block for attempt in given_back}
-    model.students = {block: student for block, student in treated.items() if block not in left_out}
+    model.students = {block: student for block, student in treated.items() if block not in given_back}
