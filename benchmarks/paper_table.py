@@ -27,6 +27,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from recovery_llm import rows_so_far
 from transformers import PreTrainedModel
 
 import spd_calib
@@ -308,11 +309,7 @@ def make_rows(args: argparse.Namespace, path: Path) -> None:
         "data_sha256": sha256_of(args.data), "second": args.second.name, "seq_len": args.seq_len,
         "measured": args.measured, "limit": args.limit, "versions": versions(), "rows": [],
     }  # fmt: skip
-    if path.exists():
-        found = json.loads(path.read_text())
-        if differing := [k for k in document if k not in ("rows", "versions") and document[k] != found[k]]:
-            sys.exit(f"{path} was made with another `{differing[0]}`; move it away first")
-        document["rows"] = found["rows"]
+    document["rows"] = rows_so_far(document, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for method in args.methods.split(";"):
         for share in map(float, args.shares.split(",")):

@@ -91,6 +91,16 @@ def one(args: argparse.Namespace, method: str | None) -> dict:
     }  # fmt: skip
 
 
+def rows_so_far(document: dict, path: Path) -> list[dict]:
+    """Return the rows that stand in the file already, if it is one of this document; ends the program if it is not."""
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    if differing := [k for k in document if k not in ("rows", "versions") and document[k] != found[k]]:
+        sys.exit(f"{path} was made with another `{differing[0]}`; move it away, or name another file")
+    return found["rows"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
@@ -119,11 +129,7 @@ def main() -> None:
         "seq_len": args.seq_len, "measured": args.measured,
         "exchange": args.exchange, "versions": versions(), "rows": [],
     }  # fmt: skip
-    if path.exists():
-        found = json.loads(path.read_text())
-        if differing := [k for k in document if k not in ("rows", "versions") and document[k] != found[k]]:
-            sys.exit(f"{path} was made with another `{differing[0]}`; name another file with --output")
-        document["rows"] = found["rows"]
+    document["rows"] = rows_so_far(document, path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for method in [None, *(m.strip() for m in (args.methods.split(";") if args.methods else METHODS))]:
         done = [r for r in document["rows"] if r["method"] == (method or "as is")]

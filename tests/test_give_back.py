@@ -18,6 +18,10 @@ def budget(value: float, kind: str = "max_kl") -> Budget:
     return Budget(kind=kind, value=value, strategies=[Strategy.BLOCK_DROP])
 
 
+def given_back(model, held_out, asked):
+    return give_back(model, held_out, asked, measured=held_out.measure().comparison(), tick=lambda note: None)
+
+
 def kl_by_hand(model, text) -> float:
     """KL(dense || planned) a token, both run whole, the planned one block by block as its students say."""
     dense = torch.cat([model.lm(torch.tensor([ids])) for ids in text]).double().log_softmax(-1)
@@ -31,7 +35,7 @@ def test_the_costliest_blocks_go_and_no_more_than_must() -> None:
     model, text = planned(layers=4), sequences(12, seed=1)
     held_out, students = HeldOut(model, text), dict(model.students)
     whole = held_out.measure().kl()
-    tried = give_back(model, held_out, budget(0.5 * whole), tick=lambda note: None)
+    tried = given_back(model, held_out, budget(0.5 * whole))
     left = held_out.measure().comparison()
     assert 0 < len(tried) < 4 and kept(budget(0.5 * whole), left, certain=True)
     assert set(model.students) == set(students) - {a.block for a in tried}
@@ -50,8 +54,8 @@ def test_the_costliest_blocks_go_and_no_more_than_must() -> None:
 def test_within_its_budget_nothing_is_given_back_and_beyond_any_everything() -> None:
     model, text = planned(layers=2), sequences(8, seed=1)
     held_out = HeldOut(model, text)
-    assert give_back(model, held_out, budget(100.0, "max_ppl_increase"), tick=lambda note: None) == []
-    tried = give_back(model, held_out, budget(0.0), tick=lambda note: None)
+    assert given_back(model, held_out, budget(100.0, "max_ppl_increase")) == []
+    tried = given_back(model, held_out, budget(0.0))
     assert len(tried) == 2 and not model.students and not model.drops and held_out.measure().kl() == 0
 
 

@@ -28,7 +28,7 @@ class Present:
 
 @dataclass(frozen=True)
 class Fed:
-    """What a block's MLP gives: each rank's partial sum [B, T, d], and the bias [d] or [B, T, d], left out of them."""
+    """Holds what a block's MLP gives: each rank's partial sum [B, T, d], and the bias left out, [d] or [B, T, d]."""
 
     partials: Iterable[Tensor]
     bias: Tensor | None

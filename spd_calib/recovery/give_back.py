@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from spd_calib.formats.plan import Budget
+from spd_calib.formats.profile import Comparison
 from spd_calib.planning.budget import cost, describe, kept
 
 from .held_out import HeldOut, kl_fall
@@ -18,13 +19,15 @@ from .student import Student
 RANKED_BY = 4  # sequences, to see what each block costs
 
 
-def give_back(model: PlannedModel, text: HeldOut, budget: Budget, *, tick: Callable[[str], None]) -> list[Attempt]:
+def give_back(
+    model: PlannedModel, text: HeldOut, budget: Budget, *, measured: Comparison, tick: Callable[[str], None]
+) -> list[Attempt]:
     """Give back as few blocks as `model` must to keep `budget` on `text`, with standard errors to spare.
 
-    They go in the order of what giving back each alone wins, by the KL of the whole on some of the text. Returns an
-    attempt for each.
+    `measured` is what it costs there with none given back. They go in the order of what giving back each alone wins, by
+    the KL of the whole on some of the text. Returns an attempt for each.
     """
-    if kept(budget, text.measure().comparison(), certain=True):
+    if kept(budget, measured, certain=True):
         return []
     ranked, treated = _ranked(model, text, tick=tick), dict(model.students)
     low, high = 1, len(ranked)  # with all of them given back it is the dense model

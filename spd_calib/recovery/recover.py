@@ -27,7 +27,7 @@ from .journal import TensorJournal
 from .judge import Judge
 from .options import RecoveryOptions
 from .planned_model import PlannedModel
-from .report import TOGETHER, RecoveryReport
+from .report import TOGETHER, Attempt, RecoveryReport
 from .student import Student
 
 Sequences = Sequence[Sequence[int]]
@@ -76,7 +76,9 @@ def recover(
     run.finished.share(list(treatments))
     if "distillation" in options.methods and trained:
         run.distil(trained)
-    given_back = give_back(model, text, budget, tick=judge.tick) if is_main and budget else []
+    given_back: list[Attempt] = []
+    if is_main and budget:
+        given_back = give_back(model, text, budget, measured=judge.tally.comparison(), tick=judge.tick)
     left = text.measure() if given_back else judge.tally if is_main else None
     return RecoveryReport(dict(tiers), before, left.kl() if left else 0.0, [*judge.attempts, *given_back])
 

@@ -1,4 +1,4 @@
-"""What a bench is of, and how its times are told, whatever runtime is timed."""
+"""Saying what a bench is of, and how its times are told, whatever runtime is timed."""
 
 import platform
 from collections.abc import Sequence

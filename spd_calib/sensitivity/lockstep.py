@@ -21,7 +21,7 @@ HELD_BYTES = 2**29  # hidden states of plans held at a time; beyond that, the bl
 
 @dataclass(frozen=True)
 class Carried:
-    """What leaves the final norm, as TensorParallelLM.resume returns it, and the experts chosen on the way."""
+    """Holds what leaves the final norm, as TensorParallelLM.resume returns it, and the experts chosen on the way."""
 
     final: Tensor
     experts: Chosen

@@ -41,7 +41,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Planned:
-    """What a plan says of one layer: its two sync points, and their predictors.
+    """Holds what a plan says of one layer: its two sync points, and their predictors.
 
     `predictor` and `mlp_predictor` are the rank's own, `router` that of what the router reads in a mixture of experts.
     `owes`: the layer before left a debt, or partial sums that wait. `last`: it is the last layer.
