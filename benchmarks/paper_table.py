@@ -50,7 +50,7 @@ from spd_calib.recovery.options import WITHOUT_TRAINING, RecoveryOptions
 from spd_calib.recovery.planned_model import PlannedModel
 from spd_calib.recovery.recover import recover
 from spd_calib.sensitivity.norm_estimates import fit_estimates
-from spd_calib.sensitivity.text import TextOptions, load_text
+from spd_calib.sensitivity.text import TextOptions, evenly, load_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "llm"
@@ -184,11 +184,6 @@ class Table:
             for r in found
             if r.metric == "acc"
         }  # fmt: skip
-
-
-def evenly(sequences: Sequence[list[int]], number: int) -> list[list[int]]:
-    """Return so many of the sequences, from everywhere among them."""
-    return [sequences[i * len(sequences) // number] for i in range(number)]
 
 
 def _figures(found: Comparison) -> dict:

@@ -234,8 +234,13 @@ def _split(reading: _Reading, options: TextOptions, *, seen: _Seen) -> Text:
         )
     calibration, verification = sequences[:measured], sequences[measured:]
     if measured > options.max_samples:
-        calibration = [calibration[i * measured // options.max_samples] for i in range(options.max_samples)]
+        calibration = evenly(calibration, options.max_samples)
     return Text(calibration, verification, " ".join(notes) or None, options, passed=measured)
+
+
+def evenly(sequences: Sequence[Tokens], number: int) -> list[Tokens]:
+    """Return so many of the sequences, from everywhere among them."""
+    return [sequences[i * len(sequences) // number] for i in range(number)]
 
 
 def _hash(text: str) -> str:
