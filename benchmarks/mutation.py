@@ -38,7 +38,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.report:
         copy_tree()
-        mutmut("spd_calib.sensitivity.predictions.x_token_metrics__mutmut_1")  # makes the mutants, times the tests
+        mutmut("spd_calib.sensitivity.metrics.x_perplexity__mutmut_1")  # makes the mutants, times the tests
         names = lived(args.only) if args.lived else sample(args.every, args.only)
         if not names:
             raise SystemExit("There is no such mutant to try.")
