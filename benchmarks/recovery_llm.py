@@ -3,8 +3,10 @@
     .venv/bin/python benchmarks/recovery_llm.py FOLDER --tp 3 --data ../shared/data/wikitext2-a.txt [--sequences 560]
 
 FOLDER is a transformers checkpoint (of SmolLM2 135M: ../shared/models/real_llms.sh). The last sequences of the text are
-measured on, and never fitted on. Writes results/llm/NAME-tpN.json, row by row: a method that stands there for as
-many sequences is not run again. `--methods` and `--blocks` (only the first ones) run a part.
+measured on, and never fitted on. With `--replicate 7%` heads of other ranks are replicated, so that a rank reads so
+many more weights (where it wins most before recovery, on the first sequences to fit on). Writes
+results/llm/NAME-tpN.json, row by row: a method that stands there for as many sequences is not run again. `--methods`
+and `--blocks` (only the first ones) run a part.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,11 +26,16 @@ import torch
 from spd_calib.formats.drops import Drops, Point, Strategy
 from spd_calib.formats.files import sha256_of
 from spd_calib.models.load import load_dense, load_tokenizer, locate, read_config
+from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.session import versions
+from spd_calib.planning.budget_options import fraction
+from spd_calib.planning.model_sizes import ModelSizes
+from spd_calib.planning.replication import affordable, choose_replicated
 from spd_calib.recovery.held_out import HeldOut
 from spd_calib.recovery.options import REFIT_PARTS, RecoveryMethod, RecoveryOptions, RefitPart
 from spd_calib.recovery.planned_model import PlannedModel
 from spd_calib.recovery.recover import recover
+from spd_calib.sensitivity.measure import Subject, measure
 from spd_calib.sensitivity.text import TextOptions, load_text
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "llm"
@@ -47,6 +55,26 @@ METHODS: dict[str, Method] = {  # what is done, the predictor's greatest rank, a
 }
 
 
+def replicated_heads(args: argparse.Namespace) -> tuple[Drops, float]:
+    """Return the blocks whose heads are replicated, and the weights that a rank reads more, as a share."""
+    source = locate(str(args.model))
+    config, tokenizer = read_config(source), load_tokenizer(source)
+    options = TextOptions(str(args.data), args.seq_len, args.seq_len, args.chosen, args.measured, pack=True)
+    lm = TensorParallelLM.simulated(load_dense(source, config, device=args.device, dtype="float32"), args.tp)
+    heads = affordable(ModelSizes.of(lm.model), fraction(args.replicate, "replicate"), tp=args.tp, most=args.blocks - 1)
+    sequences, subject = load_text(options, tokenizer).calibration, Subject(lm)
+
+    def kl_of(plans: Sequence[Drops]) -> list[float]:
+        found = measure(subject, sequences, plans=plans, batch_size=args.batch)[1]
+        print(f"replicating: {len(plans)} plans measured", file=sys.stderr, flush=True)
+        return [comparison.kl for comparison in found]
+
+    points = [Point(i, "attention") for i in range(args.blocks)]
+    chosen = choose_replicated(points, heads, kl_of=kl_of)
+    print(f"replicating: {chosen.reasons}", file=sys.stderr, flush=True)
+    return chosen.drops, heads.share
+
+
 def one(args: argparse.Namespace, method: str | None) -> dict:
     """Return the row of a method; of the plan as it is for None."""
     source = locate(str(args.model))
@@ -56,6 +84,7 @@ def one(args: argparse.Namespace, method: str | None) -> dict:
     )
     sequences, measured = text.calibration[: args.sequences + args.judged], text.verification
     drops = Drops.of(dict.fromkeys((Point(i, "attention") for i in range(args.blocks)), Strategy.BLOCK_DROP))
+    drops = drops | args.heads
     model = PlannedModel(load_dense(source, config, device=args.device, dtype="float32"), args.tp, drops)
     began, cpu, attempts = time.monotonic(), time.process_time(), []
     if method is not None:
@@ -82,6 +111,7 @@ def one(args: argparse.Namespace, method: str | None) -> dict:
         "method": method or "as is", "sequences": len(sequences) - args.judged, "kl": found.kl,
         "kl_stderr": found.kl_stderr, "kl_second": second, "ppl_increase": found.ppl_increase,
         "accuracy_drop": found.accuracy_drop,
+        "replicated": args.heads.replicated, "weights_more": args.weights_more,
         "tokens": found.tokens, "seconds": seconds, "cpu_seconds": cpu,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "predictor_weights_a_rank": sum(
@@ -89,6 +119,12 @@ def one(args: argparse.Namespace, method: str | None) -> dict:
         ),
         "attempts": attempts,
     }  # fmt: skip
+
+
+def _heads(row: dict) -> str:
+    if not (blocks := row.get("replicated")):
+        return "none"
+    return f"blocks {', '.join(map(str, blocks))}: {100 * row['weights_more']:.1f} % more weights read"
 
 
 def rows_so_far(document: dict, path: Path) -> list[dict]:
@@ -108,6 +144,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--second", type=Path, help="a text of another kind, to measure on as well")
     parser.add_argument("--methods", help="separated by semicolons [default: all]")
+    parser.add_argument("--replicate", help="weights that a rank may read more, of others' heads, such as 7%%")
+    parser.add_argument("--chosen", type=int, default=4, help="sequences to choose by where heads are replicated")
     parser.add_argument("--blocks", type=int, help="drop and treat the first ones only [all]")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--sequences", type=int, default=560, help="to fit on")
@@ -130,17 +168,22 @@ def main() -> None:
         "exchange": args.exchange, "versions": versions(), "rows": [],
     }  # fmt: skip
     document["rows"] = rows_so_far(document, path)
+    args.heads, args.weights_more = replicated_heads(args) if args.replicate else (Drops(), 0.0)
+    more = args.replicate or None
     path.parent.mkdir(parents=True, exist_ok=True)
     for method in [None, *(m.strip() for m in (args.methods.split(";") if args.methods else METHODS))]:
-        done = [r for r in document["rows"] if r["method"] == (method or "as is")]
+        done = [r for r in document["rows"] if (r["method"], r.get("replicate")) == (method or "as is", more)]
         if not any(method is None or r["sequences"] == args.sequences for r in done):
-            document["rows"].append(one(args, method))
+            document["rows"].append(one(args, method) | ({"replicate": more} if more else {}))
             path.write_text(json.dumps(document, indent=1) + "\n")
-    print("| method | fitted on, sequences | KL | KL, second text | perplexity | CPU s | predictors' weights a rank |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| method | replicated heads | fitted on, sequences | KL | KL, second text | perplexity | CPU s | predictors' "
+        "weights a rank |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     for row in document["rows"]:
         print(
-            f"| {row['method']} | {row['sequences']} | {row['kl']:.4f} ± {row['kl_stderr']:.4f} | "
+            f"| {row['method']} | {_heads(row)} | {row['sequences']} | {row['kl']:.4f} ± {row['kl_stderr']:.4f} | "
             f"{row.get('kl_second') or math.nan:.4f} | "
             f"{100 * row['ppl_increase']:+.1f} % | {row['cpu_seconds']:.0f} | {row['predictor_weights_a_rank']:,} |"
         )

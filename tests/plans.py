@@ -16,13 +16,15 @@ def write_plan(
     bits: Mapping[tuple[int, str], int] | None = None,
     routers: Sequence[str | None] = (),
     mlp_kinds: Sequence[str | None] = (),
+    replicated: Mapping[int, Sequence[Sequence[int]]] | None = None,
     **changes,
 ) -> Path:
     """A plan for the model in `folder` with these strategies, and beside it random predictors of these kinds.
 
     `kinds`: one a block, or None where its MLP reads the rank's own partial sum; "scaled mean" has a scale, too.
     `mlp_kinds`: the same of the predictors behind its MLP, `routers` of what routers read, or "zero". `bits`: of
-    quantised syncs, by block and "attention" or "mlp". `changes` replace whole fields. Returns `path`.
+    quantised syncs, by block and "attention" or "mlp". `replicated`: KV groups, by block and rank. `changes` replace
+    whole fields. Returns `path`.
     """
     from spd_calib.formats.common import Provenance, TensorParallel, TextRef
     from spd_calib.formats.files import dumps
@@ -43,7 +45,7 @@ def write_plan(
     if any((*kinds, *mlp_kinds, *routers)):
         beside = _write_predictors(path, locate(str(folder)).folder, tp, kinds, routers, mlp_kinds)
     requires = ["mlp_drop"] * ("block_drop" in mlp) + ["compensation"] * any((*kinds, *mlp_kinds))
-    requires += ["quantised_sync"] * bool(bits)
+    requires += ["quantised_sync"] * bool(bits) + ["replicated_heads"] * bool(replicated)
     requires += ["router_predictor"] * any(map(bool, routers))
     required = {name for name, field in Verified.model_fields.items() if field.is_required()}
     zeros = dict.fromkeys(required - {"text", "ppl", "tokens", "sequences"}, 0.0)
@@ -60,6 +62,7 @@ def write_plan(
                 mlp_strategy=m,
                 sync_bits=(bits or {}).get((i, "attention")),
                 mlp_sync_bits=(bits or {}).get((i, "mlp")),
+                replicated=(replicated or {}).get(i),
                 compensation=form,
                 router=router,
                 mlp_compensation=mlp_form,

@@ -131,12 +131,14 @@ def logits(
     attention_mask: Tensor | None = None,
     routers: Mapping[int, tuple[Tensor, Tensor]] | None = None,
     bits: Mapping[tuple[int, str], int] | None = None,
+    replicated: Mapping[int, Sequence[Sequence[int]]] | None = None,
 ) -> Tensor:
     """Logits [batch, length, vocabulary] in float64, one strategy a block; zero where `attention_mask` is 0.
 
     A row with padding is the same row without it: positions count from its first real token. `routers` are, by block,
     the matrix and the bias by which a router expects what a deferred attention will bring (experts.py). `bits` are, by
-    block and "attention" or "mlp", those of a quantised sync.
+    block and "attention" or "mlp", those of a quantised sync. `replicated` are, by block, the KV groups of others that
+    each rank computes, too, for what its MLP reads.
     """
     config = model.config
     weights = {name: tensor.detach().double().cpu() for name, tensor in model.state_dict().items()}
@@ -148,7 +150,15 @@ def logits(
     for row in range(input_ids.shape[0]):
         real = [t for t in range(input_ids.shape[1]) if attention_mask is None or attention_mask[row, t] != 0]
         streams = _streams(
-            weights, config, input_ids[row, real], tp, strategies, mlp_strategies, routers or {}, bits or {}
+            weights,
+            config,
+            input_ids[row, real],
+            tp,
+            strategies,
+            mlp_strategies,
+            routers or {},
+            bits or {},
+            replicated or {},
         )
         for rank in range(tp):
             words = slice(rank * part, (rank + 1) * part)
@@ -200,6 +210,7 @@ def _streams(
     mlp_strategies: Sequence[str],
     routers: Mapping[int, tuple[Tensor, Tensor]],
     bits: Mapping[tuple[int, str], int],
+    replicated: Mapping[int, Sequence[Sequence[int]]],
 ) -> list[Tensor]:
     """The last norm's output for one sequence, [length, hidden], as each rank has it."""
     names = NAMES[config.model_type]
@@ -207,6 +218,7 @@ def _streams(
     w = [torch.zeros_like(x) for _ in range(tp)]
     p = [torch.zeros_like(x) for _ in range(tp)]
     late: list[Late] = []
+    beside = [torch.zeros_like(x) for _ in range(tp)]  # what a rank's MLP reads of others' heads
     for block in range(config.num_hidden_layers):
         prefix = names["block"].format(block)
         part = {key[len(prefix) :]: value for key, value in weights.items() if key.startswith(prefix)}
@@ -229,7 +241,7 @@ def _streams(
             branch = _branch(part, config, added, norm_behind)
             shares, reads = [], []
             for rank in range(tp):
-                read = x + w[rank] + p[rank] + sum(through(owed[rank]) for owed, through in late)
+                read = x + w[rank] + p[rank] + beside[rank] + sum(through(known[rank]) for _, through, known in late)
                 if names[norm] is not None:
                     read = _norm(part, config, names[norm], read)
                 reads.append(read)
@@ -244,23 +256,32 @@ def _streams(
                     shares.append(experts.partial(part, config, rank, tp, read, routed))
                 else:
                     shares.append(_mlp(part, config, rank, tp, read))
+            beside = [torch.zeros_like(x) for _ in range(tp)]
+            if linear == "o" and block in replicated:
+                assert strategy == "block_drop"
+                beside = [
+                    sum(_of_group(part, config, block, group, tp, read) for group in own)
+                    for own, read in zip(replicated[block], reads, strict=True)
+                ]
             sent_with = bits.get((block, "attention" if linear == "o" else "mlp"))
             if strategy == "keep_sync" and sent_with is not None:
                 x = _settled_with_bits(x, p, late, shares, branch, bool(norm_behind), sent_with)
                 p, late = [torch.zeros_like(x) for _ in p], []
             elif strategy == "keep_sync":
                 x = x + sum(p)
-                for owed, through in late:
+                for owed, through, _ in late:
                     x = x + through(sum(owed))
                 x = x + branch(sum(shares))
                 p, late = [torch.zeros_like(x) for _ in p], []
             elif strategy == "plain_drop" and norm_behind:
                 w = [w[rank] + branch(shares[rank]) for rank in range(tp)]
             elif norm_behind:
-                late = [*late, (shares, branch)]
+                late = [*late, (shares, branch, [s + more for s, more in zip(shares, beside, strict=True)])]
+                beside = [torch.zeros_like(x) for _ in range(tp)]
             else:  # what joins is linear in the shares: each rank adds its own, and all of them the bias
                 b = branch(torch.zeros_like(x))
                 mine = [branch(shares[rank]) - b for rank in range(tp)]
+                beside = [branch(more) - b for more in beside]
                 x = x + b
                 if strategy == "plain_drop":
                     w = [w[rank] + mine[rank] for rank in range(tp)]
@@ -277,8 +298,10 @@ def _settled_with_bits(
     width, zero = x.shape[1], torch.zeros_like(x)
     if norm_behind:
         assert not any(owed.any() for owed in p), "a debt beside a norm: write it out here first"
-        messages = [torch.cat([*(owed[rank] for owed, _ in late), share], dim=1) for rank, share in enumerate(shares)]
-        throughs = [*(through for _, through in late), branch]
+        messages = [
+            torch.cat([*(owed[rank] for owed, _, _ in late), share], dim=1) for rank, share in enumerate(shares)
+        ]
+        throughs = [*(through for _, through, _ in late), branch]
     else:
         b = branch(zero)
         messages = [p[rank] + branch(share) - b for rank, share in enumerate(shares)]
@@ -310,8 +333,8 @@ def _arrived(message: Tensor, bits: int) -> Tensor:
     return out
 
 
-Late = tuple[list[Tensor], Callable[[Tensor], Tensor]]
-"""What every rank owes of one sub-layer, and what the sum of it becomes before it is added to the stream."""
+Late = tuple[list[Tensor], Callable[[Tensor], Tensor], list[Tensor]]
+"""What every rank owes of one sub-layer, what the sum of it becomes before it is added, what the rank knows of it."""
 
 
 def _branch(part: dict[str, Tensor], config: PreTrainedConfig, bias: Tensor, norm: str | None) -> Callable:
@@ -436,6 +459,17 @@ def _attention(
             attended = attended * torch.sigmoid(gate)
         total = total + attended @ part[names["o"] + ".weight"][:, head * size : (head + 1) * size].T
     return total
+
+
+def _of_group(
+    part: dict[str, Tensor], config: PreTrainedConfig, block: int, group: int, tp: int, read: Tensor
+) -> Tensor:
+    """What a KV group makes of what a rank reads: of as many as there are KV heads, or ranks, if these are more."""
+    if "self_attn.kv_b_proj.weight" in part:
+        return latent.attention(part, config, group, config.num_attention_heads, read)
+    heads = config.num_attention_heads
+    groups = max(tp, heads if config.model_type == "opt" else config.num_key_value_heads)
+    return _attention(part, config, block, group, groups, [read] * groups)
 
 
 def _mean_squares(part: dict[str, Tensor], config: PreTrainedConfig, tp: int, reads: list[Tensor]) -> list[Tensor]:

@@ -16,6 +16,7 @@ import torch
 from distributed_cases import (
     ATTENTION,
     ATTENTIONS,
+    BEFORE_REPLICATED,
     BITS,
     BLOCKS,
     BOTH,
@@ -27,7 +28,10 @@ from distributed_cases import (
     NEW_TOKENS,
     PADS,
     QUANTISED,
+    REPLICATING,
     SMALL_VOCABULARY,
+    replicated,
+    replicating,
 )
 from safetensors.torch import load_file
 
@@ -309,11 +313,42 @@ def test_check_of_quantised_syncs(folder, tmp_path, monkeypatch, worker):
     assert not any(what.startswith("dense") or "all-reduces" in what or "streams" in what for what in wrong)
 
 
+@pytest.mark.parametrize("worker", [WORKER, "ignore_replicated", "replicate_all"])
+def test_check_of_replicated_heads(folder, tmp_path, monkeypatch, worker):
+    """A runtime that does not replicate what it should is caught, and one that replicates where it should not."""
+    monkeypatch.setenv("PYTHONPATH", f"{WORKERS}:{os.environ.get('PYTHONPATH', '')}")
+    groups = {1: ((1,), (0,))}
+    plan = plans.write_plan(tmp_path / "plan.json", folder / "llama", 2, ["block_drop"] * BLOCKS, replicated=groups)
+    assert load_plan(plan)[1].replicated == groups
+    rows = checked(plan, folder / "llama", tiny.stories(1, shortest=6, longest=9), worker=worker)
+    wrong = {row.what for row in rows if not row.ok}
+    assert not wrong if worker == WORKER else "plan: prompt tokens" in wrong
+    assert not any(what.startswith("dense") or "all-reduces" in what for what in wrong)
+
+
 def test_check_refuses_a_stale_plan(folder, tmp_path):
     plan = plans.write_plan(tmp_path / "plan.json", folder / "llama", 2, PLANNED)
     with pytest.raises(SpdError, match="not the model") as refused:
         check(plan, runtime="torchrun", prompts=["a"], model=folder / "llama_bias")
     assert refused.value.exit_code == 1  # it is an answer: whether they fit was the question
+
+
+@pytest.mark.parametrize("family", REPLICATING)
+def test_replicated_heads_on_real_ranks(ranks, family):
+    """Loaded beside the rank's own, and computed with the cache as in the simulation."""
+    tp, seen = ranks
+    found, ids, dense = seen[f"replicated {family}"], tiny.tokens(2, 12), tiny.build(family)
+    groups = replicated(tp, getattr(dense.config, "num_key_value_heads", dense.config.num_attention_heads))
+    lm = TensorParallelLM.simulated(tiny.build(family), tp)
+    lm.model.generation_config.eos_token_id = None
+    with lm.running(replicating(groups)):
+        assert gap(found["logits"], lm(ids)) < 1e-5
+        greedy = lm.model.generate(ids, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0)
+    assert all(torch.equal(own, greedy) for own in found["greedy"])
+    expected = reference.logits(dense, ids, tp, words([DROP] * BLOCKS), words(BEFORE_REPLICATED), replicated=groups)
+    assert gap(found["logits"], expected) < 1e-5 and gap(found["keep"], dense(ids).logits) < 1e-5
+    assert found["refused"].startswith("Block 0 was loaded without the heads that are to be replicated")
+    assert all(more > 0 for more in found["more"])
 
 
 def test_bench_measures_sums_and_steps_on_real_ranks(folder, tmp_path, spd):

@@ -18,7 +18,7 @@ from spd_calib.formats.plan import Compensation, RouterPredictor
 from spd_calib.planning.latency import LatencyModel, Step
 from spd_calib.planning.machine_latency import ATTAINED, as_measured, held_against, on_machine
 from spd_calib.planning.machine_tables import COLUMNS, interpolate, load, shipped
-from spd_calib.planning.model_sizes import ModelSizes, bytes_moved, flops, predictor_weights
+from spd_calib.planning.model_sizes import Added, ModelSizes, bytes_moved, flops, predictor_weights
 
 HASH = "0" * 64
 
@@ -100,11 +100,12 @@ def test_the_weights_of_predictors_counted_one_by_one():
 
     Then a router's, of rank 3 and of none, which reads 5 values, and a scale and a mean behind an MLP.
     """
-    sizes = SimpleNamespace(counts=SimpleNamespace(heads=4, head_dim=3), width=5)
+    sizes = SimpleNamespace(counts=SimpleNamespace(heads=4, kv_heads=2, head_dim=3), width=5)
 
     def block(index: int, **forms) -> SimpleNamespace:
         return SimpleNamespace(
-            index=index, **({"compensation": None, "router": None, "mlp_compensation": None} | forms)
+            index=index,
+            **({"compensation": None, "router": None, "mlp_compensation": None, "replicated": None} | forms),
         )
 
     forms = [
@@ -317,14 +318,14 @@ def test_a_measured_prefill_step_is_of_all_its_tokens():
     sizes = ModelSizes.of(tiny.build("llama"))
     one = 1e-6 * 2 * 8 * sizes.width * 4
     measured = of_prefill(sizes, 1.0)
-    model = as_measured(measured, sizes, phase="prefill", name="bench.json", predictors=50)
+    model = as_measured(measured, sizes, phase="prefill", name="bench.json", added=Added(50))
     compute = 1.0 - 2 * sizes.blocks * one
     assert model.hardware == "bench.json" and model.step == Step("prefill", 2, 8, 4)
     assert model.all_reduce == pytest.approx(one) and model.compute == pytest.approx(compute)
     work = flops(sizes, model.step, tp=2)
-    assert model.predictors == pytest.approx(compute * 2 * 16 * 50 / work)
+    assert model.added == pytest.approx(compute * 2 * 16 * 50 / work)
     predicted, seen = held_against(measured, model)["every_block_dropped"]
-    assert seen == 0.5 and predicted == pytest.approx(1.0 - sizes.blocks * one + model.predictors)
+    assert seen == 0.5 and predicted == pytest.approx(1.0 - sizes.blocks * one + model.added)
     with pytest.raises(InputError) as e:
         as_measured(of_prefill(sizes, 2 * sizes.blocks * model.all_reduce), sizes, phase="prefill", name="bench.json")
     assert f"shorter than its {2 * sizes.blocks} all-reduces timed alone" in str(e.value)
@@ -332,7 +333,7 @@ def test_a_measured_prefill_step_is_of_all_its_tokens():
 
 def test_predictors_take_their_time_in_every_step_but_the_dense_one():
     sizes, step = ModelSizes.of(tiny.build("llama")), Step("decode", 1, 8, 2)
-    without, with_them = (on_machine(machine(memory=1e6), sizes, tp=4, step=step, predictors=n) for n in (0, 5))
+    without, with_them = (on_machine(machine(memory=1e6), sizes, tp=4, step=step, added=Added(n)) for n in (0, 5))
     assert with_them.seconds(0) == without.seconds(0) and with_them.ceiling == without.ceiling
     assert with_them.seconds(3) - without.seconds(3) == pytest.approx(5 * 2 / (0.8 * 1e6))  # memory is the slower here
     assert with_them.saved(1) < 0 < without.saved(1), "an all-reduce of 1 us is not worth 12"
@@ -340,11 +341,11 @@ def test_predictors_take_their_time_in_every_step_but_the_dense_one():
     assert with_them.latency(1).saved == with_them.saved(1) and with_them.saved(0) == 0
     prompt = Step("prefill", 2, 8, 2)
     slow = machine(memory=1e12, rate=1e6)
-    bare, slower = (on_machine(slow, sizes, tp=4, step=prompt, predictors=n).seconds(1) for n in (0, 5))
+    bare, slower = (on_machine(slow, sizes, tp=4, step=prompt, added=Added(n)).seconds(1) for n in (0, 5))
     assert slower - bare == pytest.approx(2 * 5 * 16 / (0.8 * 1e6))
     measured = hardware(sizes, dense=1.0, dropped=0.9)
     moved = bytes_moved(sizes, Step("decode", 1, 8, 4), tp=2)
-    bare, slower = (as_measured(measured, sizes, phase="decode", name="h", predictors=n).seconds(1) for n in (0, 5))
+    bare, slower = (as_measured(measured, sizes, phase="decode", name="h", added=Added(n)).seconds(1) for n in (0, 5))
     assert slower - bare == pytest.approx((1.0 - 2 * sizes.blocks * 1e-3) * 5 * 4 / moved)
 
 

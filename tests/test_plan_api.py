@@ -107,7 +107,7 @@ def test_within_a_share_of_the_bytes_some_syncs_are_dropped_and_some_quantised(s
     assert spd_calib.plan(profile, max_bytes=1.0, run=CPU).requires == []
     for more, error, what in (
         ({"max_bytes": "1%"}, SpdError, "cannot have"),
-        ({"max_bytes": "30%", "sync_bits": 8}, InputError, "leave `sync_bits`, `compare` out"),
+        ({"max_bytes": "30%", "sync_bits": 8}, InputError, "leave `sync_bits`, `compare`, `replicate` out"),
     ):
         with pytest.raises(error, match=what):
             spd_calib.plan(profile, run=CPU, **more)

@@ -78,7 +78,7 @@ def evaluate(
     with nullcontext() if journal is None else MeasurementJournal(journal, identity) as kept:
         if kept is not None and kept.finished:
             progress.say(f"going on from {kept.path}: {kept.finished} portions of the requests are finished")
-        lm = session.load(resolved.device, str(resolved.dtype), seed=resolved.seed)
+        lm = session.load(resolved.device, str(resolved.dtype), seed=resolved.seed, drops=drops)
         original = load_original(document, resolved, path=path) if document.recovered_from else None
         progress.expect(2 * suite.requests)
         dense, planned = suite.run_dense_and_planned(

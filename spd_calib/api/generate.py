@@ -67,7 +67,9 @@ def generate(
         _check_prompt(session, prompt, new_tokens=new_tokens)
     writers: dict[Written, Drops] = {"dense": NOTHING_DROPPED} if dense else {}
     writers["plan"] = load_drops(document, path)
-    lm = session.load(resolved.device, str(resolved.dtype), seed=resolved.seed, stream=resolved.stream)
+    lm = session.load(
+        resolved.device, str(resolved.dtype), seed=resolved.seed, stream=resolved.stream, drops=writers["plan"]
+    )
     progress.expect(len(writers) * len(prompts))
     written = []
     for name, drops in writers.items():

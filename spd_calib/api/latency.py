@@ -10,7 +10,7 @@ from spd_calib.parallel.session import Session, check_same_model
 from spd_calib.planning.latency import PHASES, LatencyModel, Phase, Step
 from spd_calib.planning.machine_latency import ITEMSIZE, as_measured, held_against, on_machine
 from spd_calib.planning.machine_tables import load
-from spd_calib.planning.model_sizes import ModelSizes, predictor_weights
+from spd_calib.planning.model_sizes import NOTHING_ADDED, Added, ModelSizes, added_by
 
 from .progress import SILENT, Progress
 
@@ -48,15 +48,21 @@ def latency_options(
 
 
 def latency_models(
-    session: Session, options: LatencyOptions, *, recovered: Plan | None = None, progress: Progress = SILENT
+    session: Session,
+    options: LatencyOptions,
+    *,
+    recovered: Plan | None = None,
+    replicated: Added = NOTHING_ADDED,
+    progress: Progress = SILENT,
 ) -> dict[Phase, LatencyModel]:
     """Return the latency model by phase, decode first; `progress` is told its ceiling, and how it fits what was timed.
 
-    `recovered` is the plan whose predictors a plan of the session's checkpoint takes over. Raises InputError where the
+    `recovered` is the plan whose predictors and heads a plan of the session's checkpoint takes over, `replicated` what
+    further heads add. Raises InputError where the
     hardware is of another model or number of ranks, or other steps are asked for than it holds.
     """
-    sizes = _sizes(session)
-    predictors = predictor_weights(recovered, sizes) if recovered else 0
+    sizes = sizes_of(session)
+    added = replicated + (added_by(recovered, sizes) if recovered else NOTHING_ADDED)
     found = load(options.hardware)
     if isinstance(found, Hardware):
         _check_fits(found, session, options=options)
@@ -68,7 +74,7 @@ def latency_models(
                 name=options.hardware,
                 batch=options.batch,
                 context=options.context,
-                predictors=predictors,
+                added=added,
             )
             for phase in PHASES
         }
@@ -76,7 +82,7 @@ def latency_models(
     else:
         context = options.context or min(CONTEXT, session.max_length)
         steps = [Step(phase, options.batch or 1, context, ITEMSIZE["bfloat16"]) for phase in PHASES]
-        models = {s.phase: on_machine(found, sizes, tp=session.tp, step=s, predictors=predictors) for s in steps}
+        models = {s.phase: on_machine(found, sizes, tp=session.tp, step=s, added=added) for s in steps}
     for phase, m in models.items():
         progress.say(
             f"ceiling, {phase}: dropping every sync point saves {100 * m.ceiling:.1f} % of a step, every attention's "
@@ -85,7 +91,8 @@ def latency_models(
     return models
 
 
-def _sizes(session: Session) -> ModelSizes:
+def sizes_of(session: Session) -> ModelSizes:
+    """Return the sizes of the session's model, of which no weight is read."""
     if session.source is None:
         assert session.model is not None
         return ModelSizes.of(session.model)

@@ -18,8 +18,10 @@ from spd_calib.parallel.session import Session
 from spd_calib.planning.budget_options import Amount, BudgetOptions, budget_for
 from spd_calib.planning.candidates import candidates
 from spd_calib.planning.latency import LatencyModel, Phase
+from spd_calib.planning.model_sizes import NOTHING_ADDED
 from spd_calib.planning.pareto import pareto_of
 from spd_calib.planning.plan import make_plan
+from spd_calib.planning.replication import Affordable, Replicated
 from spd_calib.planning.whole_plans import Calibration, HeldOut, measure_plans, part_of
 from spd_calib.sensitivity.measure import Subject
 from spd_calib.sensitivity.metrics import Tally
@@ -32,6 +34,7 @@ from .options import RunOptions
 from .progress import SILENT, Progress
 from .provenance import provenance
 from .recovered import RecoveredCheckpoint, open_profiled
+from .replication import affordable_for, any_replicated, attentions, replicated_heads
 from .tasks import TaskOptions
 from .text import reload_texts, verification_rounds
 
@@ -77,6 +80,7 @@ def plan(
     latency: LatencyOptions | None = None,
     compare: bool = False,
     sync_bits: int | None = None,
+    replicate: Amount | None = None,
     model: Model | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     run: RunOptions = RunOptions(),
@@ -101,6 +105,8 @@ def plan(
         latency: the machine to model latency on.
         compare: measure baseline sets of the same size, too; the best of all is taken (see plan_with_details).
         sync_bits: 8, 6 or 4: every sync that is kept is a quantised one, in all that is measured (default: none is).
+        replicate: share of the weights a rank reads that it may read more, '7%': heads of other ranks that it computes,
+            too, for what its MLP reads; in the blocks where that wins most, whose syncs are dropped in any case.
         model: where the model is, or the model itself (default: where the profile says).
         tokenizer: of a model in memory.
         run: device, dtype (default: the profile's) and batch size; the seed is the profile's.
@@ -128,6 +134,7 @@ def plan(
         latency=latency,
         compare=compare,
         sync_bits=sync_bits,
+        replicate=replicate,
         model=model,
         tokenizer=tokenizer,
         run=run,
@@ -143,6 +150,7 @@ def plan_with_details(
     latency: LatencyOptions | None = None,
     compare: bool = False,
     sync_bits: int | None = None,
+    replicate: Amount | None = None,
     model: Model | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     run: RunOptions = RunOptions(),
@@ -156,13 +164,17 @@ def plan_with_details(
         raise InputError(
             f"`sync_bits` {sync_bits} is none of {', '.join(map(str, BITS))}; leave it out for full syncs."
         )
-    if asked.max_bytes is not None and (sync_bits is not None or compare):
-        raise InputError("`max_bytes` chooses the bits itself, and has no baselines: leave `sync_bits`, `compare` out.")
+    if asked.max_bytes is not None and (sync_bits is not None or compare or replicate is not None):
+        raise InputError(
+            "`max_bytes` chooses the bits itself, and has no baselines or replicated heads: leave `sync_bits`, "
+            "`compare`, `replicate` out."
+        )
     inputs = _open(
         profile,
         asked,
         tasks=tasks,
         latency=latency,
+        replicate=replicate,
         model=model,
         tokenizer=tokenizer,
         run=run,
@@ -173,6 +185,12 @@ def plan_with_details(
     subject = replace(subject, always=quantised | subject.always)
     give_estimates(subject, inputs.texts, batch_size=inputs.run.batch_size, progress=progress)
     calibration, held_out = _texts(inputs, subject, progress=progress)
+    replicated = Replicated()
+    if inputs.heads is not None:
+        points = attentions(inputs.profile, inputs.reached)
+        replicated = replicated_heads(points, inputs.heads, calibration=calibration, progress=progress)
+        subject = replace(subject, always=subject.always | replicated.drops)
+        calibration, held_out = _texts(inputs, subject, progress=progress)
     file, content = (recovered.predictors() if recovered else None) or (None, None)
     made_by = provenance(inputs.run)
     planned = make_plan(
@@ -187,6 +205,7 @@ def plan_with_details(
         recovered=recovered.plan if recovered else None,
         predictors=file,
         quantised=quantised,
+        replicated=replicated,
     )
     finished, estimates = with_estimates(planned.plan, subject)
     modelled = [model_of.latency(len(planned.plan.drops)) for model_of in inputs.models.values()]
@@ -198,7 +217,7 @@ def plan_with_details(
             inputs.profile,
             provenance=made_by,
             strategies=asked.strategies,
-            measured=calibration.measured,
+            measured={} if replicated.drops else calibration.measured,  # which has them in every set
             latency=inputs.models,
         ),
         predictors=content if estimates is None else estimates,
@@ -216,7 +235,8 @@ class _Inputs:
     """All that a plan is made from, before any weight is loaded.
 
     `budget` is what was asked for, `reached` what is searched for: of a share of time to save, the number of drops that
-    save it. `suites` are the tasks to choose by and those to verify on, if a budget is of tasks.
+    save it. `suites` are the tasks to choose by and those to verify on, if a budget is of tasks; `heads` those of other
+    ranks that may be replicated.
     """
 
     profile: Profile
@@ -227,13 +247,15 @@ class _Inputs:
     models: Mapping[Phase, LatencyModel]
     texts: list[Text]
     suites: list[Any]
+    heads: Affordable | None
     run: RunOptions
 
     def load(self) -> Subject:
         """Return the model that whole plans are measured on."""
         if self.recovered:
             return self.recovered.subject(self.session, self.run)
-        return Subject(self.session.load(self.run.device, str(self.run.dtype), seed=self.run.seed))
+        drops = any_replicated(self.profile, self.reached, self.heads) if self.heads else NOTHING_DROPPED
+        return Subject(self.session.load(self.run.device, str(self.run.dtype), seed=self.run.seed, drops=drops))
 
 
 def _open(
@@ -242,6 +264,7 @@ def _open(
     *,
     tasks: TaskOptions | None,
     latency: LatencyOptions | None,
+    replicate: Amount | None,
     model: Model | None,
     tokenizer: PreTrainedTokenizerBase | None,
     run: RunOptions,
@@ -255,7 +278,9 @@ def _open(
         raise InputError("`min_speedup` needs `hardware`: a hardware.json, a CSV or a table's name.")
     session, recovered = open_profiled(measured, path=path, model=model, tokenizer=tokenizer)
     before = recovered.plan if recovered else None
-    models = latency_models(session, latency, recovered=before, progress=progress) if latency else {}
+    heads = affordable_for(measured, budget, session=session, share=replicate)
+    added = heads.added if heads else NOTHING_ADDED
+    models = latency_models(session, latency, recovered=before, replicated=added, progress=progress) if latency else {}
     resolved = replace(resolved_for(session, run, dtype=measured.provenance.dtype), seed=measured.provenance.seed)
     suites = [tasks.with_batch_size(resolved.batch_size).load(half=half) for half in (0, 1)] if tasks else []
     if suites:
@@ -269,6 +294,7 @@ def _open(
         models=models,
         texts=reload_texts(session, measured, path=path),
         suites=suites,
+        heads=heads,
         run=resolved,
     )
 

@@ -43,7 +43,7 @@ class RecoveredCheckpoint:
         The session is the checkpoint's own, `run` is resolved.
         """
         always = self.drops
-        lm = session.load(run.device, str(run.dtype), seed=run.seed, stream=run.stream)
+        lm = session.load(run.device, str(run.dtype), seed=run.seed, stream=run.stream, drops=always)
         return Subject(lm, always, load_original(self.plan, run, path=self.path))
 
     def described(self, skip: int) -> str:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import BatchSize, Device, Dtype, Json, ModelPlace, Recipe
+from .options import COMMON, BatchSize, Device, Dtype, Json, ModelPlace, Recipe
 
 if TYPE_CHECKING:
     from spd_calib.api.plan import PlanningResult
@@ -37,10 +37,8 @@ def plan(
             metavar="NAMES", help="For --max-accuracy-drop: every 2nd document verifies.", rich_help_panel=BUDGET
         ),
     ] = None,
-    include_path: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder with further lm-eval tasks.", rich_help_panel=BUDGET)
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=2, help="Documents a task.", rich_help_panel=BUDGET)] = None,
+    include_path: Annotated[Path | None, typer.Option(metavar="DIR", help="of tasks", rich_help_panel=COMMON)] = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="documents", rich_help_panel=COMMON)] = None,
     max_logprob_diff: Annotated[
         str | None,
         typer.Option(metavar="X", help="Largest |delta log p| of any token, anywhere.", rich_help_panel=BUDGET),
@@ -87,6 +85,9 @@ def plan(
     ] = False,
     sync_bits: Annotated[
         int | None, typer.Option(metavar="N", help="8, 6 or 4 bits a value in every sync that is kept.")
+    ] = None,
+    replicate: Annotated[
+        str | None, typer.Option(metavar="X", help="Weights a rank reads more, of others' heads, e.g. 7%.")
     ] = None,
     pareto: Annotated[Path | None, typer.Option(help="The cheapest set of every size, written here.")] = None,
     model: ModelPlace = None,
@@ -141,6 +142,7 @@ def plan(
                 latency=latency,
                 compare=compare,
                 sync_bits=sync_bits,
+                replicate=replicate,
                 model=model,
                 run=run,
                 progress=work.progress,

@@ -64,7 +64,7 @@ class PlannedLM(HFLM):
             raise InputError(f"The model argument dtype={dtype} is none of {', '.join(DTYPES)}.")
         name = type(self).resolve_model(pretrained or self.plan.model.id, Path(plan))
         session = open_session(name, self.plan.tensor_parallel.size, expected=self.plan.model)
-        lm = session.load(_device(device), dtype, seed=self.plan.provenance.seed)
+        lm = session.load(_device(device), dtype, seed=self.plan.provenance.seed, drops=drops)
         self.running = lm.running(drops)
         self.running.__enter__()  # to the end of the process: lm-eval calls the model whenever it wants
         answered_by = [sha256_of(Path(plan)), self.plan.model.weight_fingerprint, dtype, kwargs, versions()]

@@ -22,6 +22,9 @@ class Strategy(StrEnum):
     PLAIN_DROP = "plain_drop"
 
 
+Groups = tuple[tuple[int, ...], ...]
+"""Numbers of KV groups, by rank (models/shard.py)."""
+
 BITS = (8, 6, 4)
 """The bits a value of a quantised sync may have (parallel/quantised_sync.py)."""
 
@@ -52,22 +55,35 @@ class Drop:
     experts reads more than the stream that all ranks share.
     `bits`, one of BITS, makes a sync that is kept a quantised one: whatever its message settles is sent so; None sends
     it as it is.
+    `replicated` are the KV groups of other ranks that each rank computes, too, for what its MLP reads: of block_drop at
+    an attention, as many on every rank.
     """
 
     strategy: Strategy
     predictors: Mapping[int, Any] | None = None
     router: Any | None = None
     bits: int | None = None
+    replicated: Groups | None = None
 
     def __post_init__(self) -> None:
         if self.bits is not None and (self.strategy != Strategy.KEEP_SYNC or self.bits not in BITS):
             raise ValueError(f"{self.strategy} with {self.bits} bits: only a sync that is kept has bits, of {BITS}")
+        if self.replicated is not None:
+            self._check_replicated(self.replicated)
         if self.predictors is None and self.router is None:
             return
         if self.strategy != Strategy.BLOCK_DROP:
             raise ValueError(f"predictors go with block_drop, not with {self.strategy}")
         if self.predictors is not None:
             object.__setattr__(self, "predictors", MappingProxyType(dict(self.predictors)))
+
+    def _check_replicated(self, replicated: Groups) -> None:
+        if self.strategy != Strategy.BLOCK_DROP:
+            raise ValueError(f"replicated heads go with block_drop, not with {self.strategy}")
+        if len({len(own) for own in replicated}) != 1 or not replicated[0]:
+            raise ValueError("every rank replicates as many KV groups as any other, one at the least")
+        if any(list(own) != sorted(set(own)) for own in replicated):
+            raise ValueError("the KV groups that a rank replicates are named once each, in order")
 
 
 KEPT = Drop(Strategy.KEEP_SYNC)
@@ -89,6 +105,8 @@ class Drops:
             raise ValueError("an MLP sync point is kept or block-dropped")
         if any(p.sync_point == "mlp" and d.router is not None for p, d in treated.items()):
             raise ValueError("a router's predictor stands in for an attention's output, not for an MLP's")
+        if any(p.sync_point == "mlp" and d.replicated for p, d in treated.items()):
+            raise ValueError("only an attention has heads that can be replicated")
         object.__setattr__(self, "by_point", MappingProxyType(treated))
 
     @classmethod
@@ -116,6 +134,11 @@ class Drops:
     def bits(self) -> dict[Point, int]:
         """Return the points that are kept by a quantised sync, and its bits."""
         return {p: drop.bits for p, drop in self.by_point.items() if drop.bits is not None}
+
+    @property
+    def replicated(self) -> dict[int, Groups]:
+        """Return, by block, the KV groups of other ranks that each rank computes, too."""
+        return {p.block: drop.replicated for p, drop in self.by_point.items() if drop.replicated is not None}
 
     @property
     def streams_differ(self) -> bool:
@@ -177,7 +200,7 @@ class Drops:
         return self.by_point.get(point, KEPT).strategy != Strategy.KEEP_SYNC  # type: ignore[call-overload]
 
     def __hash__(self) -> int:
-        return hash(tuple((p, d.strategy, d.bits) for p, d in self.by_point.items()))
+        return hash(tuple((p, d.strategy, d.bits, d.replicated) for p, d in self.by_point.items()))
 
 
 NOTHING_DROPPED = Drops()

@@ -6,10 +6,10 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from .common import Count, Finite, ModelRef, Part, Provenance, Sha256, TensorParallel, TextRef
-from .drops import SUBLAYERS, Drop, Drops, Point, Strategy
+from .drops import SUBLAYERS, Drop, Drops, Groups, Point, Strategy
 from .profile import Comparison
 
-Requirement = Literal["mlp_drop", "compensation", "router_predictor", "quantised_sync"]
+Requirement = Literal["mlp_drop", "compensation", "router_predictor", "quantised_sync", "replicated_heads"]
 
 
 def field_of_bits(description: str) -> Any:
@@ -108,6 +108,12 @@ class PlannedBlock(Part):
     mlp_sync_bits: Literal[8, 6, 4] | None = field_of_bits(
         "Bits of a value in the MLP's sync, where it is kept; what waits for it is in its message"
     )
+    replicated: Groups | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="By rank, the KV groups of other ranks that it computes, too, for what its MLP reads: a KV head "
+        "and the query heads that it serves or, with more ranks than KV heads, one rank's query heads",
+    )
     recovery: Literal["distillation", "grouping+distillation"] | None = Field(
         default=None, description="Treatment the paper's rule asks for before this block may be dropped"
     )
@@ -142,6 +148,7 @@ def requirements(blocks: Sequence[PlannedBlock]) -> list[Requirement]:
         "compensation": any(b.compensation or b.mlp_compensation for b in blocks),
         "router_predictor": any(b.router for b in blocks),
         "quantised_sync": any(b.sync_bits or b.mlp_sync_bits for b in blocks),
+        "replicated_heads": any(b.replicated for b in blocks),
     }
     return [name for name, wanted in needed.items() if wanted]
 
@@ -235,6 +242,12 @@ class Plan(Part):
             raise ValueError("only a sync that is kept can have bits")
         if bool(quantised) != ("quantised_sync" in self.requires):
             raise ValueError("blocks with quantised syncs need 'quantised_sync' in requires")
+        replicated = [b for b in self.blocks if b.replicated is not None]
+        if any(len(b.replicated or ()) != self.tensor_parallel.size for b in replicated):
+            raise ValueError("`replicated` names the KV groups of each rank")
+        if bool(replicated) != ("replicated_heads" in self.requires):
+            raise ValueError("blocks with replicated heads need 'replicated_heads' in requires")
+        _ = self.drops  # which has rules of its own
         predicted = [b for b in self.blocks if b.compensation]
         if any(b.strategy != Strategy.BLOCK_DROP for b in predicted):
             raise ValueError("only a block whose strategy is block_drop can have a compensation")
@@ -256,7 +269,9 @@ class Plan(Part):
         """Return what the plan drops, without its predictors; models.plan_files.load_plan brings them along."""
         return Drops(
             {
-                Point(b.index, sublayer): Drop(strategy, bits=bits)
+                Point(b.index, sublayer): Drop(
+                    strategy, bits=bits, replicated=b.replicated if sublayer == "attention" else None
+                )
                 for b in self.blocks
                 for sublayer, (strategy, bits) in zip(SUBLAYERS, b.syncs, strict=True)
             }

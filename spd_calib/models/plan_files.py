@@ -1,6 +1,7 @@
 """A plan and the predictors in the file beside it, from disk to the drops that a model runs."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spd_calib.errors import InputError
-from spd_calib.formats.drops import Drop, Drops, Point, Strategy
+from spd_calib.formats.drops import Drop, Drops, Point
 from spd_calib.formats.files import read, sha256_of
 from spd_calib.formats.plan import Compensation, Plan
 
@@ -36,12 +37,12 @@ def load_drops(plan: Plan, path: Path | None, *, ranks: Iterable[int] | None = N
     A plan that comes from no file (`path` None) can have none: raises InputError where it has.
     """
     predictors = _load_predictors(plan, plan_path=path, ranks=ranks)
-    return plan.drops | Drops({point: _drop(plan.drops.strategy(point), own) for point, own in predictors.items()})
+    return plan.drops | Drops({point: _drop(plan.drops.at(point), own) for point, own in predictors.items()})
 
 
-def _drop(strategy: Strategy, predictors: Mapping[Owner, Predictor]) -> Drop:
+def _drop(drop: Drop, predictors: Mapping[Owner, Predictor]) -> Drop:
     of_ranks = {owner: predictor for owner, predictor in predictors.items() if owner != "router"}
-    return Drop(strategy, of_ranks or None, predictors.get("router"))
+    return replace(drop, predictors=of_ranks or None, router=predictors.get("router"))
 
 
 def predictor_tensors(drops: Drops) -> dict[str, Tensor]:

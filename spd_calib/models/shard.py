@@ -2,7 +2,8 @@
 
 import copy
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +38,37 @@ class RankSlices:
         )
 
 
+def num_groups(counts: HeadCounts, tp: int) -> int:
+    """Return the number of KV groups: a KV head and the query heads that it serves, or, with more ranks than KV heads,
+    the query heads of one rank and the KV head that serves them."""
+    return max(counts.kv_heads, tp)
+
+
+def own_groups(counts: HeadCounts, rank: int, tp: int) -> range:
+    """Return the KV groups that a rank owns."""
+    each = num_groups(counts, tp) // tp
+    return range(rank * each, (rank + 1) * each)
+
+
+def slices_of_groups(counts: HeadCounts, groups: Sequence[int], tp: int) -> list[RankSlices]:
+    """Return ranges of heads that hold these KV groups, which are in order: as few as one attention each can run.
+
+    In one range every KV head serves as many query heads; no neurons are in it.
+    """
+    total, found = num_groups(counts, tp), list[RankSlices]()
+    for group in groups:
+        own, last = RankSlices.of(counts, group, total), found[-1] if found else None
+        if last and last.heads.stop == own.heads.start and (total == counts.kv_heads or last.kv_heads == own.kv_heads):
+            own = replace(own, heads=_joined(last.heads, own.heads), kv_heads=_joined(last.kv_heads, own.kv_heads))
+            found.pop()
+        found.append(replace(own, neurons=NONE, shared_neurons=NONE))
+    return found
+
+
+def _joined(a: slice, b: slice) -> slice:
+    return slice(a.start, b.stop)
+
+
 def size(of: slice) -> int:
     """Return the number of heads, neurons, rows or columns in a range."""
     return of.stop - of.start
@@ -50,7 +82,7 @@ def times(of: slice, width: int) -> slice:
 Rows = tuple[slice, ...]
 """Output rows of a linear layer: one range, or in a fused layer one of each projection that it holds, in order."""
 
-ALL = slice(None)
+ALL, NONE = slice(None), slice(0, 0)
 ALL_ROWS: Rows = (ALL,)
 
 
@@ -198,6 +230,11 @@ def _cut_parameter(shard: nn.Module, name: str, own: slice, *, of: int) -> None:
         setattr(module, name, held[own] if len(held) == of else held)  # it may be cut already (shard_load.py)
 
     shard.register_forward_pre_hook(cut)
+
+
+def o_of(parts: LayerParts, attention: nn.Module) -> nn.Module:
+    """Return o_proj of a copy of the layer's attention that `rank_attention` returned."""
+    return attention.get_submodule(next(n for n, m in parts.attention.named_children() if m is parts.o))
 
 
 class RankMLP(nn.Module):

@@ -9,21 +9,27 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from spd_calib.formats.drops import NOTHING_DROPPED, Drop, Drops, Point, Strategy
+from spd_calib.formats.drops import NOTHING_DROPPED, Drop, Drops, Groups, Point, Strategy
 from spd_calib.models.all_heads_norm import AllHeadsNorm
 from spd_calib.models.architecture import HeadCounts, LayerParts
 from spd_calib.models.experts import RankExperts, Routing, route
-from spd_calib.models.shard import RankMLP, RankSlices, rank_attention, size
+from spd_calib.models.shard import RankMLP, RankSlices, num_groups, o_of, rank_attention, size
 
+from .attention import attended
 from .comm import Comm
+from .replicated_heads import Replicated, ReplicatedHeads, check_replicated
 from .streams import Branch, Streams, defer, keep, write_off
 
 
 @dataclass
 class Present:
-    """Holds what a model drops at the moment; TensorParallelLM.running alone sets it."""
+    """Holds what a model drops at the moment; TensorParallelLM.running alone sets it.
+
+    `replicas` is the most attentions on replicated heads (ReplicatedHeads) that a block has in this process.
+    """
 
     drops: Drops = NOTHING_DROPPED
+    replicas: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,9 +48,10 @@ class Block(nn.Module):
         counts = HeadCounts.of(parts)
         slices = [RankSlices.of(counts, rank, comm.size) for rank in comm.ranks]
         self.index, self.num_blocks, self.comm, self.present = index, num_blocks, comm, present
+        self.parts, self._replicas = parts, dict[Groups, ReplicatedHeads]()
         self.attention_point, self.mlp_point = Point(index, "attention"), Point(index, "mlp")
         self.norm1, self.norm2 = parts.norm1, parts.norm2
-        # the KV cache holds the blocks of this process's first rank, then those of its second, ...
+        # the KV cache holds the blocks of this process's first rank, then of its second, ...; then of replicated heads
         self.attentions = nn.ModuleList(
             rank_attention(parts, s, layer_idx=i * num_blocks + index) for i, s in enumerate(slices)
         )
@@ -55,8 +62,7 @@ class Block(nn.Module):
         self.scale, self.o_bias = parts.scale, parts.o.bias
         self.down_bias = None if parts.experts else parts.down.bias
         self.read_weights: Callable[[int], None] | None = None  # called before each use, if on disk
-        name = next(n for n, m in parts.attention.named_children() if m is parts.o)
-        self.outs = [getattr(attention, name) for attention in self.attentions]  # each rank's slice of o_proj
+        self.outs = [o_of(parts, attention) for attention in self.attentions]  # each rank's slice of o_proj
         self.d_rank = size(slices[0].heads) * counts.head_dim
         self.width = parts.o.out_features
 
@@ -79,7 +85,8 @@ class Block(nn.Module):
         hidden_states: [B, T, d] (the embeddings) or the Streams of the block before; kwargs as transformers' own.
         """
         if kwargs.get("past_key_values") is not None:
-            _a_cache_for_each_rank(kwargs["past_key_values"], self.num_blocks, len(self.attentions))
+            places = len(self.attentions) + self.present.replicas
+            _a_cache_for_each_rank(kwargs["past_key_values"], self.num_blocks, places)
         return self.run(Streams.of(hidden_states), self.present.drops, **kwargs)
 
     def run(self, s: Streams, drops: Drops, **kwargs) -> Streams:
@@ -88,7 +95,9 @@ class Block(nn.Module):
         The predictors of `drops` must be on the model's device (TensorParallelLM.fitted).
         """
         attention, mlp = drops.at(self.attention_point), drops.at(self.mlp_point)
-        h, mlps_read = self.behind_attention(attention, s, *self.attend(s, **kwargs))
+        h, mlps_read = self.behind_attention(
+            attention, s, *self.attend(s, **kwargs), self.attend_replicated(attention, s, **kwargs)
+        )
         routing = self.route(h.shared, self.expected(attention, s)) if self.experts else None
         return self.behind_mlp(mlp, h, Fed(self._partials(mlps_read, routing), self._bias(routing, h)))
 
@@ -99,15 +108,35 @@ class Block(nn.Module):
         outputs [B, T, d_rank].
         """
         self._read_weights()
-        heads: list[Tensor] = []
-        hooks = [out.register_forward_pre_hook(lambda m, args: heads.append(args[0])) for out in self.outs]
-        try:
-            inputs = self._sharing_squares(self._inputs(self.norm1, s))
-            partials = [attn(hidden_states=u, **kwargs)[0] for attn, u in zip(self.attentions, inputs, strict=True)]
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return partials, heads
+        inputs = self._sharing_squares(self._inputs(self.norm1, s))
+        own = zip(self.attentions, self.outs, inputs, strict=True)
+        found = [attended(attention, o, u, **kwargs) for attention, o, u in own]
+        return [partial for partial, _ in found], [z for _, z in found]
+
+    def replicas(self, groups: Groups) -> ReplicatedHeads:
+        """Return the KV groups, by rank, that the ranks of this process compute beside their own.
+
+        They share the block's weights, and are made once. Raises InputError where they cannot be replicated.
+        """
+        if groups not in self._replicas:
+            check_replicated(self.index, self.parts, groups, tp=self.comm.size)
+            own = [groups[rank] for rank in self.comm.ranks]
+            self._replicas[groups] = ReplicatedHeads(
+                self.parts, own, tp=self.comm.size, block=self.index, num_blocks=self.num_blocks
+            )
+        return self._replicas[groups]
+
+    def seen_by_a_rank(self, drop: Drop) -> int:
+        """Return the width of the head outputs that a rank has: its own, and those of heads that it replicates."""
+        width, groups = self.d_rank * self.comm.size, num_groups(HeadCounts.of(self.parts), self.comm.size)
+        return self.d_rank + (len(drop.replicated[0]) if drop.replicated else 0) * width // groups
+
+    def attend_replicated(self, drop: Drop, s: Streams, **kwargs) -> Replicated | None:
+        """Return what the replicated heads of `drop` give on every rank; None where it has none. As `attend`."""
+        if drop.replicated is None:
+            return None
+        self._read_weights()
+        return self.replicas(drop.replicated).attend(self._inputs(self.norm1, s), **kwargs)
 
     def _sharing_squares(self, inputs: Iterable[Tensor]) -> Iterable[Tensor]:
         """Return what each rank's attention reads; tell its norms over all heads, if any, the mean squares: a sync."""
@@ -124,18 +153,25 @@ class Block(nn.Module):
         return own
 
     def behind_attention(
-        self, drop: Drop, s: Streams, partials: list[Tensor], heads: list[Tensor]
+        self,
+        drop: Drop,
+        s: Streams,
+        partials: list[Tensor],
+        heads: list[Tensor],
+        replicated: Replicated | None = None,
     ) -> tuple[Streams, Streams]:
         """Treat the attention's sync point; return the streams behind it, and what the ranks' MLPs read.
 
-        Both are the same but where predictors stand in for what a linear branch owes: for the MLPs' input alone, the
-        residual stream takes the exact partial sums.
+        Both are the same but where predictors, or `replicated` heads (attend_replicated), stand in for what a linear
+        branch owes: for the MLPs' input alone, the residual stream takes the exact partial sums, each head's once.
         """
         branch = self.attention_branch
-        if drop.predictors is None:
+        if drop.predictors is None and replicated is None:
             h = self._sync_point(drop, s, partials, branch)
             return h, h
-        estimates = self._estimates(drop, branch, partials=partials, z=heads)
+        known = partials if replicated is None else replicated.beside(partials)
+        z = heads if replicated is None else replicated.heads_beside(heads)
+        estimates = self._estimates(drop, branch, partials=known, z=z)
         if branch.norm is not None:
             h = defer(s, partials, branch, estimates=estimates)
             return h, h
@@ -150,10 +186,14 @@ class Block(nn.Module):
         return defer(s, own, branch, estimates=self._estimates(drop, branch, partials=own, z=own))
 
     def _estimates(self, drop: Drop, branch: Branch, *, partials: list[Tensor], z: list[Tensor]) -> list[Tensor]:
-        """Return what each rank's predictor gives, where its share is its partial sum, or a norm's branch of it."""
-        assert drop.predictors is not None
-        of_ranks = [drop.predictors[rank] for rank in self.comm.ranks]
+        """Return what each rank's predictor gives, where its share is its partial sum, or a norm's branch of it.
+
+        Without predictors, its share.
+        """
         shares = partials if branch.norm is None else map(branch, partials)
+        if drop.predictors is None:
+            return list(shares)
+        of_ranks = [drop.predictors[rank] for rank in self.comm.ranks]
         return [predict(own, share) for predict, own, share in zip(of_ranks, z, shares, strict=True)]
 
     def route(self, shared: Tensor, expected: Tensor | None = None) -> Routing:
@@ -228,10 +268,10 @@ def _rank_mlp(parts: LayerParts, slices: RankSlices) -> nn.Module:
     return RankMLP(parts.dense, slices.neurons, scale=parts.down_scale)
 
 
-def _a_cache_for_each_rank(cache: Cache, num_blocks: int, ranks: int) -> None:
-    """Repeat the still empty layers of a KV cache that transformers made for one rank, for the others."""
-    if len(cache.layers) == num_blocks and ranks > 1:
+def _a_cache_for_each_rank(cache: Cache, num_blocks: int, places: int) -> None:
+    """Repeat the still empty layers of a KV cache that transformers made for one rank, until they have `places`."""
+    if len(cache.layers) == num_blocks and places > 1:
         empty = [copy.deepcopy(layer) for layer in cache.layers]
         for layer in empty:
             layer.reset()
-        cache.layers.extend(copy.deepcopy(layer) for _ in range(ranks - 1) for layer in empty)
+        cache.layers.extend(copy.deepcopy(layer) for _ in range(places - 1) for layer in empty)

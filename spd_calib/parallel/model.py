@@ -98,22 +98,27 @@ class TensorParallelLM:
         """Run `drops`, and nothing else, in every forward of the model while this lasts.
 
         Afterwards the model runs what it ran before. May be nested: the innermost counts. Raises InputError for
-        predictors that do not fit the model, ValueError for sync points that it does not have.
+        predictors or replicated heads that do not fit the model, ValueError for sync points that it does not have.
         """
-        before = self._present.drops
+        before = vars(self._present).copy()
         self._present.drops = self.fitted(drops)
+        replicas = [self.blocks[block].replicas(groups).attentions for block, groups in drops.replicated.items()]
+        self._present.replicas = max((sum(map(len, of_ranks)) for of_ranks in replicas), default=0)
         try:
             yield
         finally:
-            self._present.drops = before
+            vars(self._present).update(before)
 
     def fitted(self, drops: Drops) -> Drops:
         """Return `drops` with their predictors on the model's device and in its dtype.
 
-        Where they name none, those of `estimates` are taken. The drops given, and their predictors, stay as they are.
-        Raises as `running` does.
+        Where they name none, those of `estimates` are taken, but for replicated heads. The drops given, and their
+        predictors, stay as they are.
+        Raises as `running` does, and for heads that cannot be replicated.
         """
         drops.check_fits(self.num_blocks)
+        for block, groups in drops.replicated.items():
+            self.blocks[block].replicas(groups)
         if drops.streams_differ and (mixed := self.mixtures):
             raise InputError(
                 f"plain_drop cannot be used in this model: block {mixed[0]} is a mixture of experts, and ranks whose "
@@ -125,7 +130,7 @@ class TensorParallelLM:
 
     def _estimated(self, point: Point, drop: Drop) -> Drop:
         """Return the drop with the predictors of `estimates` where it names none of its own."""
-        if drop.strategy != Strategy.BLOCK_DROP or drop.predictors is not None:
+        if drop.strategy != Strategy.BLOCK_DROP or drop.predictors is not None or drop.replicated is not None:
             return drop
         return replace(drop, predictors=self.estimates.at(point).predictors)
 
@@ -138,11 +143,12 @@ class TensorParallelLM:
         like = next(block.attentions.parameters())
         router = None if drop.router is None else self._fitted_router(block, drop.router).like(like)
         if drop.predictors is None:
-            return Drop(drop.strategy, None, router)
+            return replace(drop, router=router)
         if missing := set(self.comm.ranks) - set(drop.predictors):
             raise InputError(f"Block {point.block} has no predictor for rank {min(missing)} of {self.comm.size}.")
-        check_predictors(point.block, drop.predictors, d_rank=block.d_rank, d=block.width)
-        return Drop(drop.strategy, {rank: drop.predictors[rank].like(like) for rank in self.comm.ranks}, router)
+        check_predictors(point.block, drop.predictors, d_rank=block.seen_by_a_rank(drop), d=block.width)
+        own = {rank: drop.predictors[rank].like(like) for rank in self.comm.ranks}
+        return replace(drop, predictors=own, router=router)
 
     def _fitted_router(self, block: Block, router: Predictor) -> Predictor:
         """Return the router's predictor. Raises InputError for a block without one, or where it is of another width."""

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spd_calib.errors import InputError, OtherModel
 from spd_calib.formats.common import ModelRef
+from spd_calib.formats.drops import NOTHING_DROPPED, Drops
 from spd_calib.models.checkpoint import account, check_weight
 from spd_calib.models.in_memory import check_in_memory, check_tensors, ref_in_memory, sharing_copy
 from spd_calib.models.load import (
@@ -51,12 +52,19 @@ class Session:
         return self.config.max_position_embeddings
 
     def load(
-        self, device: str = "cpu", dtype: str = "float32", *, seed: int = 0, stream: bool = False
+        self,
+        device: str = "cpu",
+        dtype: str = "float32",
+        *,
+        seed: int = 0,
+        stream: bool = False,
+        drops: Drops = NOTHING_DROPPED,
     ) -> TensorParallelLM:
         """Return the model on its ranks: under torchrun on real ones, else on simulated ones.
 
         With `stream`, or where the weights would take more than half of the memory free, simulated ranks read each
         block's weights from disk when it is to run; that the whole equals the dense model is then not checked.
+        A real rank can run the replicated heads of `drops`, and no others: more of its attention is loaded for them.
         A model in memory runs where it is and as it is: raises InputError for another device or dtype.
         """
         if self.source is None:
@@ -72,7 +80,15 @@ class Session:
             dense = load_dense(self.source, self.config, device=device, dtype=dtype)
             return TensorParallelLM.simulated(dense, self.tp)
         comm, device = distributed.start(self.tp), distributed.local_device(device)
-        model = load_sharded(self.source, self.config, rank=comm.rank, tp=self.tp, device=device, dtype=dtype)
+        model = load_sharded(
+            self.source,
+            self.config,
+            rank=comm.rank,
+            tp=self.tp,
+            device=device,
+            dtype=dtype,
+            whole_attentions=drops.replicated,
+        )
         torch.manual_seed(seed)  # the same on all ranks: they sample the same tokens
         return TensorParallelLM(model, comm, sharded=True)
 

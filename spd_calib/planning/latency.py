@@ -5,11 +5,11 @@
 Where an engine fuses the all-reduce with the residual addition and the norm behind it into one kernel, that kernel's
 time counts as the all-reduce's, and a dropped one leaves the addition and the norm to do ("time left"); elsewhere
 nothing is left. Where branches go through a norm, the partial sums of a dropped sync point make another's message twice
-as wide, and what that takes is left. Bytes are a rank's weights and its KV cache; a recovered plan's predictors add
-theirs to all but the dense step. Nothing is taken to overlap, and no rate is reached in full: both are multiplied by
-ATTAINED (machine_latency.py). The embedding's all-reduce, the gathering of the logits, launches and the scheduler are
-not in it: a real step is longer, and the share saved smaller. Where a machine was measured (`spd-calib bench`) its own
-dense step stands in for the first term.
+as wide, and what that takes is left. Bytes are a rank's weights and its KV cache; a plan's predictors and replicated
+heads add theirs to all but the dense step. Nothing is taken to overlap, and no rate is reached in full: both are
+multiplied by ATTAINED (machine_latency.py). The embedding's all-reduce, the gathering of the logits, launches and the
+scheduler are not in it: a real step is longer, and the share saved smaller. Where a machine was measured (`spd-calib
+bench`) its own dense step stands in for the first term.
 """
 
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Step:
 @dataclass(frozen=True)
 class LatencyModel:
     """Seconds of a step outside its all-reduces, of one all-reduce, of what is left of it where it is dropped, and of
-    what a plan's predictors add to a step."""
+    what a plan's predictors and replicated heads add to a step."""
 
     hardware: str
     step: Step
@@ -47,7 +47,7 @@ class LatencyModel:
     compute: float
     all_reduce: float
     left: float = 0.0
-    predictors: float = 0.0
+    added: float = 0.0
 
     @property
     def saved_by_one(self) -> float:
@@ -56,13 +56,13 @@ class LatencyModel:
 
     def seconds(self, dropped: int) -> float:
         """Return the seconds of a step without `dropped` of its 2 L all-reduces."""
-        added = self.predictors if dropped else 0.0
+        added = self.added if dropped else 0.0
         kept = 2 * self.blocks - dropped
         return self.compute + kept * self.all_reduce + dropped * self.left + added
 
     def saved(self, dropped: int) -> float:
-        """Return the share saved of the dense step; below 0 where predictors cost more than the all-reduces did."""
-        return (dropped * self.saved_by_one - (self.predictors if dropped else 0.0)) / self.seconds(0)
+        """Return the share saved of the dense step; below 0 where what is added costs more than the all-reduces did."""
+        return (dropped * self.saved_by_one - (self.added if dropped else 0.0)) / self.seconds(0)
 
     @property
     def ceiling(self) -> float:

@@ -8,14 +8,16 @@ from spd_calib.formats.machine import Machine
 
 from .latency import LatencyModel, Phase, Step
 from .machine_tables import interpolate
-from .model_sizes import ModelSizes, bytes_moved, flops
+from .model_sizes import NOTHING_ADDED, Added, ModelSizes, bytes_moved, flops
 
 ATTAINED = 0.8  # of a data sheet's rates; assumed, not measured
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def on_machine(machine: Machine, sizes: ModelSizes, *, tp: int, step: Step, predictors: int = 0) -> LatencyModel:
-    """Return the latency model of `step` from a machine's rates; `predictors`: weights that they add on a rank.
+def on_machine(
+    machine: Machine, sizes: ModelSizes, *, tp: int, step: Step, added: Added = NOTHING_ADDED
+) -> LatencyModel:
+    """Return the latency model of `step` from a machine's rates; `added` is what a plan adds to it on a rank.
 
     Raises InputError for another number of ranks than its table is of.
     """
@@ -24,7 +26,7 @@ def on_machine(machine: Machine, sizes: ModelSizes, *, tp: int, step: Step, pred
             f"{machine.name} holds all-reduce times of {machine.ranks} ranks, not of {tp}, and how a link scales is "
             "not guessed; measure yours with `spd-calib bench`, or give a CSV of them."
         )
-    dense = _busy(machine, sizes, tp=tp, step=step, more=0)
+    dense = _busy(machine, sizes, tp=tp, step=step, added=NOTHING_ADDED)
     message = step.new_tokens * sizes.width * step.itemsize
     times = {r.bytes: r.seconds for r in machine.all_reduces}
     all_reduce = interpolate(times, message)
@@ -36,7 +38,7 @@ def on_machine(machine: Machine, sizes: ModelSizes, *, tp: int, step: Step, pred
         compute=dense,
         all_reduce=all_reduce,
         left=_left(times, sizes, message=message, fused=min(fused.left_seconds, all_reduce) if fused else 0.0),
-        predictors=_busy(machine, sizes, tp=tp, step=step, more=predictors) - dense,
+        added=_busy(machine, sizes, tp=tp, step=step, added=added) - dense,
     )
 
 
@@ -45,11 +47,10 @@ def _left(times: Mapping[int, float], sizes: ModelSizes, *, message: int, fused:
     return interpolate(times, 2 * message) - interpolate(times, message) if sizes.side_by_side else fused
 
 
-def _busy(machine: Machine, sizes: ModelSizes, *, tp: int, step: Step, more: int) -> float:
-    """Return the seconds that a step takes outside its all-reduces, with so many `more` weights on a rank."""
-    moved, computed = bytes_moved(sizes, step, tp=tp), flops(sizes, step, tp=tp)
-    memory = (moved + more * step.itemsize) / (ATTAINED * machine.memory_bytes_per_second)
-    compute = (computed + 2 * step.new_tokens * more) / (ATTAINED * machine.flops_per_second)
+def _busy(machine: Machine, sizes: ModelSizes, *, tp: int, step: Step, added: Added) -> float:
+    """Return the seconds that a step takes outside its all-reduces, with what a plan has `added` on a rank."""
+    memory = bytes_moved(sizes, step, tp=tp, added=added) / (ATTAINED * machine.memory_bytes_per_second)
+    compute = flops(sizes, step, tp=tp, added=added) / (ATTAINED * machine.flops_per_second)
     return max(memory, compute)
 
 
@@ -61,13 +62,12 @@ def as_measured(
     name: str,
     batch: int | None = None,
     context: int | None = None,
-    predictors: int = 0,
+    added: Added = NOTHING_ADDED,
 ) -> LatencyModel:
     """Return the latency model with a measured dense step: of `batch` and `context`, else the first that was timed.
 
-    `predictors`: weights that they add on a rank; they take as long as the step's own, in proportion. `name` is what
-    `hardware` is called in messages. Raises InputError where that step is not there, or took less than its all-reduces
-    timed alone.
+    What a plan has `added` on a rank takes as long as the step's own, in proportion. `name` is what `hardware` is
+    called in messages. Raises InputError where that step is not there, or took less than its all-reduces timed alone.
     """
     rows = [s for s in hardware.steps if s.phase == phase and s.blocks == "dense"]
     if not rows:
@@ -86,9 +86,8 @@ def as_measured(
             "again with more rounds, on a machine with nothing else to do."
         )
     tp = hardware.tensor_parallel.size
-    share = predictors * step.itemsize / bytes_moved(sizes, step, tp=tp)
-    if phase == "prefill":
-        share = 2 * step.new_tokens * predictors / flops(sizes, step, tp=tp)
+    amount = flops if phase == "prefill" else bytes_moved
+    share = amount(sizes, step, tp=tp, added=added) / amount(sizes, step, tp=tp) - 1
     return LatencyModel(
         hardware=name,
         step=step,
@@ -96,7 +95,7 @@ def as_measured(
         compute=compute,
         all_reduce=one,
         left=_left(times, sizes, message=message),
-        predictors=compute * share,
+        added=compute * share,
     )
 
 

@@ -7,11 +7,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from spd_calib.formats.drops import Groups
 from spd_calib.formats.plan import Plan
 from spd_calib.models.architecture import HeadCounts, LayerParts
 from spd_calib.models.plan_files import predictor_forms
 from spd_calib.models.predictor import predictor_shapes
 from spd_calib.models.probe import find_layers
+from spd_calib.models.shard import num_groups, size, slices_of_groups
 
 from .latency import Step
 
@@ -102,33 +104,81 @@ def _of_experts(layers: Sequence[LayerParts]) -> dict[str, float]:
     return {"expert_weights": weights / len(layers), "expert_share": router.top_k / router.num_experts}
 
 
-def bytes_moved(sizes: ModelSizes, step: Step, *, tp: int) -> float:
+@dataclass(frozen=True)
+class Added:
+    """Holds what a plan adds to what a rank does in a forward: its predictors, and the heads that it replicates."""
+
+    weights: float = 0.0
+    cached: float = 0.0  # numbers that the cache holds for a token
+    heads: float = 0.0  # query heads that attend
+
+    def __add__(self, other: "Added") -> "Added":
+        """Return both together."""
+        return Added(self.weights + other.weights, self.cached + other.cached, self.heads + other.heads)
+
+
+NOTHING_ADDED = Added()
+
+
+def weights_read(sizes: ModelSizes, *, tp: int) -> float:
+    """Return the weights of the dense model that a rank reads for a token, but for experts."""
+    return sizes.blocks * sizes.block_weights(tp) + sizes.head_weights / tp
+
+
+def bytes_moved(sizes: ModelSizes, step: Step, *, tp: int, added: Added = NOTHING_ADDED) -> float:
     """Return the bytes that a rank reads or writes: its weights, and the cache, read (decode) or written (prefill)."""
     cache = sizes.attending * sizes.cached(tp) * step.context + 2 * sizes.states / tp  # a state is read, and written
-    experts = sizes.expert_weights / tp * sizes.experts_met(step.new_tokens)
-    return (
-        sizes.blocks * (sizes.block_weights(tp) + experts) + sizes.head_weights / tp + sizes.blocks * step.batch * cache
-    ) * step.itemsize
+    experts = sizes.blocks * sizes.expert_weights / tp * sizes.experts_met(step.new_tokens)
+    cached = sizes.blocks * cache + added.cached * step.context
+    return (weights_read(sizes, tp=tp) + experts + added.weights + step.batch * cached) * step.itemsize
 
 
-def flops(sizes: ModelSizes, step: Step, *, tp: int) -> float:
+def flops(sizes: ModelSizes, step: Step, *, tp: int, added: Added = NOTHING_ADDED) -> float:
     """Return a rank's FLOPs: two for each weight and new token, the head's for the last token alone, and attention."""
     weights = sizes.block_weights(tp) + sizes.expert_weights / tp * sizes.expert_share
-    linear = 2 * step.new_tokens * sizes.blocks * weights + 2 * step.batch * sizes.head_weights / tp
+    linear = 2 * step.new_tokens * (sizes.blocks * weights + added.weights) + 2 * step.batch * sizes.head_weights / tp
     keys = step.context if step.phase == "decode" else step.context / 2  # a token attends to, on average: it is causal
     of_head = 2 * (sizes.key_dim + sizes.counts.head_dim)  # a key and a value of one head
     of_states = 6 * sizes.blocks * sizes.states / tp * step.new_tokens  # read, written to and asked, once a token
-    attended = sizes.attending * sizes.blocks * sizes.counts.heads / tp * of_head * step.new_tokens * keys
+    heads = sizes.attending * sizes.blocks * sizes.counts.heads / tp + added.heads
+    attended = heads * of_head * step.new_tokens * keys
     return linear + attended + of_states
 
 
 def predictor_weights(plan: Plan, sizes: ModelSizes) -> int:
     """Return the elements that the predictors of a recovered plan add to a rank, all blocks together."""
-    of_heads = sizes.counts.heads // plan.tensor_parallel.size * sizes.counts.head_dim
-    added = 0
+    tp = plan.tensor_parallel.size
+    of_heads, added = sizes.counts.heads // tp * sizes.counts.head_dim, 0
+    of_group = sizes.counts.heads * sizes.counts.head_dim // num_groups(sizes.counts, tp)
     for point, owners, form in predictor_forms(plan):
         # an attention's read the rank's head outputs; a router's, and those of an MLP, a whole hidden state
         d_rank = of_heads if point.sync_point == "attention" and "router" not in owners else sizes.width
+        if d_rank is of_heads and (replicated := plan.blocks[point.block].replicated):
+            d_rank += len(replicated[0]) * of_group
         shapes = predictor_shapes(form.kind, form.rank, d_rank=d_rank, d=sizes.width, scaled=form.scaled)
         added += sum(map(math.prod, shapes.values()))
     return added
+
+
+def added_by_heads(sizes: ModelSizes, groups: Groups, *, tp: int) -> Added:
+    """Return what the replicated KV groups of one block, by rank, add to the rank that they add most to.
+
+    As it is run: each range of heads reads the KV heads that serve it, and has them in a cache of its own.
+    """
+    counts = sizes.counts
+    of_ranks = []
+    for own in groups:
+        ranges = slices_of_groups(counts, own, tp)
+        heads, kv = (
+            sum(size(part) for part in parts) for parts in zip(*((s.heads, s.kv_heads) for s in ranges), strict=True)
+        )
+        weights = sizes.query_weights * heads / counts.heads + sizes.kv_weights * kv / counts.kv_heads
+        cached = len(ranges) * sizes.latents or 2 * kv * counts.head_dim
+        of_ranks.append(Added(weights + len(ranges) * sizes.latent_weights, cached, heads))
+    return max(of_ranks, key=lambda added: (added.weights, added.cached))
+
+
+def added_by(plan: Plan, sizes: ModelSizes) -> Added:
+    """Return what the predictors and the replicated heads of a plan add to a rank, all blocks together."""
+    heads = (added_by_heads(sizes, b.replicated, tp=plan.tensor_parallel.size) for b in plan.blocks if b.replicated)
+    return sum(heads, start=Added(predictor_weights(plan, sizes)))

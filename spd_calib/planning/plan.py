@@ -20,6 +20,7 @@ from spd_calib.formats.profile import Comparison, Metric, Profile
 
 from .baselines import Baselines
 from .candidates import Candidate, candidates, drops_of, tier
+from .replication import Replicated, without
 from .search import Choice, choose
 from .sync_bits import choose_bytes
 from .whole_plans import Calibration, HeldOut
@@ -50,6 +51,7 @@ def make_plan(
     recovered: Plan | None = None,
     predictors: CompensationFile | None = None,
     quantised: Drops = NOTHING_DROPPED,
+    replicated: Replicated = Replicated(),
 ) -> Planned:
     """Choose what to drop within `budget`, verify it, and write down the plan.
 
@@ -57,8 +59,14 @@ def make_plan(
     `compare` the baseline sets of the same size are measured as well, and may be chosen. Where the profile is of a
     checkpoint that `recover` wrote, `recovered` is its own plan, and `predictors` the file of its predictors, if any,
     that will lie beside the new plan. `quantised` are the syncs that have bits where they are kept; whatever
-    `calibration` and `held_out` measure has them, too. Raises SpdError where the budget cannot be met.
+    `calibration` and `held_out` measure has them, too, and the blocks `replicated`, which are dropped in any case.
+    Raises SpdError where the budget cannot be met.
     """
+    of_all, whole = profile, budget
+    if replicated.drops:
+        profile = without(profile, replicated.drops)
+        if budget.kind == "drop":
+            budget = budget.model_copy(update={"value": budget.value - len(replicated.drops)})
     found = candidates(profile, budget)
     baselines = Baselines(drops_of(found), calibration) if compare else None
     if budget.kind == "max_bytes":
@@ -68,13 +76,14 @@ def make_plan(
     else:
         choice = choose(profile, budget, calibration=calibration, verify=held_out.verify, baselines=baselines)
     blocks = _blocks(
-        profile,
-        budget,
+        of_all,
+        whole,
         choice=choice,
         module_paths=module_paths,
         mixtures=mixtures,
         recovered=recovered,
         quantised=quantised,
+        replicated=replicated,
     )
     of_bits = calibration.cost_of(NOTHING_DROPPED) if quantised else None
     number, text = held_out.after(choice.rounds)
@@ -86,7 +95,7 @@ def make_plan(
         compensation=predictors,
         recovered_from=recovered.recovered_from if recovered else None,
         blocks=blocks,
-        budget=budget,
+        budget=whole,
         predicted=_predicted(
             profile, [c for c in found if c.point in choice.drops], kl=choice.predicted_kl, of_bits=of_bits
         ),
@@ -105,10 +114,11 @@ def _blocks(
     mixtures: Collection[int],
     recovered: Plan | None,
     quantised: Drops,
+    replicated: Replicated,
 ) -> list[PlannedBlock]:
     """Return every block of the plan; what the plan of a `recovered` checkpoint drops stays dropped."""
     settled = recovered.drops if recovered else NOTHING_DROPPED
-    drops = quantised | settled | choice.drops
+    drops = quantised | settled | replicated.drops | choice.drops
     by_point = {c.point: c for c in candidates(profile, budget)}
     blocks = []
     for index, module in enumerate(module_paths):
@@ -116,7 +126,7 @@ def _blocks(
         own = [by_point[point] for point in (attention, mlp) if point in by_point]
         old = recovered.blocks[index] if recovered else None
         reasons = [old.reason] if old and (attention in settled or mlp in settled) else []
-        reasons += [_reason(c, profile, budget, drops=choice.drops) for c in own]
+        reasons += [_reason(c, profile, budget, drops=choice.drops, replicated=replicated) for c in own]
         kl = {c.point: c.kl for c in own}
         blocks.append(
             PlannedBlock(
@@ -126,7 +136,8 @@ def _blocks(
                 mlp_strategy=drops.strategy(mlp),  # type: ignore[arg-type]  # Drops allows no other
                 sync_bits=drops.at(attention).bits,  # type: ignore[arg-type]
                 mlp_sync_bits=drops.at(mlp).bits,  # type: ignore[arg-type]
-                recovery=_recovery(own, profile, budget, drops=choice.drops),
+                replicated=drops.at(attention).replicated,
+                recovery=_recovery(own, profile, budget, drops=drops),
                 compensation=old.compensation if old else None,
                 router=_router(old, drops.strategy(attention)) if index in mixtures else None,
                 kl=kl.get(attention),
@@ -144,8 +155,10 @@ def _router(old: PlannedBlock | None, strategy: Strategy) -> RouterPredictor | N
     return old.router if old and old.router else RouterPredictor(kind="zero", rank=0)
 
 
-def _reason(candidate: Candidate, profile: Profile, budget: Budget, *, drops: Drops) -> str:
+def _reason(candidate: Candidate, profile: Profile, budget: Budget, *, drops: Drops, replicated: Replicated) -> str:
     """Return why a candidate is among `drops`, or is not."""
+    if candidate.point in replicated.drops:
+        return replicated.reasons[candidate.point.block]
     prefix = "MLP: " if candidate.point.sync_point == "mlp" else ""
     if candidate.point in drops:
         return f"{prefix}{candidate.reason}"

@@ -90,6 +90,8 @@ def rank_moments(
     for batch in batches:
         s, h, y = feed.inputs(batch), feed.dense_read(batch), feed.dense_output(batch)
         partials, heads = block.attend(s, **feed.kwargs(batch))
+        if more := block.attend_replicated(student.drops.at(block.attention_point), s, **feed.kwargs(batch)):
+            partials, heads = more.beside(partials), more.heads_beside(heads)
         should, costs = h[batch.mask], weights_of_reads(cost, batch, output=y, part=y - h)
         weights = 1 / should.square().mean(-1).clamp(min=1e-12) * (1.0 if costs is None else costs)
         for rank, of_rank in enumerate(found):

@@ -82,6 +82,8 @@ def treat_block(
         trial.refit("refit of q, k, v", refit_attention, cost=before)
     if "o" in parts:
         trial.refit("refit of o", refit_o, cost=cost)
+    if trial.student.has_every_head:  # the ranks miss nothing that a predictor could give, or an order of heads spare
+        treatment = replace(treatment, compensate=False, group=False)
     if treatment.max_rank is None and "mlp_in" in parts and trial.student.block.attention_out_norm is None:
         # its refit maps what the MLP reads, the rank's own share in it: further weights would win next to nothing
         treatment = replace(treatment, max_rank=0)
@@ -162,7 +164,7 @@ def _best_fit(
     They tell all where what joins the stream is linear in the heads; behind a norm it is looked at anew.
     """
     block = student.block
-    forms = predictor_fit.forms_up_to(treatment.max_rank, d_rank=block.d_rank)
+    forms = predictor_fit.forms_up_to(treatment.max_rank, d_rank=student.seen_by_a_rank)
     weights = _block_weights(student)
     if block.attention_out_norm is None:
         fits = predictor_fit.fit(student, moments, forms=forms)
@@ -170,7 +172,7 @@ def _best_fit(
         fits = fit_behind_norm(student, feed, forms=forms, cost=cost)
     return predictor_fit.choose(
         fits,
-        d_rank=block.d_rank,
+        d_rank=student.seen_by_a_rank,
         d=block.width,
         block_weights=weights,
         exchange=options.exchange,

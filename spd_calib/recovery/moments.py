@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spd_calib.models.shard import num_groups
+
 from .feed import Batch, Feed
 from .student import Student
 
@@ -71,6 +73,11 @@ def o_matrix(student: Student) -> Tensor:
 
 
 def rank_columns(student: Student) -> list[Tensor]:
-    """Return, rank by rank, the entries of z that the rank owns, contiguous."""
-    width = student.parts.o.in_features
-    return list(torch.arange(width, device=student.parts.o.weight.device).chunk(student.block.comm.size))
+    """Return, rank by rank, the entries of z that the rank has: those it owns, contiguous, then replicated ones."""
+    ranks, counts, device = student.block.comm.size, student.counts, student.parts.o.weight.device
+    all_columns = torch.arange(student.parts.o.in_features, device=device)
+    own = list(all_columns.chunk(ranks))
+    if student.replicated is None:
+        return own
+    groups = all_columns.chunk(num_groups(counts, ranks))
+    return [torch.cat([o, *(groups[g] for g in more)]) for o, more in zip(own, student.replicated, strict=True)]

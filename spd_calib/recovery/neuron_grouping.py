@@ -83,7 +83,7 @@ def neuron_errors(
     for batch in batches:
         s = feed.inputs(batch)
         partials, heads = block.attend(s, **feed.kwargs(batch))
-        partly = mlp_reads(student, s, partials, heads)
+        partly = mlp_reads(student, s, partials, heads, **feed.kwargs(batch))
         kept, _ = block.behind_attention(KEPT, s, partials, heads)
         whole = kept if fits is None else Streams(feed.dense_read(batch))
         right: Tensor | None = None

@@ -8,9 +8,13 @@ from spd_calib.parallel.streams import Streams, in_full
 from .student import Student
 
 
-def mlp_reads(student: Student, s: Streams, partials: list[Tensor], heads: list[Tensor]) -> Streams:
-    """Return what each rank's MLP reads (before the norm) with the attention's sync point dropped."""
-    return student.block.behind_attention(Drop(Strategy.BLOCK_DROP, student.predictors), s, partials, heads)[1]
+def mlp_reads(student: Student, s: Streams, partials: list[Tensor], heads: list[Tensor], **kwargs) -> Streams:
+    """Return what each rank's MLP reads (before the norm) with the attention's sync point dropped.
+
+    kwargs as transformers hands them to the layer, for heads that ranks replicate.
+    """
+    block, drop = student.block, Drop(Strategy.BLOCK_DROP, student.predictors, replicated=student.replicated)
+    return block.behind_attention(drop, s, partials, heads, block.attend_replicated(drop, s, **kwargs))[1]
 
 
 def settled(s: Streams) -> Tensor:

@@ -1,6 +1,5 @@
 """The plan of a recovered checkpoint: the old plan's drops, with the predictors and the figures of the new weights."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spd_calib.formats.common import ModelRef, Provenance, TextRef
@@ -17,7 +16,6 @@ from spd_calib.formats.plan import (
 )
 from spd_calib.models.plan_files import form_of
 from spd_calib.sensitivity.metrics import Tally
-from spd_calib.sensitivity.tiers import Tier
 
 from .planned_model import PlannedModel
 from .report import RecoveryReport
@@ -67,7 +65,7 @@ def recovered_plan(
 def _block(block: PlannedBlock, model: PlannedModel, report: RecoveryReport) -> PlannedBlock:
     student = model.students.get(block.index)
     if student is None and block.index in report.given_back:
-        nothing = dict.fromkeys(("recovery", "compensation", "mlp_compensation", "router"))
+        nothing = dict.fromkeys(("recovery", "compensation", "mlp_compensation", "router", "replicated"))
         kept = dict.fromkeys(("strategy", "mlp_strategy"), Strategy.KEEP_SYNC)
         return block.model_copy(update={**nothing, **kept, "reason": "kept again: without it the budget is broken"})
     if student is None:
@@ -80,7 +78,7 @@ def _block(block: PlannedBlock, model: PlannedModel, report: RecoveryReport) -> 
             "mlp_compensation": form_of(student.drops, student.block.mlp_point),
             "router": _router(block, student),
             "kl": None,  # of the block before it was treated
-            "reason": _reason(report.tiers.get(block.index), report.kept(block.index)),
+            "reason": "; ".join([*([block.reason] if block.replicated else []), _reason(report, block.index)]),
         }
     )
 
@@ -92,6 +90,7 @@ def _router(block: PlannedBlock, student: Student) -> RouterPredictor | None:
     return RouterPredictor(kind=student.router.kind, rank=student.router.rank)
 
 
-def _reason(tier: Tier | None, kept: Sequence[str]) -> str:
+def _reason(report: RecoveryReport, block: int) -> str:
+    tier, kept = report.tiers.get(block), report.kept(block)
     done = "recovered by " + ", ".join(dict.fromkeys(kept)) if kept else "left as it is: no treatment helped the whole"
     return f"{tier}; {done}" if tier != "insensitive" else "insensitive: dropped as it is"

@@ -86,7 +86,8 @@ def fit_mlp_reads(student: Student, feed: Feed, *, cost: ErrorCost | None = None
             h, y = feed.dense_read(batch), feed.dense_output(batch)
             should, weights = dense.norm2(h)[batch.mask], weights_of_reads(cost, batch, output=y, part=y - h)
             s = feed.inputs(batch)
-            reads = mlp_reads(student, s, *block.attend(s, **feed.kwargs(batch)))
+            kwargs = feed.kwargs(batch)
+            reads = mlp_reads(student, s, *block.attend(s, **kwargs), **kwargs)
             for rank in ranks:
                 read = block.norm2(reads.read(rank))[batch.mask]
                 products[rank].add(_features(read, constant), should - read, weights=weights)
@@ -166,7 +167,7 @@ def _before_down(student: Student, feed: Feed, batch: Batch) -> tuple[Tensor, Te
     """Return the residual stream that the MLP adds to [N, d], all debts settled, and all neurons [N, neurons]."""
     block, s = student.block, feed.inputs(batch)
     partials, heads = block.attend(s, **feed.kwargs(batch))
-    reads = mlp_reads(student, s, partials, heads)
+    reads = mlp_reads(student, s, partials, heads, **feed.kwargs(batch))
     neurons = [
         activations(list(mlp.mlp_in), mlp.activation, block.norm2(reads.read(rank))[batch.mask], neurons=mlp.neurons)  # type: ignore[arg-type]
         for rank, mlp in enumerate(block.mlps)

@@ -3,11 +3,12 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spd_calib.formats.drops import Drop, Drops, Strategy
+from spd_calib.formats.drops import Drops, Groups, Strategy
 from spd_calib.models.architecture import HeadCounts, LayerParts, layer_parts
 from spd_calib.models.predictor import Predictor, check_predictors
 from spd_calib.parallel.block import Block
@@ -57,6 +58,21 @@ class Student:
         return self.drops.at(self.block.attention_point).predictors
 
     @property
+    def replicated(self) -> Groups | None:
+        """Return the KV groups of other ranks that each rank computes, too, by rank; None where there are none."""
+        return self.drops.at(self.block.attention_point).replicated
+
+    @property
+    def seen_by_a_rank(self) -> int:
+        """Return the width of the head outputs that a rank's predictor reads."""
+        return self.block.seen_by_a_rank(self.drops.at(self.block.attention_point))
+
+    @property
+    def has_every_head(self) -> bool:
+        """Say whether every rank computes all heads, its own and replicated ones."""
+        return self.seen_by_a_rank == self.parts.o.in_features
+
+    @property
     def router(self) -> Predictor | None:
         """Return the predictor of the block's router; None where that reads the shared stream alone."""
         return self.drops.at(self.block.attention_point).router
@@ -77,17 +93,18 @@ class Student:
         Raises InputError for predictors that do not fit the block.
         """
         if predictors is not None:
-            check_predictors(self.index, predictors, d_rank=self.block.d_rank, d=self.block.width)
+            check_predictors(self.index, predictors, d_rank=self.seen_by_a_rank, d=self.block.width)
             like = next(self.block.mlps.parameters())
             predictors = {rank: predictors[rank].like(like) for rank in self.block.comm.ranks}
-        return self._with(Drop(self.strategy, predictors, self.router))
+        return self._with(predictors=predictors)
 
     def with_router(self, router: Predictor | None) -> "Student":
         """Return the same student with this predictor of its router in place of the one it has."""
-        return self._with(Drop(self.strategy, self.predictors, router))
+        return self._with(router=router)
 
-    def _with(self, drop: Drop) -> "Student":
-        return replace(self, drops=self.drops | Drops({self.block.attention_point: drop}))
+    def _with(self, **changes: Any) -> "Student":
+        point = self.block.attention_point
+        return replace(self, drops=self.drops | Drops({point: replace(self.drops.at(point), **changes)}))
 
     def trainable(self) -> list[nn.Parameter]:
         """Return the parameters that training changes: the layer's weights, each once, and the predictors'."""

@@ -14,7 +14,7 @@ from spd_calib.formats.profile import Profile
 from spd_calib.planning.budget import describe
 
 from .agreement import Agreement, Row, agreements, measured
-from .table import percentage_points, treatment
+from .table import percentage_points, treatments
 
 ALPHA = 0.05  # of the test whether what a drop costs depends on the data
 
@@ -162,10 +162,12 @@ def diff_plans(a: Plan, b: Plan) -> PlanDiff:
         "text verified on": (_text(a.verified.text), _text(b.verified.text)),
     }
     others = [
-        OtherStrategy(Point(block=x.index, sync_point=kind), *treated, *kl, x.reason, y.reason)
+        OtherStrategy(Point(block=x.index, sync_point=kind), of_a, of_b, *kl, x.reason, y.reason)
         for x, y in zip(a.blocks, b.blocks, strict=True)
-        for kind, of_a, of_b, kl in zip(SUBLAYERS, x.syncs, y.syncs, ((x.kl, y.kl), (x.mlp_kl, y.mlp_kl)), strict=True)
-        if (treated := (treatment(*of_a), treatment(*of_b)))[0] != treated[1]
+        for kind, of_a, of_b, kl in zip(
+            SUBLAYERS, treatments(x), treatments(y), ((x.kl, y.kl), (x.mlp_kl, y.mlp_kl)), strict=True
+        )
+        if of_a != of_b or (kind == "attention" and x.replicated != y.replicated)
     ]
     differing = _differing(aspects)
     return PlanDiff(differing, _whole(a, b), others, [_why(a, b, others=others)])

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from spd_calib.formats.drops import Strategy
+from spd_calib.formats.plan import PlannedBlock
 
 
 class Table(NamedTuple):
@@ -33,6 +33,10 @@ def nats(kl: float, stderr: float | None = None) -> str:
     return f"{kl:.{decimals}f}" + ("" if stderr is None else f" ± {stderr:.{decimals}f}")
 
 
-def treatment(strategy: Strategy, bits: int | None) -> str:
-    """Return how a sync point is treated, in words: its strategy, and the bits of a quantised sync."""
-    return strategy if bits is None else f"{strategy}, {bits} bits"
+def treatments(block: PlannedBlock) -> tuple[str, str]:
+    """Return how a block's two sync points are treated, in words: strategy, bits, and the KV groups replicated."""
+    attention, mlp = (strategy if bits is None else f"{strategy}, {bits} bits" for strategy, bits in block.syncs)
+    if block.replicated:
+        n = len(block.replicated[0])
+        attention = f"{attention}, {n} KV group{'s' if n > 1 else ''} replicated"
+    return attention, mlp

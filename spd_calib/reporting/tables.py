@@ -11,7 +11,7 @@ from spd_calib.formats.results import Results
 from spd_calib.parallel.quantised_sync import bytes_a_value
 from spd_calib.planning.budget import describe
 
-from .table import Table, nats, percentage_points, treatment
+from .table import Table, nats, percentage_points, treatments
 
 NAMES = {"attention": "attention", "mlp": "MLP"}
 
@@ -125,7 +125,7 @@ def blocks(plan: Plan) -> Table:
     rows = []
     for b in plan.blocks:
         kls = ["" if kl is None else nats(kl) for kl in (b.kl, b.mlp_kl)]
-        attention, mlp = (treatment(*sync) for sync in b.syncs)
+        attention, mlp = treatments(b)
         words = [str(b.index), attention]
         rows.append([*words, mlp, *kls, b.reason] if mlps else [*words, kls[0], b.reason])
     title = f"plan for {plan.model.id} at TP {plan.tensor_parallel.size}, asked for: {describe(plan.budget)}"
@@ -166,6 +166,8 @@ def saving(plan: Plan) -> str:
     if m:
         what += f" and {m} of {len(plan.blocks) - 1} of the MLPs"
     said = f"{what} dropped: {before} a forward and rank become {before - n - m}"
+    if replicated := plan.drops.replicated:
+        said += f"; heads of other ranks replicated in {len(replicated)} blocks"
     if not (quantised := plan.drops.bits):
         return said
     sent = sum(bytes_a_value(bits) for b in plan.blocks for s, bits in b.syncs if s == Strategy.KEEP_SYNC)

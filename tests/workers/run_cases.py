@@ -21,9 +21,13 @@ from distributed_cases import (
     NEW_TOKENS,
     PADS,
     QUANTISED,
+    REPLICATING,
     SMALL_VOCABULARY,
+    replicated,
+    replicating,
 )
 
+from spd_calib.errors import InputError
 from spd_calib.formats.drops import Drops
 from spd_calib.parallel.ending import ending_together
 from spd_calib.parallel.session import open_session
@@ -102,6 +106,27 @@ def quantised(folder: Path, tp: int) -> dict:
     }
 
 
+def replicated_heads(folder: Path, tp: int) -> dict:
+    """Heads of other ranks computed, too, with the cache; `refused`: where they were not loaded."""
+    session = open_session(str(folder), tp)
+    kv_heads = getattr(session.config, "num_key_value_heads", session.config.num_attention_heads)
+    drops, ids = replicating(replicated(tp, kv_heads)), tiny.tokens(2, 12)
+    lm = session.load(drops=drops)
+    lm.model.generation_config.eos_token_id = None
+    seen, held = {"keep": lm(ids)}, sum(p.numel() for p in lm.model.parameters())
+    with lm.running(drops):
+        seen["logits"] = lm(ids)
+        seen["greedy"] = everyone(lm.model.generate(ids, do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0))
+    without = session.load()
+    seen["more"] = everyone(held - sum(p.numel() for p in without.model.parameters()))
+    try:
+        with without.running(drops):
+            pass
+    except InputError as e:
+        seen["refused"] = str(e)
+    return seen
+
+
 def long(folder: Path, tp: int) -> dict:
     """512 tokens decoded in bfloat16."""
     lm = open_session(str(folder), tp).load(dtype="bfloat16")
@@ -122,6 +147,8 @@ def main() -> None:
     seen = {name: family(folder / name, tp) for name in tiny.SUPPORTED}
     for name in ("llama", "gemma2"):
         seen[f"quantised {name}"] = quantised(folder / name, tp)
+    for name in REPLICATING:
+        seen[f"replicated {name}"] = replicated_heads(folder / name, tp)
     seen[LONG] = long(folder / LONG, tp)
     lm = open_session(str(folder / SMALL_VOCABULARY), tp).load()
     with lm.running(MIXED):

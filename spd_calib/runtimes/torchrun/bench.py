@@ -55,7 +55,7 @@ def run(job: BenchJob, *, expect: Callable[[int], None], tick: Tick) -> Hardware
             f"`tokens` {max(job.settings.tokens)} and `new_tokens` {job.settings.new_tokens} are beyond the model's "
             f"{session.max_length}; lower them."
         )
-    lm = session.load(job.device, job.dtype)
+    lm = session.load(job.device, job.dtype, drops=drops)
     expect((1 + len(job.settings.steps)) * (job.settings.rounds + 1))
     collectives = time_collectives(lm.device, lm.model.dtype, rounds=job.settings.rounds, tick=tick)
     steps = time_steps(lm, drops, settings=job.settings, tick=tick)

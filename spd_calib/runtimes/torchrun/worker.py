@@ -55,7 +55,8 @@ def main() -> None:
 def run(job: CheckJob) -> PlannedAndDense:
     """Run a job on this rank; all ranks return the same. Raises InputError as load_plan and open_session do."""
     plan, drops = load_plan(job.plan, ranks=[rank()])
-    lm = open_session(job.model, plan.tensor_parallel.size, expected=plan.model).load(job.device, job.dtype)
+    session = open_session(job.model, plan.tensor_parallel.size, expected=plan.model)
+    lm = session.load(job.device, job.dtype, drops=drops)
     with lm.running(drops):
         planned = observe(lm, job)
     return PlannedAndDense(planned=planned, dense=observe(lm, job))

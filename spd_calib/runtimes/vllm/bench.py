@@ -101,6 +101,7 @@ def _every_block_dropped(plan: Plan, folder: Path) -> Path:
                 "mlp_strategy": Strategy.KEEP_SYNC,
                 "sync_bits": None,
                 "mlp_sync_bits": None,
+                "replicated": None,
                 "compensation": None,
                 "mlp_compensation": None,
                 "router": None,

@@ -27,6 +27,10 @@ WORKERS = {
 """vLLM's worker classes -> those that apply a plan once the model is loaded."""
 
 SUPPORTED = {"mlp_drop", "compensation", "router_predictor"}
+LACKING = {
+    "quantised_sync": "its all-reduce inside a layer takes no bits",
+    "replicated_heads": "vLLM cuts q, k and v of all layers alike, and its KV cache holds as many heads of each",
+}
 """What a plan may require of this runtime."""
 
 CHECKPOINTS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
@@ -77,7 +81,8 @@ def check(plan: Plan, path: Path, *, config: Any) -> None:
     """Check all that can be known before a process is started. Raises InputError with the reason."""
     parallel, model = config.parallel_config, config.model_config
     if unknown := sorted(set(plan.requires) - SUPPORTED):
-        raise InputError(f"{path} requires {unknown[0]!r}, which the vLLM runtime does not have.")
+        why = f": {LACKING[unknown[0]]}" if unknown[0] in LACKING else ""
+        raise InputError(f"{path} requires {unknown[0]!r}, which the vLLM runtime does not have{why}.")
     if not is_supported(model.architecture, _architecture(model)):
         raise InputError(
             f"vLLM would run {_architecture(model)} as {model.architecture}, whose decoder layer spd-calib does not "

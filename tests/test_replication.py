@@ -1,0 +1,124 @@
+"""Choosing where heads are replicated: what so many weights buy, and the blocks that win most for them."""
+
+import json
+
+import pytest
+import tiny
+from profiles import a, make_profile
+
+from spd_calib.errors import InputError, SpdError
+from spd_calib.formats.drops import Drops, Strategy
+from spd_calib.formats.files import read
+from spd_calib.formats.plan import Plan
+from spd_calib.planning.model_sizes import Added, ModelSizes
+from spd_calib.planning.replication import Affordable, affordable, choose_replicated, without
+
+EVERY, SOME = ((1, 2), (0, 2), (0, 1)), ((1,), (2,), (0,))
+
+
+def dense_weights(model, tp: int) -> float:
+    """What a rank reads of a model whose every matrix is divided, with as many KV heads as divide, or more."""
+    in_blocks = sum(p.numel() for n, p in model.named_parameters() if "layers." in n and p.dim() == 2)
+    return (in_blocks + model.get_output_embeddings().weight.numel()) / tp
+
+
+def test_what_so_many_weights_buy():
+    """OPT's tiny one: 8 KV groups of 8 columns, 64 wide; at TP 2 a rank lacks 4, each 4 matrices' eighth."""
+    model = tiny.build("opt")
+    sizes, dense, group = ModelSizes.of(model), dense_weights(model, 2), 4 * 64 * 8
+    assert 10 * group / dense > 0.12  # the last share below buys ten and a half groups
+    for share, blocks, groups in ((4 * group, 1, 0), (4 * group - 1, 0, 3), (10.5 * group, 2, 2), (99 * group, 3, 0)):
+        found = affordable(sizes, share / dense, tp=2, most=3)
+        assert (found.blocks, len(found.some[0]) if found.some else 0) == (blocks, groups)
+        assert found.added.weights == (4 * blocks + groups) * group and found.share == pytest.approx(
+            found.added.weights / dense
+        )
+        assert found.every == ((4, 5, 6, 7), (0, 1, 2, 3))
+    assert affordable(sizes, 2.1 * group / dense_weights(model, 4), tp=4, most=3).some == (
+        (2, 3),
+        (4, 5),
+        (6, 7),
+        (0, 1),
+    )
+    with pytest.raises(SpdError, match="less than one KV group takes"):
+        affordable(sizes, (group - 1) / dense, tp=2, most=3)
+    with pytest.raises(InputError, match="has every head already"):
+        affordable(sizes, 0.5, tp=1, most=3)
+
+
+def heads(blocks: int, some=None) -> Affordable:
+    return Affordable(blocks, EVERY, some, Added(), 0.07)
+
+
+def chosen(cost, number: int, given: Affordable) -> tuple[Drops, int]:
+    measured: list[Drops] = []
+
+    def kl_of(plans):
+        measured.extend(plans)
+        return [cost(plan.replicated) for plan in plans]
+
+    return choose_replicated([a(i) for i in range(number)], given, kl_of=kl_of).drops, len(measured)
+
+
+def test_the_block_that_wins_most_is_taken_and_the_next_one_beside_it():
+    """Blocks 1 and 2 win the same thing: with one of them the other wins little, and block 0 is the second."""
+    alone = [0.3, 0.5, 0.45, 0.1, 0.05]
+
+    def cost(replicated) -> float:
+        won = sum(alone[b] * (1.0 if groups == EVERY else 0.5) for b, groups in replicated.items())
+        return 2.0 - won + (0.4 if {1, 2} <= set(replicated) else 0.0)
+
+    drops, measured = chosen(cost, 5, heads(2))
+    assert drops.replicated == {0: EVERY, 1: EVERY} and set(drops) == {a(0), a(1)}
+    assert measured == 1 + 5 + 2  # block 2 once more, then block 0, which nothing else can beat
+    drops, _ = chosen(cost, 5, heads(2, SOME))
+    assert drops.replicated == {0: EVERY, 1: EVERY, 3: SOME}
+    assert chosen(cost, 5, heads(0, SOME))[0].replicated == {1: SOME}
+
+
+@pytest.mark.parametrize("fisher", [False, True])
+def test_a_profile_without_what_is_dropped_in_any_case(fisher):
+    if fisher:
+        from profiles import fisher_profile, random_fisher
+
+        profile = fisher_profile(random_fisher(3, 1))
+    else:
+        profile = make_profile([0.1, 0.2, 0.3], mlp=[0.01, 0.02])
+    left = without(profile, Drops.of({a(1): Strategy.BLOCK_DROP}))
+    kl, whole = (p.kl(Strategy.BLOCK_DROP) for p in (left, profile))
+    assert kl == {block: whole[block] for block in (0, 2)}
+    assert left.kl(Strategy.BLOCK_DROP, "mlp") == profile.kl(Strategy.BLOCK_DROP, "mlp")
+    if fisher:
+        assert left.fisher is not None and not any(a(1) in term for term in left.fisher.terms)
+        left.fisher.model_validate(left.fisher.model_dump())  # still a triangle
+        for term in left.fisher.terms:
+            i, j = left.fisher.terms.index(term), profile.fisher.terms.index(term)
+            assert left.fisher.matrix[i][0] == profile.fisher.matrix[j][0]
+
+
+def test_a_plan_with_replicated_heads_from_profile_to_recovery(spd, llama, text, tmp_path):
+    """Llama's two KV groups at TP 2: a rank lacks one. Two of four blocks get it; all four are dropped."""
+    given = ("--data", text, "--seq-len", 24, "--device", "cpu")
+    profile, plain, plan = (tmp_path / f"{n}.json" for n in ("profile", "plain", "plan"))
+    assert spd("profile", llama, "--tp", 2, *given, "--max-samples", 12, "--verify-samples", 8,
+               "--strategy", "block_drop", "-o", profile).code == 0  # fmt: skip
+    assert spd("plan", profile, "--drop", "100%", "--device", "cpu", "-o", plain).code == 0
+    done = spd("plan", profile, "--drop", "100%", "--device", "cpu", "--replicate", "15%", "-o", plan)
+    assert done.code == 0, done.err
+    assert "heads replicated in 2 blocks: a rank reads" in done.err and "1 KV group replicated" in done.err
+    found, without_heads = read(Plan, plan), read(Plan, plain)
+    assert found.requires == ["replicated_heads"] and len(found.drops) == 4 and found.budget.value == 4
+    assert list(found.drops.replicated.values()) == [((1,), (0,))] * 2
+    assert found.verified.kl < without_heads.verified.kl
+    reasons = [b.reason for b in found.blocks if b.replicated]
+    assert all("all heads of other ranks replicated: KL" in reason for reason in reasons)
+    shown = spd("diff", plain, plan)
+    assert shown.code == 0 and "2 sync points differ" in shown.out + shown.err
+    assert spd("generate", plan, "--prompt", "the cat", "--new-tokens", 4, "--device", "cpu").code == 0
+    done = spd("recover", plan, *given, "--max-samples", 40, "--verify-samples", 8, "-o", tmp_path / "recovered")
+    assert done.code == 0, done.err
+    recovered = read(Plan, tmp_path / "recovered" / "plan.json")
+    assert recovered.drops.replicated == found.drops.replicated and "replicated_heads" in recovered.requires
+    report = json.loads((tmp_path / "recovered" / "recovery.json").read_text())
+    assert report["kl"] <= report["kl_as_is"]
+    assert spd("check", tmp_path / "recovered" / "plan.json", "--device", "cpu").code == 0

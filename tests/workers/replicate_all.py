@@ -1,0 +1,20 @@
+"""A runtime that replicates heads in every block of the plan, as in the one where it should."""
+
+from dataclasses import replace
+
+from spd_calib.formats.drops import Drops
+from spd_calib.runtimes.torchrun import worker
+
+load_plan = worker.load_plan
+
+
+def otherwise(path, *, ranks):
+    plan, drops = load_plan(path, ranks=ranks)
+    groups = next(iter(drops.replicated.values()))
+    return plan, Drops({point: replace(drop, replicated=groups) for point, drop in drops.by_point.items()})
+
+
+worker.load_plan = otherwise
+
+if __name__ == "__main__":
+    worker.main()
