@@ -9,12 +9,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from spd_calib.errors import InputError
+from spd_calib.formats.common import ModelRef
 from spd_calib.formats.drops import BITS, NOTHING_DROPPED, SUBLAYERS, Drops, Point
 from spd_calib.formats.files import dumps, write_bytes, write_text
 from spd_calib.formats.pareto import Pareto
 from spd_calib.formats.plan import Budget, Plan
 from spd_calib.formats.profile import Comparison, Profile
-from spd_calib.parallel.session import Session
+from spd_calib.parallel.session import Session, is_quantised_copy
 from spd_calib.planning.budget_options import Amount, BudgetOptions, budget_for
 from spd_calib.planning.candidates import candidates
 from spd_calib.planning.latency import LatencyModel, Phase
@@ -107,7 +108,8 @@ def plan(
         sync_bits: 8, 6 or 4: every sync that is kept is a quantised one, in all that is measured (default: none is).
         replicate: share of the weights a rank reads that it may read more, '7%': heads of other ranks that it computes,
             too, for what its MLP reads; in the blocks where that wins most, whose syncs are dropped in any case.
-        model: where the model is, or the model itself (default: where the profile says).
+        model: where the model is, or the model itself (default: where the profile says). A quantised copy of it may
+            stand in its place: the plan is then chosen, verified and to be run on the copy.
         tokenizer: of a model in memory.
         run: device, dtype (default: the profile's) and batch size; the seed is the profile's.
         progress: callbacks, told how far it is.
@@ -209,17 +211,18 @@ def plan_with_details(
     )
     finished, estimates = with_estimates(planned.plan, subject)
     modelled = [model_of.latency(len(planned.plan.drops)) for model_of in inputs.models.values()]
+    pareto = pareto_of(
+        inputs.profile,
+        provenance=made_by,
+        strategies=asked.strategies,
+        measured={} if replicated.drops else calibration.measured,  # which has them in every set
+        latency=inputs.models,
+    )
     return PlanningResult(
-        plan=finished.model_copy(update={"budget": inputs.budget, "latency": modelled}),
+        plan=finished.model_copy(update={"budget": inputs.budget, "latency": modelled, **inputs.of_copy}),
         given_back=planned.choice.given_back,
         compared=planned.compared,
-        pareto=pareto_of(
-            inputs.profile,
-            provenance=made_by,
-            strategies=asked.strategies,
-            measured={} if replicated.drops else calibration.measured,  # which has them in every set
-            latency=inputs.models,
-        ),
+        pareto=pareto.model_copy(update={"model": inputs.session.ref} if inputs.of_copy else {}),
         predictors=content if estimates is None else estimates,
     )
 
@@ -249,6 +252,12 @@ class _Inputs:
     suites: list[Any]
     heads: Affordable | None
     run: RunOptions
+
+    @property
+    def of_copy(self) -> dict[str, ModelRef]:
+        """Return the fields of a plan for a quantised copy of the model that was profiled; none of any other."""
+        copy = is_quantised_copy(self.session, of=self.profile.model)
+        return {"model": self.session.ref, "profiled": self.profile.model} if copy else {}
 
     def load(self) -> Subject:
         """Return the model that whole plans are measured on."""

@@ -12,7 +12,7 @@ from spd_calib.formats.plan import CompensationFile, Plan
 from spd_calib.formats.profile import Comparison, Profile, Recovered
 from spd_calib.models.plan_files import load_drops
 from spd_calib.parallel.model import TensorParallelLM
-from spd_calib.parallel.session import Session, check_same_model
+from spd_calib.parallel.session import Session, check_same_model, is_quantised_copy
 from spd_calib.sensitivity.documents import TEXT
 from spd_calib.sensitivity.measure import Subject
 
@@ -129,8 +129,14 @@ def open_profiled(
 ) -> tuple[Session, RecoveredCheckpoint | None]:
     """Return the model that a profile is of, and what `recover` left in its folder, where that was profiled.
 
-    The arguments are those of opening.open_model_of. Raises InputError where it is no longer the one profiled.
+    The arguments are those of opening.open_model_of; `model` may also be a quantised copy of the one profiled. Raises
+    InputError where it is no longer the one profiled.
     """
+    if profile.recovered is None and model is not None:
+        session = open_model(model, tp=profile.tensor_parallel.size, tokenizer=tokenizer)
+        if not is_quantised_copy(session, of=profile.model):
+            check_same_model(profile.model, session.ref)
+        return session, None
     session = open_model_of(profile, path=path, model=model, tokenizer=tokenizer)
     if profile.recovered is None:
         return session, None

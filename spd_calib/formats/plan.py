@@ -221,6 +221,11 @@ class Plan(Part):
     recovered_from: ModelRef | None = Field(
         default=None, description="The dense model that `verified` compares with, where `recover` wrote the checkpoint"
     )
+    profiled: ModelRef | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="The model that the profile is of, where `model` is a quantised copy of it, which `verified` is of",
+    )
     blocks: list[PlannedBlock] = Field(min_length=1)
     budget: Budget
     predicted: Predicted

@@ -24,7 +24,8 @@ from transformers.core_model_loading import (
 from spd_calib.errors import InputError
 
 from .causes import foreign_number, left_over, missing
-from .quantised import Piece, QuantisedTensor, Scheme, gathered, scheme_of
+from .quantised import Piece, QuantisedTensor, Scheme, gathered
+from .schemes import scheme_of
 from .source import Source
 from .stacked import AnyTensor, StackedTensor, read_cuts
 from .stored import StoredTensor, stored_tensors

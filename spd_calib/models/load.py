@@ -33,7 +33,7 @@ from .fill import fill
 from .fingerprint import config_hash, weight_fingerprint
 from .generation import set_generation_config
 from .probe import find_layers
-from .quantised import scheme_of
+from .schemes import scheme_of
 from .source import Source
 from .text_part import text_config, whole_of
 from .tokens import guard_embedding

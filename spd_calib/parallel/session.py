@@ -11,6 +11,7 @@ from spd_calib.errors import InputError, OtherModel
 from spd_calib.formats.common import ModelRef
 from spd_calib.formats.drops import NOTHING_DROPPED, Drops
 from spd_calib.models.checkpoint import account, check_weight
+from spd_calib.models.fingerprint import config_hash
 from spd_calib.models.in_memory import check_in_memory, check_tensors, ref_in_memory, sharing_copy
 from spd_calib.models.load import (
     Source,
@@ -22,8 +23,10 @@ from spd_calib.models.load import (
     read_config,
     skeleton,
 )
+from spd_calib.models.schemes import without_quantisation
 from spd_calib.models.shard_load import load_sharded
 from spd_calib.models.stream_load import load_streamed, must_stream
+from spd_calib.models.text_part import whole_of
 from spd_calib.ranks import is_main_rank, world_size
 
 from . import distributed
@@ -169,6 +172,18 @@ def check_same_model(expected: ModelRef, found: ModelRef) -> None:
                 f"{found.id} is not the model this file was made for ({expected.id}): the {what} differs; "
                 "name the right one, or profile and plan anew."
             )
+
+
+def is_quantised_copy(session: Session, *, of: ModelRef) -> bool:
+    """Tell whether the session's model is quantised, `of` is not, and their configurations are otherwise the same.
+
+    Whether its weights are those of `of`, to rounding, is not looked at: what it costs has to be measured on it.
+    """
+    ref = session.ref
+    if ref.quantised is None or of.quantised is not None:
+        return False
+    hashed = config_hash(without_quantisation(whole_of(session.config).to_dict()))
+    return (ref.architecture, ref.num_blocks, hashed) == (of.architecture, of.num_blocks, of.config_hash)
 
 
 def versions() -> dict[str, str]:

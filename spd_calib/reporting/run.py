@@ -97,10 +97,11 @@ def _there(kind: type[F], folder: Path | None) -> F | None:
 def _check_made_from(plan: Plan, profile: Profile, *, names: tuple[str, str]) -> None:
     """Raise InputError unless the plan was made from the profile.
 
-    A recovered plan may stand beside the profile of the model that it was recovered from.
+    A recovered plan may stand beside the profile of the model that it was recovered from, and the plan of a quantised
+    copy beside that of the original.
     """
     of_profile, of_plan = names
-    if not any(_same(profile.model, ref) for ref in (plan.model, plan.recovered_from) if ref):
+    if not any(_same(profile.model, ref) for ref in (plan.model, plan.recovered_from, plan.profiled) if ref):
         raise InputError(
             f"{of_plan} is a plan of another model than {of_profile} is a profile of; name the plan made from it."
         )

@@ -52,7 +52,7 @@ def main(jobs: Path, out: Path) -> None:
         # vLLM names its shared memory after this, and "env://" would be the same for every engine on this machine
         place = f"file://{jobs.parent}/vllm_dist_{jobs.parent.name}_{name}"
         ExecutorWithExternalLauncher._distributed_args = lambda self, place=place: (place, *distributed_args(self)[1:])
-        options = {"distributed_executor_backend": "external_launcher", "max_num_seqs": 8}
+        options = {"distributed_executor_backend": "external_launcher", "max_num_seqs": 8, **job.get("options", {})}
         try:
             run: dict = {}
             with (
@@ -62,6 +62,10 @@ def main(jobs: Path, out: Path) -> None:
             ):
                 run["vocabulary"] = [[part.start, part.stop] for part in engine.vocabulary()]
                 run["planned"] = engine.observe(job["prompts"], new_tokens=job["new"]).model_dump()
+                run["samples"] = [
+                    engine.observe(job["prompts"], new_tokens=job["new"], seed=seed).model_dump()
+                    for seed in range(job.get("rounds", 0))
+                ]
                 engine.set(NOTHING_DROPPED)
                 run["dense"] = engine.observe(job["prompts"], new_tokens=job["new"]).model_dump()
         except Exception as e:

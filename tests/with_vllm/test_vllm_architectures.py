@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,17 @@ import pytest
 import tiny
 from conftest import build, free_port
 from plans import write_plan
+from quantised_copies import quantise
 
 from spd_calib.formats.drops import NOTHING_DROPPED
 from spd_calib.models.layer_names import LAYERS
 from spd_calib.models.plan_files import load_plan
+from spd_calib.models.schemes import scheme_of
 from spd_calib.parallel.model import TensorParallelLM
+from spd_calib.parallel.session import open_session
 from spd_calib.runtimes.observed import Observed
+from spd_calib.runtimes.rounding import reading_rounded
+from spd_calib.runtimes.vllm.as_served import judge, log_probs, round_weights
 from spd_calib.runtimes.vllm.check import compare
 from spd_calib.runtimes.vllm.forms import BACKEND, BY_TRANSFORMERS, FORMS, is_supported
 from spd_calib.runtimes.vllm.processes import vllm_environment
@@ -36,9 +42,13 @@ MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
 OF_MIXTURES = {"attention": [D, K, D, D], "mlp": [D, D, K, K], "kinds": [None, None, "full", None]}
 """As many sync points; a dropped attention behind a dropped MLP and behind none, with and without predictors."""
 ROUTERS = ["low_rank", None, "zero", "full"]
+QUANTISED = ("compressed float8", "compressed int8", "compressed w4a16", "gptq", "awq")
+"""Of the schemes those that vLLM's CPU build has kernels for; each in bfloat16, the one dtype they all have."""
 FAULT = "each-rank-routes-by-itself"
 PROMPTS = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (21, 9)]
 NEW = 4
+ROUNDS = 4
+"""Of samples of a quantised model, which only many tokens tell from a plan that is almost the same."""
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +68,12 @@ def engines(folder_of, tmp_path_factory):
         plan = write_plan(place / name / "plan.json", folder_of(family), 2, **OF_MIXTURES, routers=ROUTERS)
         jobs[name] = {"folder": str(folder_of(family)), "plan": str(plan), "prompts": PROMPTS, "new": NEW}
         jobs[name] |= {"as_on_a_gpu": False, "route_apart": name == FAULT}
+    for scheme in QUANTISED:
+        copy = Path(shutil.copytree(folder_of("llama"), place / scheme / "model"))
+        quantise(copy, scheme, group=32)
+        plan = write_plan(place / scheme / "plan.json", copy, 2, ATTENTION, MLP, kinds=KINDS)
+        jobs[scheme] = {"folder": str(copy), "plan": str(plan), "prompts": PROMPTS, "new": NEW, "rounds": ROUNDS}
+        jobs[scheme] |= {"as_on_a_gpu": False, "options": {"dtype": "bfloat16"}}
     (place / "jobs.json").write_text(json.dumps(jobs))
     script = Path(__file__).with_name("rank_of_engines.py")
     with vllm_environment(2), (place / "log").open("w") as log:
@@ -103,6 +119,27 @@ def test_a_mixture_runs_its_plan(engines, family):
     assert not [row for row in rows if not row.ok]
     assert {count for rank in planned.all_reduces for count in rank} == {ALL_REDUCES}
     assert sum(row.what.endswith("experts the ranks chose") for row in rows) == 2
+
+
+@pytest.mark.parametrize("scheme", QUANTISED)
+def test_a_quantised_model_runs_its_plan(engines, scheme):
+    """Judged as it is served, and with half of the plan's drops taken away it does not pass."""
+    path, ranks = engines[scheme]
+    assert all("error" not in rank for rank in ranks), ranks
+    session, drops = open_session(str(Path(path).parent / "model"), 2), load_plan(Path(path))[1]
+    lm, narrow = (session.load("cpu", dtype) for dtype in ("float32", "bfloat16"))
+    for model in (lm, narrow):
+        model.head.cut_at([slice(*rank["vocabulary"][0]) for rank in ranks])
+    round_weights(lm, "bfloat16")
+    samples = [Observed(**sample) for sample in ranks[0]["samples"]]
+    reads = scheme_of(session.config).reads
+    with reading_rounded(narrow, reads):
+        rounded = [log_probs(narrow, drops, PROMPTS, sample) for sample in samples]
+    assert bool(reads) == (scheme in ("compressed float8", "compressed int8"))
+    told = {"prompts": PROMPTS, "samples": samples, "rounded": rounded, "dtype": "bfloat16"}
+    assert not [row for row in judge(lm, drops, **told) if not row.ok]
+    assert [row for row in judge(lm, drops.only(list(drops)[::2]), **told) if not row.ok]
+    assert {count for rank in ranks for counts in rank["planned"]["all_reduces"] for count in counts} == {ALL_REDUCES}
 
 
 def test_ranks_that_each_route_by_their_own_stream_are_caught(engines):

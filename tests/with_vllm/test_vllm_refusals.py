@@ -3,12 +3,15 @@
 import hashlib
 import json
 import os
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from plans import write_plan
+from quantised_copies import quantise, scheme_of
 
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import NOTHING_DROPPED, Drop, Drops, Strategy
@@ -247,13 +250,42 @@ def test_a_kv_cache_in_the_dtype_of_the_model(folder, plan):
     configured(folder, plan, dtype="bfloat16", kv_cache_dtype="bfloat16")
 
 
+def test_a_checkpoint_that_asks_for_a_quantised_kv_cache(folder, tmp_path):
+    """Also where --kv-cache-dtype names another, or is the default; and vLLM itself would take it."""
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    quantise(copy, "compressed int8")
+    plan = write_plan(tmp_path / "plan.json", copy, 2, [D, K, K, D])
+    assert configured(copy, plan, dtype="bfloat16").additional_config["spd_calib"]["drops"]
+    config = json.loads((copy / "config.json").read_text())
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+    config["quantization_config"]["kv_cache_scheme"] = scheme
+    (copy / "config.json").write_text(json.dumps(config))
+    configured(copy, dtype="bfloat16")
+    for named in ("auto", "bfloat16", "fp8_e5m2"):
+        refused(copy, plan, "a quantised KV cache", dtype="bfloat16", kv_cache_dtype=named)
+
+
+def test_weights_that_vllm_would_quantise(folder, plan):
+    refused(folder, plan, "weights quantised as they are loaded (fp8)", dtype="bfloat16", quantization="fp8")
+
+
+def test_quantised_experts(folder_of, tmp_path):
+    copy = Path(shutil.copytree(folder_of("mixtral"), tmp_path / "copy"))
+    plan = write_plan(tmp_path / "plan.json", copy, 2, [D, K, K, D])
+    config = json.loads((copy / "config.json").read_text())
+    said, _ = scheme_of("compressed int8", group=32, block=128)
+    (copy / "config.json").write_text(json.dumps({**config, "quantization_config": said}))
+    refused(copy, plan, "quantised experts", dtype="bfloat16")
+
+
 def test_what_needs_more_than_a_cpu_to_configure(folder):
     config = configured(folder)
     fields = ("parallel_config", "model_config", "cache_config", "offload_config", "lora_config", "speculative_config")
     fields += ("load_config", "kv_transfer_config", "weight_transfer_config")
     likeness = {name: getattr(config, name) for name in fields}
     assert not_as_measured(SimpleNamespace(**likeness, quant_config=None)) is None
-    assert not_as_measured(SimpleNamespace(**likeness, quant_config=object())) == "a quantised model"
+    asks = SimpleNamespace(kv_cache_scheme={"num_bits": 8, "type": "float"})
+    assert "which the checkpoint asks for" in not_as_measured(SimpleNamespace(**likeness, quant_config=asks))
 
 
 def test_a_class_of_the_same_name_is_not_enough():

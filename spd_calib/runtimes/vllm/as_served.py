@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from spd_calib.formats.drops import NOTHING_DROPPED, Drop, Drops, Point, Strategy
+from spd_calib.models.schemes import scheme_of
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.session import Session
 from spd_calib.runtimes.checks import CheckRow, compare_counts, folder_of
 from spd_calib.runtimes.observed import Observed
+from spd_calib.runtimes.rounding import reading_rounded
 from spd_calib.runtimes.simulation import simulate
 
 from .check import all_reduces_expected
@@ -46,7 +48,9 @@ def check_as_served(
         vocabulary, dtype, traced = engine.vocabulary(), engine.dtype, engine.traced_all_reduces()
     narrow = session.load("cpu", dtype)
     narrow.head.cut_at(vocabulary)
-    rounded = [log_probs(narrow, drops, ids, sample) for sample in samples]
+    scheme = scheme_of(session.config)
+    with reading_rounded(narrow, scheme.reads if scheme else ""):
+        rounded = [log_probs(narrow, drops, ids, sample) for sample in samples]
     del narrow
     lm = session.load("cpu", "float32")
     lm.head.cut_at(vocabulary)

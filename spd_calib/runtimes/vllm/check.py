@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from spd_calib.errors import InputError
 from spd_calib.formats.drops import NOTHING_DROPPED, SUBLAYERS, Drops
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.session import Session
@@ -21,8 +22,13 @@ def check_vllm(
     """Start vLLM at the session's TP size with the plan, swap in the dense model, compare both with the simulation.
 
     `drops` are what `plan` holds, with the predictors of all ranks. Works in float32 on both sides. Raises InputError
-    where vLLM or the plan cannot be used.
+    where vLLM or the plan cannot be used, and for a quantised model, of which vLLM computes nothing in float32 alone.
     """
+    if session.ref.quantised:
+        raise InputError(
+            "vLLM rounds what a quantised model's layers read, or runs it in half precision only, so the fourth digit "
+            "cannot be asked for; check the engine that you serve, with `as_served`, '--dtype bfloat16' for one."
+        )
     ids = [session.tokenizer(p)["input_ids"] for p in prompts]
     longest = max(map(len, ids)) + new_tokens
     with start(folder_of(session), tp=session.tp, max_length=longest, plan=plan) as engine:

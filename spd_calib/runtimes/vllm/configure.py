@@ -15,7 +15,7 @@ from spd_calib.formats.plan import Plan
 from spd_calib.models.plan_files import load_plan
 
 from .forms import SUPPORTED as ARCHITECTURES
-from .forms import is_supported
+from .forms import has_mixture, is_supported
 from .hashed_once import hashed_once
 from .rows import to_rows
 
@@ -95,6 +95,8 @@ def check(plan: Plan, path: Path, *, config: Any) -> None:
             f"{path} is for TP {plan.tensor_parallel.size}, but vLLM was started with TP "
             f"{parallel.tensor_parallel_size}; set --tensor-parallel-size {plan.tensor_parallel.size} or plan anew."
         )
+    if config.quant_config is not None and has_mixture(model.architecture):
+        raise InputError(f"{path} cannot be run with quantised experts: what vLLM makes of them has not been tested.")
     if what := not_as_measured(config):
         raise InputError(f"{path} cannot be run with {what}: the vLLM runtime of spd-calib does not support it.")
     _check_head_width(config)
@@ -111,10 +113,11 @@ def not_as_measured(config: Any) -> str | None:
         ("decode context parallelism", parallel.decode_context_parallel_size > 1),
         ("prefill context parallelism", parallel.prefill_context_parallel_size > 1),
         ("whole experts on ranks (expert parallel)", parallel.enable_expert_parallel),
-        ("a quantised model", config.quant_config is not None or model.quantization is not None),
+        (f"weights quantised as they are loaded ({model.quantization})", _quantises_itself(model)),
         ("LoRA adapters", config.lora_config is not None),
         ("speculative decoding by a model", speculative is not None and speculative.method != "ngram"),
         ("weights offloaded to the CPU", _offloads(config.offload_config)),
+        ("a quantised KV cache, which the checkpoint asks for", _asks_for_a_quantised_cache(config)),
         (f"a KV cache in {cache}", cache not in ("auto", str(model.dtype).removeprefix("torch."))),
         ("a KV cache that is kept or filled elsewhere", config.kv_transfer_config is not None),
         ("weights transferred into the engine", config.weight_transfer_config is not None),
@@ -123,6 +126,17 @@ def not_as_measured(config: Any) -> str | None:
         (f"the runner {model.runner_type!r}", model.runner_type != "generate"),
     )
     return next((what for what, used in found if used), None)
+
+
+def _quantises_itself(model: Any) -> bool:
+    """Say whether vLLM would quantise weights, or what layers read, in another way than the checkpoint says."""
+    stored = getattr(model.hf_config, "quantization_config", None) is not None
+    return model.quantization_config is not None or (model.quantization is not None and not stored)
+
+
+def _asks_for_a_quantised_cache(config: Any) -> bool:
+    """Say whether the checkpoint has vLLM quantise the KV cache where --kv-cache-dtype is auto, as it is by default."""
+    return getattr(config.quant_config, "kv_cache_scheme", None) is not None
 
 
 def _offloads(offload: Any) -> bool:
@@ -153,7 +167,7 @@ def _check_same_model(plan: Plan, path: Path, *, model: Any) -> None:
     """
     from spd_calib.models.load import checked_fingerprint, locate, read_config
 
-    architecture, blocks = _architecture(model), model.hf_config.num_hidden_layers
+    architecture, blocks = _architecture(model), model.hf_text_config.num_hidden_layers
     if (plan.model.architecture, plan.model.num_blocks) != (architecture, blocks):
         raise InputError(
             f"{path} is for {plan.model.architecture} with {plan.model.num_blocks} blocks, but {model.model} is "

@@ -173,6 +173,11 @@ def is_supported(runs: str, architecture: str) -> bool:
     return architecture in (BY_TRANSFORMERS if runs == BACKEND else SUPPORTED) and runs in (BACKEND, architecture)
 
 
+def has_mixture(runs: str) -> bool:
+    """Say whether layers of the class that vLLM names `runs` may have a mixture of experts."""
+    return runs in FORMS and bool(FORMS[runs].mixture)
+
+
 def find(model: nn.Module) -> tuple[LayerForm, list[Any]]:
     """Return the form of a loaded vLLM model's layers, and the layers.
 
