@@ -1,69 +1,20 @@
 """The language model inside a model of text and images: every logit as the whole gives it for text alone."""
 
 import json
-from pathlib import Path
 
 import pytest
-import tiny
 import torch
+from multimodal import KINDS, save
+from plans import write_plan
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from spd_calib import RunOptions, TextSelection, check, recover
 from spd_calib.errors import InputError
 from spd_calib.models.load import load_dense, locate, read_config
 from spd_calib.models.shard_load import load_sharded
 from spd_calib.models.text_part import WITH_TEXT_PART
 from spd_calib.parallel.session import open_session
-
-CLIP = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
-        "num_attention_heads": 2, "image_size": 16, "patch_size": 8, "projection_dim": 16}  # fmt: skip
-SIGLIP = {**CLIP, "model_type": "siglip_vision_model"}
-PIXTRAL = {**CLIP, "model_type": "pixtral", "head_dim": 16}
-QWEN = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 64,
-        "patch_size": 8, "spatial_merge_size": 2, "num_position_embeddings": 16}  # fmt: skip
-KINDS: dict[str, tuple[str, dict, dict]] = {
-    "llava": ("llama", CLIP, {"vision_feature_layer": -1}),
-    "vipllava": ("llama", CLIP, {"vision_feature_layers": [-1]}),
-    "llava_next": ("mistral", CLIP, {"vision_feature_layer": -1}),
-    "llava_onevision": ("qwen2", SIGLIP, {"vision_feature_layer": -1}),
-    "internvl": (
-        "qwen2",
-        {
-            "model_type": "internvl_vision",
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "image_size": [16, 16],
-            "patch_size": [8, 8],
-        },
-        {"downsample_ratio": 0.5},
-    ),
-    "gemma3": ("gemma3_text", SIGLIP, {"mm_tokens_per_image": 4}),
-    "mistral3": ("mistral", PIXTRAL, {"vision_feature_layer": -1}),
-    "qwen3_5": ("qwen3_5_text", QWEN, {}),
-    "qwen3_5_moe": ("qwen3_5_moe_text", QWEN, {}),
-}
-
-
-def save(folder: Path, kind: str) -> torch.nn.Module:
-    """A small model of text and images with loud random weights, and a tokenizer; the model is returned."""
-    text, vision, more = KINDS[kind]
-    of_text = dict(tiny.FAMILIES[f] if f in tiny.FAMILIES else tiny.MIXTURES[f] for f in ("qwen3_5", "qwen3_5_moe"))
-    config = AutoConfig.for_model(
-        kind,
-        text_config={"model_type": text, **tiny.SHAPE, **of_text.get(text, {}), "num_hidden_layers": 2, "head_dim": 8},
-        vision_config=vision,
-        **({"image_token_index": 100} if "feature_layer" in str(more) or kind == "gemma3" else {"image_token_id": 100}),
-        **more,
-    )
-    torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
-    for p in model.parameters():
-        p.data.add_(0.05 * torch.randn(p.shape))
-    model.save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return model
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -107,3 +58,32 @@ def test_the_profile_names_the_whole_model(spd, text, tmp_path):
                   "--verify-samples", 2, "--device", "cpu", "-o", tmp_path / "p.json")  # fmt: skip
     assert outcome.code == 0, outcome.err
     assert json.loads((tmp_path / "p.json").read_text())["model"]["architecture"] == "Mistral3ForConditionalGeneration"
+
+
+@pytest.mark.parametrize("kind", ["llava", "gemma3"])
+def test_a_recovered_text_part_lies_in_the_whole(kind, text, tmp_path):
+    """transformers' own class of the whole reads the recovered weights; of the rest not a byte is another."""
+    save(folder := tmp_path / "model", kind)
+    before = load_file(folder / "model.safetensors")
+    # in two files
+    half = dict(list(before.items())[::2])
+    rest = {n: t for n, t in before.items() if n not in half}
+    names = {"model-00001-of-00002.safetensors": half, "model-00002-of-00002.safetensors": rest}
+    for name, tensors in names.items():
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {n: name for name, tensors in names.items() for n in tensors}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+    plan = write_plan(tmp_path / "plan.json", folder, 2, ["block_drop", "block_drop"])
+    out, few = tmp_path / "out", TextSelection(seq_len=24, max_samples=20, verify_samples=4)
+    made = recover(plan, out, data=str(text), text=few, run=RunOptions(device="cpu"))
+    assert made.recovered_from.weight_fingerprint != made.model.weight_fingerprint
+    after = {n: t for name in names for n, t in load_file(out / name).items()}
+    changed = {n for n, t in after.items() if not torch.equal(t, before[n])}
+    assert after.keys() == before.keys() and changed and all(".layers." in n and "vision" not in n for n in changed)
+    whole = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32).eval()
+    ids = torch.randint(3, 90, (2, 12))
+    with torch.no_grad():
+        expected = whole(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    torch.testing.assert_close(open_session(str(out), 2).load()(ids), expected, rtol=1e-5, atol=1e-4)
+    assert check(out / "plan.json").ok

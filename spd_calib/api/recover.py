@@ -11,7 +11,6 @@ from spd_calib.formats.files import sha256_as_written, sha256_of
 from spd_calib.formats.plan import Budget, Plan
 from spd_calib.models.load import load_dense
 from spd_calib.models.plan_files import load_drops
-from spd_calib.models.text_part import whole_of
 from spd_calib.parallel.comm import DistributedComm
 from spd_calib.parallel.distributed import from_main_rank, local_device
 from spd_calib.planning.budget import cost, describe, kept
@@ -26,6 +25,7 @@ from spd_calib.recovery.options import METHODS, WITHOUT_TRAINING, RecoveryMethod
 from spd_calib.recovery.planned_model import PlannedModel
 from spd_calib.recovery.recover import recover as treat
 from spd_calib.recovery.recovered_plan import Measured, recovered_plan
+from spd_calib.recovery.text_part import check_writable
 from spd_calib.sensitivity.documents import TEXT
 from spd_calib.sensitivity.text import Text
 from spd_calib.sensitivity.tiers import Tier
@@ -108,11 +108,7 @@ def recover(
     session = open_model_of(document, path=path, model=model, replicas=True)
     if (source := session.source) is None:
         raise InputError("Recovery writes a folder like the one the model came from; give that folder as `model`.")
-    if whole_of(session.config) is not session.config:
-        raise InputError(
-            f"{source.id} is a model of text and images, and recovery writes checkpoints of language models alone; "
-            "name one of those, or plan without recovery."
-        )
+    check_writable(source, session.config)
     run = resolved_for(session, run, dtype=document.provenance.dtype)
     run = replace(run, device=local_device(run.device))
     found = load_texts_for(session, [data], _like_the_plans(text, document), spread=SPREAD)[0]

@@ -20,9 +20,12 @@ from spd_calib.formats.files import dumps, sha256_of, unwritable
 from spd_calib.formats.plan import CompensationFile, Plan
 from spd_calib.models.load import Source, model_ref, read_config
 from spd_calib.models.plan_files import predictor_tensors
+from spd_calib.models.schemes import without_quantisation
+from spd_calib.models.text_part import whole_of
 
 from .planned_model import PlannedModel
 from .report import REPORT_FILE
+from .text_part import is_part, write_part
 
 COMPENSATION_FILE = "compensation.safetensors"
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
@@ -46,7 +49,8 @@ def check_output(output: Path) -> None:
 
 def storage_dtype(source: Source) -> torch.dtype:
     """Return the dtype that a model's configuration says its weights are stored in; float32 where it says none."""
-    dtype = getattr(read_config(source), "dtype", None) or torch.float32
+    config = read_config(source)
+    dtype = getattr(config, "dtype", None) or getattr(whole_of(config), "dtype", None) or torch.float32
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
@@ -77,8 +81,11 @@ def write_checkpoint(
     with _whole_folder(output) as folder:
         predictors, dtype = predictor_tensors(model.drops), storage_dtype(source)
         restored = model.restored()
-        nn.Module.to(restored, dtype)
-        restored.save_pretrained(folder)
+        if is_part(restored.config):
+            write_part(folder, restored, source=source, dtype=dtype)
+        else:
+            nn.Module.to(restored, dtype)
+            restored.save_pretrained(folder)
         for path in source.folder.iterdir():  # configuration and tokenizer as they were
             if path.is_file() and not path.name.endswith(WEIGHTS) and path.name not in ("plan.json", REPORT_FILE):
                 shutil.copyfile(path, folder / path.name)
@@ -99,7 +106,7 @@ def write_checkpoint(
 def _forget_quantisation(config: Path) -> None:
     """Take the quantisation out of a config.json that came from a quantised model: what is written is dequantised."""
     said = json.loads(config.read_text(encoding="utf-8"))
-    kept = {k: v for k, v in said.items() if k not in ("quantization_config", "compression_config")}
+    kept = without_quantisation(said)
     if kept != said:
         config.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
 
