@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from spd_calib.formats.drops import Drop, Strategy
-from spd_calib.runtimes.vllm import projections
-from spd_calib.runtimes.vllm.forwards import Parts, Planned, fused
-from spd_calib.runtimes.vllm.projections import Projection, ending_before
+from spd_calib.runtimes.planned import Planned
+from spd_calib.runtimes.projections import Projection
+from spd_calib.runtimes.vllm import forwards
+from spd_calib.runtimes.vllm.forwards import Parts, fused
+from spd_calib.runtimes.vllm.projections import ending_before
 
 Variant = Literal["kept", "dropped", "dropped, p added by the compiler"]
 VARIANTS: tuple[Variant, ...] = ("kept", "dropped", "dropped, p added by the compiler")
@@ -83,7 +85,7 @@ class Norm(nn.Module):
 class RowParallel(nn.Module):
     """What a Projection asks of vLLM's RowParallelLinear."""
 
-    return_bias, bias, tp_rank = True, None, 0
+    return_bias, bias = True, None
 
     def __init__(self, inputs: int, d: int):
         super().__init__()
@@ -106,7 +108,7 @@ class Layer(nn.Module):
         self.norms = nn.ModuleList(Norm(d, reduces=norm_reduces) for _ in range(2))
         self.q, self.gate_up = (nn.Linear(d, n, bias=False) for n in (width, 2 * sizes.neurons))
         self.o, self.down = RowParallel(width, d), RowParallel(sizes.neurons, d)
-        o, down = (Projection(linear, in_place=variant == "dropped") for linear in (self.o, self.down))
+        o, down = (Projection(linear, rank=0, in_place=variant == "dropped") for linear in (self.o, self.down))
         at_attention = Drop(Strategy.KEEP_SYNC if variant == "kept" else Strategy.BLOCK_DROP)
         self.planned = fused(self, Parts(*self.norms, o, down), Planned(at_attention, Drop(Strategy.KEEP_SYNC)))
 
@@ -146,7 +148,7 @@ def stand_in(*, norm_reduces: bool) -> None:
             all_reduce(partial)
         return partial
 
-    projections.all_reduced = reduced
+    forwards.all_reduced = reduced
 
 
 def inputs_of(sizes: Sizes, *, batch: int, context: int, device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:

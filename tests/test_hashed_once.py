@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from spd_calib.runtimes.vllm import hashed_once as module
-from spd_calib.runtimes.vllm.hashed_once import hashed_once
+from spd_calib.runtimes import hashed_once as module
+from spd_calib.runtimes.hashed_once import hashed_once
 
 
 @pytest.fixture

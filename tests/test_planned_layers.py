@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from spd_calib.formats.drops import Drop, Strategy
-from spd_calib.runtimes.vllm import norm_forwards, projections
-from spd_calib.runtimes.vllm.forwards import Parts, Planned, fused
+from spd_calib.runtimes.planned import Planned
+from spd_calib.runtimes.projections import Projection
+from spd_calib.runtimes.vllm import forwards, norm_forwards
+from spd_calib.runtimes.vllm.forwards import Parts, fused
 from spd_calib.runtimes.vllm.norm_forwards import behind_norms, sandwich
-from spd_calib.runtimes.vllm.projections import Projection, ending_before
+from spd_calib.runtimes.vllm.projections import ending_before
 
 K, D, P = (Drop(s) for s in (Strategy.KEEP_SYNC, Strategy.BLOCK_DROP, Strategy.PLAIN_DROP))
 D_MODEL, HEADS, NEURONS, TOKENS = 32, 16, 48, 5
@@ -52,7 +54,7 @@ class Norm(nn.Module):
 class Linear(nn.Module):
     """What is used of vLLM's RowParallelLinear; this is rank 0 of 2."""
 
-    return_bias, params_dtype, tp_rank = True, torch.float32, 0
+    return_bias, params_dtype = True, torch.float32
 
     def __init__(self, inputs: int, bias: bool):
         super().__init__()
@@ -95,7 +97,9 @@ class Layers(nn.Module):
             if drops is None:
                 continue
             parts = Parts(
-                layer.norm1, layer.norm2, *(Projection(part, in_place=in_place) for part in (layer.o, layer.down))
+                layer.norm1,
+                layer.norm2,
+                *(Projection(part, rank=0, in_place=in_place) for part in (layer.o, layer.down)),
             )
             for part in (layer.o, layer.down):
                 part.forward = ending_before(part)
@@ -110,7 +114,7 @@ class Layers(nn.Module):
 
 @pytest.fixture(autouse=True)
 def two_ranks(monkeypatch):
-    monkeypatch.setattr(projections, "all_reduced", all_reduce)
+    monkeypatch.setattr(forwards, "all_reduced", all_reduce)
     monkeypatch.setattr(norm_forwards, "all_reduced", all_reduce)
     torch.compiler.reset()
 
@@ -180,7 +184,9 @@ class LayersBehindNorms(nn.Module):
         for i, (layer, out_norms, drops) in enumerate(zip(self.layers, self.out_norms, plan, strict=True)):
             for part in (layer.o, layer.down):
                 part.forward = ending_before(part)
-            parts = Parts(layer.norm1, layer.norm2, Projection(layer.o), Projection(layer.down), *out_norms)
+            parts = Parts(
+                layer.norm1, layer.norm2, Projection(layer.o, rank=0), Projection(layer.down, rank=0), *out_norms
+            )
             planned = Planned(*drops, owes=owes, last=i == len(plan) - 1)
             layer.forward = behind_norms(sandwich)(layer, parts, planned)
             owes = drops[1] is not K

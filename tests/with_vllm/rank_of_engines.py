@@ -16,9 +16,9 @@ from vllm.model_executor.layers.utils import default_unquantized_gemm
 from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
 from spd_calib.formats.drops import NOTHING_DROPPED
+from spd_calib.runtimes.projections import Projection
 from spd_calib.runtimes.vllm.engine import start
 from spd_calib.runtimes.vllm.mixtures import Mixture
-from spd_calib.runtimes.vllm.projections import Projection
 
 distributed_args = ExecutorWithExternalLauncher._distributed_args
 

@@ -38,7 +38,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from spd_calib.errors import InputError
-from spd_calib.runtimes.vllm.worker import check_agreement
+from spd_calib.runtimes.agreement import check_agreement
 
 rank, port, cases = int(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)

@@ -16,8 +16,9 @@ from quantised_copies import quantise, scheme_of
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import NOTHING_DROPPED, Drop, Drops, Strategy
 from spd_calib.models.predictor import Predictor
+from spd_calib.runtimes.engine_layers import fitted
 from spd_calib.runtimes.vllm.configure import not_as_measured
-from spd_calib.runtimes.vllm.layers import apply, fitted
+from spd_calib.runtimes.vllm.layers import apply
 from spd_calib.runtimes.vllm.worker import _apply
 
 K, D = "keep_sync", "block_drop"
@@ -311,7 +312,7 @@ def unbuilt_llama(blocks: int):
     from vllm.model_executor.models.llama import LlamaDecoderLayer, LlamaForCausalLM
 
     def linear():
-        return unbuilt(RowParallelLinear, input_is_parallel=True, return_bias=True, quant_method=None)
+        return unbuilt(RowParallelLinear, input_is_parallel=True, return_bias=True, quant_method=None, tp_rank=0)
 
     plain = torch.nn.Identity
     layers = torch.nn.ModuleList(
@@ -375,16 +376,14 @@ def test_sync_points_that_the_model_does_not_have():
 
 
 def test_a_predictor_goes_to_the_dtype_that_a_packed_layer_computes_in():
-    o_proj = unbuilt(
-        torch.nn.Identity, tp_rank=1, input_size_per_partition=3, output_size=4, params_dtype=torch.bfloat16
-    )
+    o_proj = unbuilt(torch.nn.Identity, input_size_per_partition=3, output_size=4, params_dtype=torch.bfloat16)
     o_proj.qweight = torch.nn.Parameter(torch.zeros(3, 1, dtype=torch.int32), requires_grad=False)
     given = Predictor(torch.full((4,), 0.5), w=torch.full((3, 4), 0.25))
-    found = fitted(o_proj, Drop(Strategy.BLOCK_DROP, {1: given}), block=0, d_rank=3)
+    found = fitted(o_proj, Drop(Strategy.BLOCK_DROP, {1: given}), block=0, d_rank=3, rank=1)
     assert found.bias.dtype == found.w.dtype == torch.bfloat16
     assert found.w.tolist() == given.w.tolist()
     with pytest.raises(InputError, match="no predictor for rank 1"):
-        fitted(o_proj, Drop(Strategy.BLOCK_DROP, {0: given}), block=0, d_rank=3)
+        fitted(o_proj, Drop(Strategy.BLOCK_DROP, {0: given}), block=0, d_rank=3, rank=1)
 
 
 def test_registering_twice_is_registering_once():

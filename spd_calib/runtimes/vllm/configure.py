@@ -5,7 +5,6 @@ predictors, from the file whose hash they got. All of it stands in `additional_c
 in its key, so that code compiled for one plan never serves another.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,19 @@ from spd_calib.errors import InputError
 from spd_calib.formats.files import sha256_of
 from spd_calib.formats.plan import Plan
 from spd_calib.models.plan_files import load_plan
+from spd_calib.runtimes.plan_checks import (
+    ENVIRONMENT,
+    check_requires,
+    check_same_model,
+    check_tp,
+    named_in_environment,
+)
 
 from .forms import SUPPORTED as ARCHITECTURES
 from .forms import has_mixture, is_supported
-from .hashed_once import hashed_once
 from .rows import to_rows
 
-PLAN, ENVIRONMENT, RESOLVED = "spd_plan", "SPD_PLAN", "spd_calib"
+PLAN, RESOLVED = "spd_plan", "spd_calib"
 WORKERS = {
     "vllm.v1.worker.gpu_worker.Worker": "spd_calib.runtimes.vllm.gpu_worker.PlannedGPUWorker",
     "vllm.v1.worker.cpu_worker.CPUWorker": "spd_calib.runtimes.vllm.cpu_worker.PlannedCPUWorker",
@@ -66,10 +71,10 @@ def plan_path(config: Any) -> Path | None:
     """Return where the plan lies: `additional_config["spd_plan"]`, else the environment's SPD_PLAN, else None."""
     additional = config.additional_config
     if not isinstance(additional, dict):
-        if os.environ.get(ENVIRONMENT):
+        if named_in_environment():
             raise InputError(f"{ENVIRONMENT} names a plan, but additional_config is no dictionary to put it into.")
         return None
-    named = additional.get(PLAN, os.environ.get(ENVIRONMENT) or None)
+    named = additional.get(PLAN, named_in_environment())
     if named is None:
         return None
     if not isinstance(named, str) or not named:
@@ -80,9 +85,7 @@ def plan_path(config: Any) -> Path | None:
 def check(plan: Plan, path: Path, *, config: Any) -> None:
     """Check all that can be known before a process is started. Raises InputError with the reason."""
     parallel, model = config.parallel_config, config.model_config
-    if unknown := sorted(set(plan.requires) - SUPPORTED):
-        why = f": {LACKING[unknown[0]]}" if unknown[0] in LACKING else ""
-        raise InputError(f"{path} requires {unknown[0]!r}, which the vLLM runtime does not have{why}.")
+    check_requires(plan, path, engine="vLLM", supported=SUPPORTED, lacking=LACKING)
     if not is_supported(model.architecture, _architecture(model)):
         raise InputError(
             f"vLLM would run {_architecture(model)} as {model.architecture}, whose decoder layer spd-calib does not "
@@ -90,17 +93,20 @@ def check(plan: Plan, path: Path, *, config: Any) -> None:
         )
     if parallel.worker_cls not in (*WORKERS, *WORKERS.values()):
         raise InputError(f"vLLM would use the worker {parallel.worker_cls}, which spd-calib does not know: no plan.")
-    if parallel.tensor_parallel_size != plan.tensor_parallel.size:
-        raise InputError(
-            f"{path} is for TP {plan.tensor_parallel.size}, but vLLM was started with TP "
-            f"{parallel.tensor_parallel_size}; set --tensor-parallel-size {plan.tensor_parallel.size} or plan anew."
-        )
+    check_tp(plan, path, engine="vLLM", tp=parallel.tensor_parallel_size, flag="--tensor-parallel-size")
     if config.quant_config is not None and has_mixture(model.architecture):
         raise InputError(f"{path} cannot be run with quantised experts: what vLLM makes of them has not been tested.")
     if what := not_as_measured(config):
         raise InputError(f"{path} cannot be run with {what}: the vLLM runtime of spd-calib does not support it.")
     _check_head_width(config)
-    _check_same_model(plan, path, model=model)
+    check_same_model(
+        plan,
+        path,
+        architecture=_architecture(model),
+        blocks=model.hf_text_config.num_hidden_layers,
+        model=model.model,
+        revision=model.revision,
+    )
 
 
 def not_as_measured(config: Any) -> str | None:
@@ -158,29 +164,6 @@ def _check_head_width(config: Any) -> None:
                 f"vLLM's attention on a CPU has no kernel for heads of width {width}, only of "
                 f"{', '.join(map(str, known))}; run the plan on a GPU, or under torchrun."
             )
-
-
-def _check_same_model(plan: Plan, path: Path, *, model: Any) -> None:
-    """Compare the plan's model with the one vLLM would load: architecture, number of blocks, and every weight on disk.
-
-    Not config_hash: it is of the configuration as one version of transformers fills it in, and vLLM may bring another.
-    """
-    from spd_calib.models.load import checked_fingerprint, locate, read_config
-
-    architecture, blocks = _architecture(model), model.hf_text_config.num_hidden_layers
-    if (plan.model.architecture, plan.model.num_blocks) != (architecture, blocks):
-        raise InputError(
-            f"{path} is for {plan.model.architecture} with {plan.model.num_blocks} blocks, but {model.model} is "
-            f"{architecture} with {blocks}; name the right model, or plan anew."
-        )
-    source = locate(model.model, model.revision)
-    if (
-        hashed_once(source.folder, lambda: checked_fingerprint(source, read_config(source)))
-        != plan.model.weight_fingerprint
-    ):
-        raise InputError(
-            f"{path} was made for other weights than those of {model.model}; name the right model, or plan anew."
-        )
 
 
 def _architecture(model: Any) -> str:

@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spd_calib.formats.drops import Drop, Strategy
-from spd_calib.models.predictor import Predictor
+from spd_calib.runtimes.planned import KEEP, Planned, at_dropped_attention
+from spd_calib.runtimes.projections import Projection, add
 
 from .mixtures import Mixture
-from .projections import Projection, add
+from .projections import all_reduced
 
-KEEP, BLOCK_DROP = Strategy.KEEP_SYNC, Strategy.BLOCK_DROP
 Pair = tuple[Tensor, Tensor]
 Stream = Tensor | Pair
 """The residual stream between two layers that pass it alone: x, or (x, p) where p is owed."""
@@ -39,30 +38,13 @@ class Parts:
     mlp_out_norm: Any = None
 
 
-@dataclass(frozen=True)
-class Planned:
-    """Holds what a plan says of one layer: its two sync points, and their predictors.
-
-    `predictor` and `mlp_predictor` are the rank's own, `router` that of what the router reads in a mixture of experts.
-    `owes`: the layer before left a debt, or partial sums that wait. `last`: it is the last layer.
-    """
-
-    attention: Drop
-    mlp: Drop
-    predictor: Predictor | None = None
-    router: Predictor | None = None
-    mlp_predictor: Predictor | None = None
-    owes: bool = False
-    last: bool = False
-
-
 def fused(layer: Any, parts: Parts, planned: Planned) -> Callable[..., Pair]:
     """Return a forward of Llama's kind: it takes and gives (hidden, residual), which norms add up as they go.
 
     Between two layers, hidden is the sum of the MLP before; where that owes its all-reduce, it is the debt p.
     """
     norm1, norm2, o, down = parts.norm1, parts.norm2, parts.o, parts.down
-    at_attention, at_mlp, predictor = planned.attention.strategy, planned.mlp.strategy, planned.predictor
+    at_attention, at_mlp = planned.attention.strategy, planned.mlp.strategy
     router, owes = planned.router, planned.owes
 
     def forward(positions: Tensor, hidden_states: Tensor, residual: Tensor | None, **_: Any) -> Pair:
@@ -81,26 +63,19 @@ def fused(layer: Any, parts: Parts, planned: Planned) -> Callable[..., Pair]:
             expected = None
         heads = layer.self_attn(positions=positions, hidden_states=u)
         if at_attention == KEEP:
-            (u, x), p = norm2(o.reduced(p, heads), x), None
-        elif predictor is not None:
-            a = o.partial(heads)
-            x = add(x, o.bias)
-            u, p = norm2(add(x + predictor(heads, a), p)), add(a, p)
-        elif at_attention == BLOCK_DROP:
-            x, p = add(x, o.bias), o.onto(p, heads)
-            u = norm2(x + p)
-        elif p is None:
+            (u, x), p = norm2(all_reduced(o.addend(p, heads)), x), None
+        elif planned.writes_off and p is None:
             u, x = norm2(add(o.partial(heads), o.bias), x)
         else:
-            x = add(x + o.partial(heads), o.bias)
-            u = norm2(x + p)
+            x, p, read = at_dropped_attention(planned, o, x=x, p=p, heads=heads)
+            u = norm2(read)
 
         if isinstance(down, Mixture):
             neurons = down.partial(u, u if at_attention == KEEP else norm2(add(x, expected)))
         else:
             neurons = layer.mlp(u)
         if at_mlp == KEEP:
-            return down.reduced(p, neurons), x
+            return all_reduced(down.addend(p, neurons)), x
         return down.onto(p, neurons), add(x, down.bias)
 
     return forward
@@ -115,25 +90,20 @@ def unfused(call: Callable[..., Callable]) -> Callable[..., Callable]:
 
     def forward_of(layer: Any, parts: Parts, planned: Planned) -> Callable:
         o, down = parts.o, parts.down
-        at_attention, at_mlp, predictor = planned.attention.strategy, planned.mlp.strategy, planned.predictor
+        at_attention, at_mlp = planned.attention.strategy, planned.mlp.strategy
 
         def block(stream: Stream, attend: Callable[[Tensor], Tensor], feed: Callable[[Tensor], Tensor]) -> Stream:
             x, p = stream if isinstance(stream, tuple) else (stream, None)
-            heads, read = attend(parts.norm1(add(x, p))), None
+            heads = attend(parts.norm1(add(x, p)))
             if at_attention == KEEP:
-                x, p = x + o.reduced(p, heads), None
-            elif predictor is not None:
-                a = o.partial(heads)
-                x = add(x, o.bias)
-                read, p = add(x + predictor(heads, a), p), add(a, p)
-            elif at_attention == BLOCK_DROP:
-                x, p = add(x, o.bias), o.onto(p, heads)
+                x, p = x + all_reduced(o.addend(p, heads)), None
+                read = x
             else:
-                x = add(x + o.partial(heads), o.bias)
+                x, p, read = at_dropped_attention(planned, o, x=x, p=p, heads=heads)
 
-            neurons = feed(parts.norm2(add(x, p) if read is None else read))
+            neurons = feed(parts.norm2(read))
             if at_mlp == KEEP:
-                return x + down.reduced(p, neurons)
+                return x + all_reduced(down.addend(p, neurons))
             return add(x, down.bias), down.onto(p, neurons)
 
         return call(layer, block)

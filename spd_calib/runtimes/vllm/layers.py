@@ -2,15 +2,20 @@
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from spd_calib.errors import InputError
-from spd_calib.formats.drops import Drop, Drops, Point
-from spd_calib.models.predictor import Predictor, check_predictors, check_router_predictor
+from spd_calib.formats.drops import Drops, Point
+from spd_calib.runtimes.engine_layers import (
+    check_sync_points,
+    fitted_at,
+    fitted_router,
+    refuse_foreign_forward,
+    set_forward,
+)
+from spd_calib.runtimes.planned import KEEP, Planned
 
 from .forms import find
-from .forwards import KEEP, Planned
 from .mixtures import end_before_sum
 from .projections import ending_before
 
@@ -23,23 +28,21 @@ def apply(model: nn.Module, drops: Drops) -> None:
     somebody else has put a forward of their own around a layer.
     """
     form, layers = find(model)
-    try:
-        drops.check_fits(len(layers))
-    except ValueError as e:
-        raise InputError(f"The plan does not fit the model that vLLM loaded: {e}.") from None
+    check_sync_points(drops, blocks=len(layers), engine="vLLM")
     mixtures = [form.mixture_of(layer) for layer in layers]
     if drops.streams_differ and any(mixtures):
         raise InputError("Ranks whose streams differ for good (plain_drop) would choose different experts: no plan.")
     for i, layer in enumerate(layers):
         for module in (layer, *form.linears(layer), *((m, m.gate, m.experts) if (m := mixtures[i]) else ())):
-            _refuse_foreign_forward(module, i)
+            refuse_foreign_forward(module, block=i, engine="vLLM")
+    o_projs: list[Any] = [layer.get_submodule(form.o) for layer in layers]
     predictors = {
-        point: _fitted_at(point, drops.at(point), o_proj=layers[point.block].get_submodule(form.o))
+        point: fitted_at(point, drops.at(point), o_proj=o_projs[point.block], rank=o_projs[point.block].tp_rank)
         for point in drops
         if drops.at(point).predictors is not None
     }
     routers = {
-        point.block: fitted_router(layers[point.block].get_submodule(form.o), router, block=point.block)
+        point.block: fitted_router(o_projs[point.block], router, block=point.block)
         for point in drops
         if (router := drops.at(point).router) is not None
     }
@@ -53,7 +56,7 @@ def apply(model: nn.Module, drops: Drops) -> None:
         attention, mlp = drops.at(of_attention), drops.at(of_mlp)
         dense = attention.strategy == mlp.strategy == KEEP and not owes
         for linear in form.linears(layer):
-            _set_forward(linear, None if dense else ending_before(linear))
+            set_forward(linear, None if dense else ending_before(linear))
         if mixtures[i] is not None:
             end_before_sum(mixtures[i], not dense)
         planned = Planned(
@@ -65,59 +68,10 @@ def apply(model: nn.Module, drops: Drops) -> None:
             owes=owes,
             last=i == len(layers) - 1,
         )
-        _set_forward(layer, None if dense else form.planned(layer, form.parts(layer), planned))
+        set_forward(layer, None if dense else form.planned(layer, form.parts(layer), planned))
         owes = mlp.strategy != KEEP
 
 
 def count_layers(model: nn.Module) -> int:
     """Return the number of decoder layers of a loaded vLLM model; raises InputError for one that is not on the list."""
     return len(find(model)[1])
-
-
-def _fitted_at(point: Point, drop: Drop, *, o_proj: Any) -> Predictor:
-    """Return the predictor of a sync point: an MLP's reads this rank's partial sum itself, which is as wide as all."""
-    read = o_proj.input_size_per_partition if point.sync_point == "attention" else o_proj.output_size
-    return fitted(o_proj, drop, block=point.block, d_rank=read)
-
-
-def fitted(o_proj: Any, drop: Drop, *, block: int, d_rank: int) -> Predictor:
-    """Return this rank's predictor of `drop` where o_proj is and in its dtype; `d_rank`: values it reads.
-
-    Raises InputError where there is none for this rank, or where its shapes are others.
-    """
-    assert drop.predictors is not None
-    if o_proj.tp_rank not in drop.predictors:
-        raise InputError(f"Block {block} has no predictor for rank {o_proj.tp_rank}.")
-    own = {o_proj.tp_rank: drop.predictors[o_proj.tp_rank]}
-    check_predictors(block, own, d_rank=d_rank, d=o_proj.output_size)
-    return own[o_proj.tp_rank].like(_as_computed(o_proj))
-
-
-def fitted_router(o_proj: Any, router: Predictor, *, block: int) -> Predictor:
-    """Return the predictor of a block's router, as `fitted` does a rank's own. Raises InputError for other shapes."""
-    check_router_predictor(block, router, d=o_proj.output_size)
-    return router.like(_as_computed(o_proj))
-
-
-def _as_computed(o_proj: Any) -> torch.Tensor:
-    """Return an empty tensor where o_proj is and in the dtype that it computes in."""
-    weight = next(o_proj.parameters())  # which may be packed, so that its dtype says nothing
-    return torch.empty(0, device=weight.device, dtype=o_proj.params_dtype)
-
-
-def _refuse_foreign_forward(module: nn.Module, block: int) -> None:
-    """Raise InputError where `module` runs another forward than its class's or one of ours: it would be lost."""
-    forward = vars(module).get("forward")
-    if forward is not None and not hasattr(forward, "of_spd_calib"):
-        raise InputError(
-            f"Something has wrapped the forward of block {block}'s {type(module).__name__}, as weight offloading does, "
-            "and a plan would take its place; start vLLM without it, or without the plan."
-        )
-
-
-def _set_forward(module: Any, forward: Any) -> None:
-    """Make `module` run `forward`; with None, its class's own again."""
-    vars(module).pop("forward", None)
-    if forward is not None:
-        forward.of_spd_calib = True
-        module.forward = forward

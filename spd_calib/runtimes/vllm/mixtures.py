@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from spd_calib.errors import InputError
-
-from .projections import add, all_reduced
+from spd_calib.runtimes.projections import add
 
 RUNNER = "vllm.model_executor.layers.fused_moe.runner.moe_runner.MoERunner"
 
@@ -39,9 +38,9 @@ class Mixture:
         """Return the partial sum m plus p."""
         return add(m, p)
 
-    def reduced(self, p: Tensor | None, m: Tensor) -> Tensor:
-        """Return the sum over all ranks of p and the partial sums."""
-        return all_reduced(add(m, p))
+    def addend(self, p: Tensor | None, m: Tensor) -> Tensor:
+        """Return what this rank adds to the sum over all ranks: the partial sum m, and p."""
+        return add(m, p)
 
 
 def is_mixture(module: Any) -> bool:

@@ -13,9 +13,11 @@ from torch import Tensor
 from spd_calib.formats.drops import Drop, Strategy
 from spd_calib.models.predictor import Predictor
 from spd_calib.parallel.streams import Branch, Streams, defer, keep, write_off
+from spd_calib.runtimes.planned import Planned
+from spd_calib.runtimes.projections import Projection
 
-from .forwards import Parts, Planned
-from .projections import Projection, all_reduced
+from .forwards import Parts
+from .projections import all_reduced
 
 
 class _Engine:

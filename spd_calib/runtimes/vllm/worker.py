@@ -3,22 +3,20 @@
 import hashlib
 import json
 from collections.abc import Iterable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import SUBLAYERS, Drops
 from spd_calib.formats.files import sha256_of
 from spd_calib.models.plan_files import load_plan
+from spd_calib.runtimes.agreement import check_agreement
 
 from .configure import PLAN, RESOLVED
 from .layers import apply, count_layers
 from .rows import from_rows
 
-WAIT = timedelta(minutes=10)  # for the slowest node to load its share of the weights
+NEEDS = "vLLM with spd-calib's plugin, the same plan, and --worker-cls where a node might lack either"
 
 
 def planned(base: type) -> Any:
@@ -67,7 +65,7 @@ def apply_plan(worker: Any) -> None:
     """Apply the drops that `configure` put into the worker's configuration.
 
     Raises InputError, which ends the engine's start, where this rank or another one of its tensor-parallel group could
-    not, where another applied another plan, and where one has not joined within WAIT.
+    not, where another applied another plan, and where one has not joined in time.
     """
     applied, error = None, None
     try:
@@ -76,36 +74,7 @@ def apply_plan(worker: Any) -> None:
         error = str(e)
     from vllm.distributed import get_tp_group
 
-    check_agreement(get_tp_group().cpu_group, applied=applied, error=error)
-
-
-def check_agreement(group: Any, *, applied: str | None, error: str | None, wait: timedelta = WAIT) -> None:
-    """Return once every rank of a gloo `group` has said that it applied the same plan.
-
-    `applied`: the digest of what this rank applied, or None and `error` says why it could not. Raises InputError, on
-    every rank that is there, where one could not, applied another, or is not there within `wait`.
-    """
-    size, outcome = dist.get_world_size(group), (applied, error)
-    outcomes: list[Any] = [outcome]
-    if size > 1:
-        try:
-            dist.monitored_barrier(group, timeout=wait, wait_all_ranks=True)
-        except RuntimeError as e:
-            raise InputError(
-                error
-                or f"Not every rank of the tensor-parallel group has applied a plan within {wait}: on each node vLLM "
-                "needs spd-calib's plugin, the same plan, and --worker-cls where a node might lack either."
-            ) from e
-        outcomes = [None] * size
-        dist.all_gather_object(outcomes, outcome, group=group)
-    if errors := [f"rank {rank}: {e}" if size > 1 else e for rank, (_, e) in enumerate(outcomes) if e]:
-        raise InputError(error or errors[0])
-    if len(digests := {digest for digest, _ in outcomes}) > 1:
-        raise InputError(
-            f"The ranks of the tensor-parallel group were given {len(digests)} different plans ("
-            f"{', '.join(digest[:12] for digest, _ in outcomes)} on ranks 0 to {size - 1}); "
-            "start every node with the same one."
-        )
+    check_agreement(get_tp_group().cpu_group, applied=applied, error=error, needs=NEEDS)
 
 
 def _apply(worker: Any) -> str:
