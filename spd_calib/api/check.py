@@ -76,7 +76,8 @@ def check(
         InputError: plan, model or runtime cannot be used.
     """
     if runtime not in (None, "torchrun", "vllm"):
-        raise InputError(f"`runtime` {runtime!r} is neither torchrun nor vllm.")
+        known = "; SGLang runs plans by its plugin, and nothing checks yet that it does (docs/runtimes.md)"
+        raise InputError(f"`runtime` {runtime!r} is neither torchrun nor vllm{known * (runtime == 'sglang')}.")
     if as_served is not None and runtime != "vllm":
         raise InputError("`as_served` are the arguments of an engine of vLLM's; give `runtime` vllm with them.")
     document, path = document_of(Plan, plan)
