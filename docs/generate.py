@@ -78,7 +78,8 @@ def architectures_page() -> str:
 def _form(row: LayerNames) -> str:
     """Return what the page calls the residual form of a row (docs/design.md, section 2)."""
     if row.attention_out_norm:
-        return ("sandwich" if row.norm1 else "post-norm") + (", scaled" if row.scale else "")
+        form = ("sandwich" if row.norm1 else "post-norm") + (", scaled" if row.scale else "")
+        return form + (", the stream scaled behind each block" if row.stream_scale else "")
     return "scaled" if row.scale else "pre-norm"
 
 

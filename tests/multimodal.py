@@ -32,6 +32,22 @@ KINDS: dict[str, tuple[str, dict, dict]] = {
     ),
     "gemma3": ("gemma3_text", SIGLIP, {"mm_tokens_per_image": 4}),
     "mistral3": ("mistral", PIXTRAL, {"vision_feature_layer": -1}),
+    "gemma4": (
+        "gemma4_text",
+        {
+            "model_type": "gemma4_vision",
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "patch_size": 4,
+            "position_embedding_size": 16,
+            "pooling_kernel_size": 2,
+        },
+        {"video_token_id": 101, "audio_token_id": 102, "boi_token_id": 103, "eoi_token_id": 104},
+    ),
     "qwen3_5": ("qwen3_5_text", QWEN, {}),
     "qwen3_5_moe": ("qwen3_5_moe_text", QWEN, {}),
 }
@@ -43,13 +59,16 @@ def save(folder: Path, kind: str, **shape) -> torch.nn.Module:
     `shape` replaces what of tiny's SHAPE the language model has.
     """
     text, vision, more = KINDS[kind]
-    of_text = dict(tiny.FAMILIES[f] if f in tiny.FAMILIES else tiny.MIXTURES[f] for f in ("qwen3_5", "qwen3_5_moe"))
+    of_text = dict({**tiny.FAMILIES, **tiny.MIXTURES}[f] for f in ("gemma4", "qwen3_5", "qwen3_5_moe"))
+    own = {
+        tiny.ALIASES.get(name, name): value for name, value in of_text.get(text, {}).items() if name != "layer_types"
+    }
     config = AutoConfig.for_model(
         kind,
         text_config={
             "model_type": text,
             **tiny.SHAPE,
-            **of_text.get(text, {}),
+            **own,
             "num_hidden_layers": 2,
             "head_dim": 8,
             **shape,
@@ -62,6 +81,9 @@ def save(folder: Path, kind: str, **shape) -> torch.nn.Module:
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
     for p in model.parameters():
         p.data.add_(0.05 * torch.randn(p.shape))
+    for name, buffer in model.named_buffers():
+        if name.endswith("layer_scalar"):
+            buffer.fill_(0.8)
     model.save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
     return model

@@ -87,6 +87,7 @@ NAMES: dict[str, dict] = {
     "hyperclovax": {**LLAMA_NAMES, "behind_attention": "post_norm1", "behind_mlp": "post_norm2"},
     "gemma2": SANDWICH_NAMES,
     "gemma3_text": SANDWICH_NAMES,
+    "gemma4_text": SANDWICH_NAMES,
     "glm4": GLM4_NAMES,
     "exaone4": POST_NORM_NAMES,
     "olmo2": POST_NORM_NAMES,
@@ -111,6 +112,9 @@ NAMES: dict[str, dict] = {
 
 GEMMA = ("gemma", "gemma2", "gemma3_text")
 """Model types whose norms multiply by one more than their weight, and that scale their embeddings."""
+
+NORMED_BY_HEAD = ("qwen3", "qwen3_moe", "apertus", "gemma3_text", "gemma4_text", "exaone4", *delta.HYBRIDS)
+"""Model types that norm each head's queries and keys, before these turn with their position."""
 
 OVER_ALL_HEADS = ("olmo2", "olmo3", "olmoe")
 """Model types that norm queries and keys over all heads together."""
@@ -197,7 +201,7 @@ def _check(config: PreTrainedConfig, tp: int, strategies: Sequence[str], mlp_str
     assert set(strategies) <= set(ATTENTION_STRATEGIES) and set(mlp_strategies) <= set(MLP_STRATEGIES)
     assert mlp_strategies[blocks - 1] == "keep_sync", "nothing is left to settle the last block's debt"
     assert config.num_attention_heads % tp == 0 and _neurons(config) % tp == 0, "the TP degree does not divide"
-    if config.model_type not in ("opt", "gemma3_text", "olmo3"):
+    if config.model_type not in ("opt", "gemma3_text", "gemma4_text", "olmo3"):
         assert config.rope_parameters["rope_type"] == "default", "plain rotary only"
 
 
@@ -287,6 +291,10 @@ def _streams(
                     w = [w[rank] + mine[rank] for rank in range(tp)]
                 else:
                     p = [p[rank] + mine[rank] for rank in range(tp)]
+        if "layer_scalar" in part:
+            times = part["layer_scalar"]
+            x, w, p = x * times, [kept * times for kept in w], [owed * times for owed in p]
+            late = [(owed, lambda total, was=was, times=times: times * was(total), known) for owed, was, known in late]
     assert not late
     return [_norm(weights, config, names["last_norm"], x + w[rank] + p[rank]) for rank in range(tp)]
 
@@ -378,7 +386,7 @@ def _embed(weights: dict[str, Tensor], config: PreTrainedConfig, ids: Tensor) ->
     """What enters the first block, [length, hidden]."""
     table = weights[NAMES[config.model_type]["embedding"] + ".weight"]
     x = torch.stack([table[int(i)] for i in ids])
-    if config.model_type in GEMMA:
+    if config.model_type in (*GEMMA, "gemma4_text"):
         x = x * float(torch.tensor(config.hidden_size**0.5))  # rounded to float32, as transformers has it
     if config.model_type in SCALED:
         x = x * config.embedding_multiplier
@@ -412,7 +420,10 @@ def _attention(
     x = reads[rank]
     names = NAMES[config.model_type]
     heads = config.num_attention_heads
-    kv_heads = heads if config.model_type == "opt" else config.num_key_value_heads
+    own = config.per_layer_config[block] if config.model_type == "gemma4_text" else config
+    kv_heads = heads if config.model_type == "opt" else own.num_key_value_heads
+    if "self_attn.v_proj.weight" not in part and config.model_type == "gemma4_text":  # keys are values, too
+        part = {**part, "self_attn.v_proj.weight": part["self_attn.k_proj.weight"]}
     size, q_rows = (part[names[n] + ".weight"].shape[d] // heads for n, d in (("o", 1), ("q", 0)))
     window = _window(config, block)
     total = torch.zeros_like(x)
@@ -421,9 +432,11 @@ def _attention(
         q = _rows(part, names["q"], x, head * q_rows, head * q_rows + size)
         k = _rows(part, names["k"], x, served_by * size, (served_by + 1) * size)
         v = _rows(part, names["v"], x, served_by * size, (served_by + 1) * size)
-        if config.model_type in ("qwen3", "qwen3_moe", "apertus", "gemma3_text", "exaone4", *delta.HYBRIDS):
+        if config.model_type in NORMED_BY_HEAD:
             q = _norm(part, config, "self_attn.q_norm", q)
             k = _norm(part, config, "self_attn.k_norm", k)
+        if config.model_type == "gemma4_text":
+            v = v / ((v**2).mean(-1, keepdim=True) + config.rms_norm_eps).sqrt()
         if config.model_type in OVER_ALL_HEADS:
             q_square, k_square = _mean_squares(part, config, tp, reads)
             of_q = part["self_attn.q_norm.weight"][head * size : (head + 1) * size]
@@ -443,6 +456,8 @@ def _attention(
         for t in range(x.shape[0]):
             first = 0 if window is None else max(0, t + 1 - window)
             times = config.attention_multiplier if config.model_type in SCALED else 1 / math.sqrt(size)
+            if config.model_type == "gemma4_text":
+                times = 1.0
             if config.model_type in ("gemma2", "gemma3_text"):
                 times = 1 / math.sqrt(config.query_pre_attn_scalar)
             scores = k[first : t + 1] @ q[t] * times
@@ -511,12 +526,14 @@ def _rotate(x: Tensor, config: PreTrainedConfig, block: int) -> Tensor:
     Pairs are j and j + half, in some families 2j and 2j + 1; in some only the first entries of a head turn at all.
     """
     rope = config.rope_parameters
-    if config.model_type in ("gemma3_text", "olmo3"):  # of its kind of block
+    if config.model_type in ("gemma3_text", "gemma4_text", "olmo3"):  # of its kind of block
         rope = rope[config.layer_types[block]]
     size = int(x.shape[1] * rope.get("partial_rotary_factor", 1.0))
     half = size // 2
-    out = x.clone()
-    for j in range(half):
+    out, turning = x.clone(), half
+    if rope["rope_type"] == "proportional":  # pairs as if all of the head turned, the first of which do
+        size, half = x.shape[1], x.shape[1] // 2
+    for j in range(turning):
         a, b = (2 * j, 2 * j + 1) if config.model_type in ("ernie4_5", "ernie4_5_moe", "glm", "glm4") else (j, j + half)
         angle = torch.arange(x.shape[0], dtype=torch.float64) * rope["rope_theta"] ** (-2 * j / size)
         out[:, a] = x[:, a] * angle.cos() - x[:, b] * angle.sin()
@@ -554,7 +571,7 @@ def _neurons(config: PreTrainedConfig) -> int:
 def _activation(config: PreTrainedConfig, x: Tensor) -> Tensor:
     """The MLP's activation function, by the name the configuration has for it."""
     name = config.activation_function if config.model_type == "opt" else getattr(config, "hidden_act", None)
-    name = config.hidden_activation if config.model_type in ("gemma2", "gemma3_text") else name
+    name = config.hidden_activation if config.model_type in ("gemma2", "gemma3_text", "gemma4_text") else name
     if name == "silu":
         return x / (1 + (-x).exp())
     if name == "relu":

@@ -17,7 +17,7 @@ BAD = [
     (["profile", "{gpt_neox}", "--tp", "2", "--data", "{text}"], "parallel"),
     (["profile", "{llama4}", "--tp", "2", "--data", "{text}"], "mixture of experts"),
     (["profile", "{opt_350m}", "--tp", "2", "--data", "{text}"], "post-norm"),
-    (["profile", "{gemma4}", "--tp", "2", "--data", "{text}"], "layer_scalar"),
+    (["profile", "{gemma4_inputs}", "--tp", "2", "--data", "{text}"], "per_layer_input_norm"),
     (["profile", "{llama}", "--tp", "2", "--data", "{tmp}/none.jsonl"], "no data file"),
     (["profile", "{llama}", "--tp", "2", "--data", "{empty}"], "holds no text"),
     (["profile", "{llama}", "--tp", "2", "--data", "{llama}/model.safetensors"], "no .jsonl"),
@@ -134,7 +134,7 @@ BAD = [
 def places(tmp_path_factory, llama, text, profile_file) -> dict[str, Path]:
     tmp = tmp_path_factory.mktemp("bad")
     out = {"tmp": tmp, "llama": llama, "text": text, "profile": profile_file}
-    for name in ("falcon_mamba", "gpt_neox_sequential", "gpt_neox", "llama4", "opt_350m", "gemma4"):
+    for name in ("falcon_mamba", "gpt_neox_sequential", "gpt_neox", "llama4", "opt_350m", "gemma4_inputs"):
         out[name] = tiny.save(tiny.build_refused(name), tmp / name)
     for name in ("pickle", "torn"):
         out[name] = Path(shutil.copytree(llama, tmp / name))

@@ -102,7 +102,7 @@ def test_a_small_copy_of_what_is_supported_is_accepted(family):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("architecture", sorted(set(tiny.REFUSED) - {"diffllama", "gemma4"}))
+@pytest.mark.parametrize("architecture", sorted(set(tiny.REFUSED) - {"diffllama", "gemma4_inputs", "gemma4_shared"}))
 def test_a_small_copy_of_what_is_refused_is_refused(architecture):
     with pytest.raises(InputError) as refusal:
         check_small_copy(tiny.build_refused(architecture).config)

@@ -60,7 +60,7 @@ def test_the_profile_names_the_whole_model(spd, text, tmp_path):
     assert json.loads((tmp_path / "p.json").read_text())["model"]["architecture"] == "Mistral3ForConditionalGeneration"
 
 
-@pytest.mark.parametrize("kind", ["llava", "gemma3"])
+@pytest.mark.parametrize("kind", ["llava", "gemma4"])
 def test_a_recovered_text_part_lies_in_the_whole(kind, text, tmp_path):
     """transformers' own class of the whole reads the recovered weights; of the rest not a byte is another."""
     save(folder := tmp_path / "model", kind)

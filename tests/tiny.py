@@ -120,6 +120,23 @@ FAMILIES: dict[str, tuple[str, dict]] = {
             "final_logit_softcapping": 3.0,
         },
     ),
+    "gemma4": (  # blocks 1 and 3 see all tokens, with wider heads, fewer KV heads, and keys as values
+        "gemma4_text",
+        {
+            "kv_heads": 4,
+            "head_dim": 8,
+            "global_head_dim": 16,
+            "num_global_key_value_heads": 2,
+            "attention_k_eq_v": True,
+            "hidden_size_per_layer_input": 0,
+            "layer_types": 2 * ["sliding_attention", "full_attention"],
+            "sliding_window": 5,
+            "use_bidirectional_attention": "vision",
+            "rms_norm_eps": 1e-2,  # norms of a single head enlarge rounding unless their epsilon is large
+            "final_logit_softcapping": 5.0,
+            "tie_word_embeddings": False,
+        },
+    ),
     "gemma3": (
         "gemma3_text",  # block 2 without a window, and with another rotary base
         {
@@ -259,7 +276,17 @@ MIXTURES: dict[str, tuple[str, dict]] = {
 _REFUSED: dict[str, tuple[str, dict, tuple[str, ...]]] = {
     "hyperclovax_logits": ("hyperclovax", {"use_post_norm": False, "logits_scaling": 3.0}, ("differs",)),
     "gemma3_embedding": ("gemma3_text", {"head_dim": 8, "use_bidirectional_attention": True}, ("follows",)),
-    "gemma4": ("gemma4_text", {"head_dim": 8, "hidden_size_per_layer_input": 0}, ("layer_scalar",)),
+    "gemma4_inputs": ("gemma4_text", {"head_dim": 8, "hidden_size_per_layer_input": 8}, ("per_layer_input_norm",)),
+    "gemma4_shared": (
+        "gemma4_text",
+        {
+            "head_dim": 8,
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 2,
+            "layer_types": 2 * ["sliding_attention", "full_attention"],
+        },
+        ("keys and values of earlier",),
+    ),
     "deepseek_v32": (
         "deepseek_v32",
         {"kv_heads": 8, "n_routed_experts": 8, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 2},
@@ -384,6 +411,8 @@ def left_padded(ids: torch.Tensor, pads: Sequence[int]) -> tuple[torch.Tensor, t
 def _config(model_type: str, extra: dict) -> PreTrainedConfig:
     """SHAPE and `extra` as a configuration, under the names that this model type has for them."""
     settings = {**SHAPE, **{ALIASES.get(key, key): value for key, value in extra.items()}}
+    if "layer_types" in settings:
+        settings["layer_types"] = settings["layer_types"][: settings["num_hidden_layers"]]
     if model_type == "opt":
         settings["ffn_dim"] = settings.pop("intermediate_size")
     if model_type == "gptj":
@@ -416,6 +445,8 @@ def _model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
             else:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
         for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.copy_(1 + 0.2 * torch.randn(buffer.shape, generator=generator))
             if name.endswith("correction_bias"):  # of a router; transformers leaves it at zero
                 buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
     return model.eval()

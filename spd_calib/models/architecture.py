@@ -1,6 +1,8 @@
 """The parts of a decoder layer, found by the names of a row (layer_names.py), and the counts that ranks divide."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -105,7 +107,8 @@ class LayerParts:
     """The parts of one decoder layer, found, by the names of a row (LayerNames).
 
     The layer is u = norm1(x), h = x + A(attention(u)), y = h + M(mlp(norm2(h))): A and M are the norm that the branch
-    goes through, if any, and then a multiplication by `scale`, biases and all.
+    goes through, if any, and then a multiplication by `scale`, biases and all. Where there is a `stream_scale`, which
+    gives a number [1] of the layer's weights, the layer gives that times y.
 
     The rows of the projections in `by_head` are divided over ranks by query head, as many for each: those of q, or
     whatever else a row names, those behind latents last. Those in `by_kv_head`, k and v, are divided by KV head;
@@ -126,6 +129,7 @@ class LayerParts:
     attention_out_norm: nn.Module | None = None
     mlp_out_norm: nn.Module | None = None
     scale: float = 1.0
+    stream_scale: Callable[[], Tensor] | None = None
 
     @property
     def o_scale(self) -> float:
@@ -147,7 +151,7 @@ class LayerParts:
     def reading(self) -> dict[str, Projection]:
         """Return the projections that read what enters the attention, by name."""
         if self.by_kv_head and self.convolution is None:
-            return dict(zip("qkv", (*self.by_head, *self.by_kv_head), strict=True))
+            return dict(zip("qkv", (*self.by_head, *self.by_kv_head), strict=False))  # without v, k gives the values
         names = (*self.names.qkv, *self.names.by_head, *self.names.latents)
         paths = {name: name.removeprefix(f"{self.names.attention}.") for name in names}
         return {path.rpartition(".")[2]: self.attention.get_submodule(path) for path in paths.values()}  # type: ignore[misc]
@@ -192,6 +196,9 @@ def layer_parts(layer: nn.Module) -> LayerParts | None:
         of_attention = (names.qkv, names.by_head + names.behind_latents, names.latents)
         qkv, by_head, latents = (_find_all(layer, listed) for listed in of_attention)
         scale: Any = getattr(layer, names.scale, None) if names.scale else 1.0
+        stream_scale = partial(layer.get_buffer, names.stream_scale) if names.stream_scale else None
+        if names.stream_scale not in ("", *dict(layer.named_buffers())):
+            continue
         ffn: Any = _experts(layer, names.experts) if names.experts else _mlp(layer, names)
         linears = (*qkv, *by_head, *latents, found["o"])
         parameters = [_parameter(layer, name) for name in names.head_parameters]
@@ -205,7 +212,7 @@ def layer_parts(layer: nn.Module) -> LayerParts | None:
             found |= {"by_head": (*qkv[:1], *by_head), "by_kv_head": qkv[1:], "latents": latents}
             found |= {"convolution": convolution}
             norms: dict[str, Any] = {f: None if isinstance(norm, nn.Identity) else norm for f, norm in behind.items()}
-            return LayerParts(names, **found, **norms, ffn=ffn, scale=float(scale))
+            return LayerParts(names, **found, **norms, ffn=ffn, scale=float(scale), stream_scale=stream_scale)
     return None
 
 

@@ -39,8 +39,10 @@ class LayerNames:
     linear layer for act(first), two for act(gate) * up, or a fused one that holds the rows of the gate, then those of
     up. `norm1` and `norm2` are the norms in front of attention and MLP, "" where these read the residual stream itself.
     `attention_out_norm` and `mlp_out_norm` are those that a branch goes through before it is added to the stream, ""
-    where there is none. `scale` names the layer's attribute, if any, by which both branches are multiplied, last. A row
-    of a mixture of experts names those in `experts`, and no linear layers of an MLP.
+    where there is none. `scale` names the layer's attribute, if any, by which both branches are multiplied, last, and
+    `stream_scale` the number among its weights by which it multiplies the whole residual stream that it gives. A row
+    of a mixture of experts names those in `experts`, and no linear layers of an MLP. Where `qkv` names two layers, what
+    k's gives are the values, too.
     """
 
     classes: tuple[str, ...]
@@ -62,6 +64,7 @@ class LayerNames:
     attention_out_norm: str = ""
     mlp_out_norm: str = ""
     scale: str = ""
+    stream_scale: str = ""
     experts: ExpertNames | None = None
 
     @property
@@ -120,16 +123,25 @@ _FUSED_MLP: dict[str, Any] = {
     "down": "mlp.down_proj",
 }
 
+_SANDWICH: dict[str, Any] = {
+    "norm1": "input_layernorm",
+    "attention_out_norm": "post_attention_layernorm",
+    "norm2": "pre_feedforward_layernorm",
+    **_GATED_MLP,
+    "mlp_out_norm": "post_feedforward_layernorm",
+}
+
 LAYERS = {  # the first row that fits is taken: those that name more parts come before those that name fewer
-    "Gemma 2": LayerNames(
-        classes=("Gemma2ForCausalLM", "Gemma3ForCausalLM"),
-        norm1="input_layernorm",
-        **_SELF_ATTENTION,
-        attention_out_norm="post_attention_layernorm",
-        norm2="pre_feedforward_layernorm",
-        **_GATED_MLP,
-        mlp_out_norm="post_feedforward_layernorm",
+    "Gemma 4": LayerNames(classes=("Gemma4ForCausalLM",), **_SELF_ATTENTION, **_SANDWICH, stream_scale="layer_scalar"),
+    "Gemma 4, keys as values": LayerNames(
+        classes=(),
+        attention="self_attn",
+        qkv=("self_attn.q_proj", "self_attn.k_proj"),
+        o="self_attn.o_proj",
+        **_SANDWICH,
+        stream_scale="layer_scalar",
     ),
+    "Gemma 2": LayerNames(classes=("Gemma2ForCausalLM", "Gemma3ForCausalLM"), **_SELF_ATTENTION, **_SANDWICH),
     "GLM-4-0414": LayerNames(
         classes=("Glm4ForCausalLM",),
         **_NORMS,

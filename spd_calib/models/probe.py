@@ -1,7 +1,7 @@
 """Testing whether a decoder layer computes what dropping a sync point presumes, by running it, not by its name.
 
 Supported is `h = x + A(attn(n1(x)))`, `y = h + M(mlp(n2(h)))` with plain linear layers, n1 and n2 norms or nothing, A
-and M nothing, a norm, a number to multiply by, or both (docs/design.md, section 2).
+and M nothing, a norm, a number to multiply by, or both (docs/design.md, section 2); the whole y may be multiplied, too.
 Everything else is refused with one sentence that names the cause.
 """
 
@@ -51,7 +51,7 @@ def _refuse_other_forms(model: PreTrainedModel, decoder: Decoder | None) -> None
             f"{name} mixes several residual streams by weights that depend on its input ({mixing[0]}, "
             "hyper-connections): a rank's partial sum cannot wait in one of them, so its sync points cannot be dropped."
         )
-    if getattr(model.config, "use_bidirectional_attention", False):
+    if getattr(model.config, "use_bidirectional_attention", False) not in (False, None, "vision"):  # of images alone
         raise InputError(f"{name} lets tokens see what follows them (use_bidirectional_attention): no language model.")
     capped = getattr(model.config, "attn_logit_softcapping", None) is not None
     if capped and model.config._attn_implementation == "sdpa":
@@ -59,10 +59,9 @@ def _refuse_other_forms(model: PreTrainedModel, decoder: Decoder | None) -> None
             f"{name} caps its attention's scores (attn_logit_softcapping), which the implementation sdpa leaves out; "
             'load it with attn_implementation="eager".'
         )
-    if decoder and any(n.endswith("layer_scalar") for n, _ in decoder.layers[0].named_buffers()):
+    if getattr(model.config, "num_kv_shared_layers", 0):
         raise InputError(
-            f"{name} multiplies the whole residual stream behind each block (layer_scalar), and with it all that waits "
-            "for a later sync: not supported yet."
+            f"{name} has blocks that read keys and values of earlier ones (num_kv_shared_layers): not supported yet."
         )
     if _is_parallel(model):
         raise InputError(
@@ -170,7 +169,8 @@ def check_block(index: int, layer: nn.Module, parts: LayerParts, hidden: Tensor,
     attend = parts.attention if parts.convolution is None else partial(as_attention, parts.attention)
     a = attend(hidden_states=parts.norm1(x), **kwargs)[0]
     h = x + parts.scale * _through(parts.attention_out_norm, a)
-    if _close(computed, h + parts.scale * _through(parts.mlp_out_norm, mlp(parts, parts.norm2(h))), x):
+    y = h + parts.scale * _through(parts.mlp_out_norm, mlp(parts, parts.norm2(h)))
+    if _close(computed, y if parts.stream_scale is None else parts.stream_scale() * y, x):
         return
     if not computed.isfinite().all():
         cause = "on random input it gives NaN or Inf"
@@ -193,7 +193,8 @@ def equation(parts: LayerParts) -> str:
     mlp = "mlp(norm2(h))" if parts.names.norm2 else "mlp(h)"
     attention = f"norm({attention})" if parts.attention_out_norm is not None else attention
     mlp = f"norm({mlp})" if parts.mlp_out_norm is not None else mlp
-    return f"h = x + {s}{attention}, y = h + {s}{mlp}"
+    y = f"h + {s}{mlp}"
+    return f"h = x + {s}{attention}, y = {y if parts.stream_scale is None else f'number ({y})'}"
 
 
 def _through(norm: nn.Module | None, out: Tensor) -> Tensor:

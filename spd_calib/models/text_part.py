@@ -18,6 +18,7 @@ from .source import Source
 
 WITH_TEXT_PART = (
     "Gemma3ForConditionalGeneration",
+    "Gemma4ForConditionalGeneration",
     "InternVLForConditionalGeneration",
     "LlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration",

@@ -18,7 +18,7 @@ from spd_calib.models.shard import RankMLP, RankSlices, num_groups, o_of, rank_a
 from .attention import attended
 from .comm import Comm
 from .replicated_heads import Replicated, ReplicatedHeads, check_replicated
-from .streams import Branch, Streams, defer, keep, write_off
+from .streams import Branch, Streams, defer, keep, times, write_off
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Block(nn.Module):
         self.experts = parts.experts
         self.mlps = nn.ModuleList(_rank_mlp(parts, s) for s in slices)
         self.attention_out_norm, self.mlp_out_norm = parts.attention_out_norm, parts.mlp_out_norm
-        self.scale, self.o_bias = parts.scale, parts.o.bias
+        self.scale, self.stream_scale, self.o_bias = parts.scale, parts.stream_scale, parts.o.bias
         self.down_bias = None if parts.experts else parts.down.bias
         self.read_weights: Callable[[int], None] | None = None  # called before each use, if on disk
         self.outs = [o_of(parts, attention) for attention in self.attentions]  # each rank's slice of o_proj
@@ -79,10 +79,11 @@ class Block(nn.Module):
         """
         return _branch(self.down_bias, self.mlp_out_norm, self.scale)
 
-    def forward(self, hidden_states: Tensor | Streams, **kwargs) -> Streams:
+    def forward(self, hidden_states: Tensor | Streams, per_layer_input: None = None, **kwargs) -> Streams:
         """Run the block as transformers calls it, under what the model runs at present.
 
-        hidden_states: [B, T, d] (the embeddings) or the Streams of the block before; kwargs as transformers' own.
+        hidden_states: [B, T, d] (the embeddings) or the Streams of the block before; kwargs as transformers' own. Gemma
+        4's second argument is None in all models that are not refused.
         """
         if kwargs.get("past_key_values") is not None:
             places = len(self.attentions) + self.present.replicas
@@ -178,12 +179,14 @@ class Block(nn.Module):
         return defer(s, partials, branch), defer(s, estimates, branch)
 
     def behind_mlp(self, drop: Drop, s: Streams, fed: Fed) -> Streams:
-        """Treat the MLP's sync point; return the streams behind it."""
+        """Treat the MLP's sync point; return the streams behind it, which are those behind the block."""
         branch = _branch(fed.bias, self.mlp_out_norm, self.scale)
         if drop.predictors is None:
-            return self._sync_point(drop, s, fed.partials, branch)
-        own = list(fed.partials)
-        return defer(s, own, branch, estimates=self._estimates(drop, branch, partials=own, z=own))
+            y = self._sync_point(drop, s, fed.partials, branch)
+        else:
+            own = list(fed.partials)
+            y = defer(s, own, branch, estimates=self._estimates(drop, branch, partials=own, z=own))
+        return y if self.stream_scale is None else times(y, self.stream_scale())
 
     def _estimates(self, drop: Drop, branch: Branch, *, partials: list[Tensor], z: list[Tensor]) -> list[Tensor]:
         """Return what each rank's predictor gives, where its share is its partial sum, or a norm's branch of it.

@@ -52,10 +52,10 @@ def narrowed(config: Any) -> Any:
 
     The query heads share one KV head where those of the real model share any, else each has its own.
     """
-    narrow = copy.deepcopy(config)
+    narrow, said = copy.deepcopy(config), config.to_dict()  # as an attribute, what differs by block is an error
     heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = said.get("num_key_value_heads") or getattr(config, "num_key_value_heads", None) or heads
+    head_dim = said.get("head_dim") or getattr(config, "head_dim", None) or config.hidden_size // heads
     width = RANKS * head_dim
     key_heads = getattr(config, "linear_num_key_heads", None) or 1
     values_a_key = (getattr(config, "linear_num_value_heads", None) or 1) // key_heads
@@ -74,6 +74,11 @@ def narrowed(config: Any) -> Any:
         "pad_token_id": 0,
         "max_position_embeddings": min(config.max_position_embeddings, MAX_POSITIONS),
     }.items():
-        if hasattr(narrow, name):
+        if name in said or hasattr(narrow, name):
             setattr(narrow, name, value)
+    if of_blocks := said.get("per_layer_config"):
+        for own in of_blocks.values():
+            if "num_key_value_heads" in own:
+                own["num_key_value_heads"] = RANKS if own["num_key_value_heads"] == heads else 1
+        narrow.per_layer_config = of_blocks
     return narrow

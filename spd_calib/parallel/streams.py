@@ -10,7 +10,7 @@ by side, and the next sync point that is kept settles all of them with one all-r
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,19 +23,19 @@ class Branch:
     """Takes a sub-layer's output to what is added to the stream: through its bias and, it may be, a norm.
 
     The output is a sum over ranks of partial sums [B, T, d], `bias` [d] left out. Without a norm a scalar is in them,
-    and in the bias, already; with one, `scale` comes behind it.
+    and in the bias, already; with one, `scale` comes behind it: a number, or a tensor [1].
     """
 
     bias: Tensor | None = None
     norm: Callable[[Tensor], Tensor] | None = None
-    scale: float = 1.0
+    scale: float | Tensor = 1.0
 
     def __call__(self, total: Tensor) -> Tensor:
         """Return what joins the stream, A(total + bias)."""
         if self.norm is None:
             return _add(total, self.bias)
         out = self.norm(_add(total, self.bias))
-        return out if self.scale == 1.0 else self.scale * out
+        return out if isinstance(self.scale, float) and self.scale == 1.0 else self.scale * out
 
     def join(self, x: Tensor, total: Tensor) -> Tensor:
         """Return x + A(total + bias)."""
@@ -139,6 +139,20 @@ def write_off(s: Streams, partials: Iterable[Tensor], branch: Branch) -> Streams
     if branch.norm is None:
         return Streams(_add(s.shared, branch.bias), s.debt, _sums(s.written_off, partials), s.waiting)
     return Streams(s.shared, s.debt, _sums(s.written_off, map(branch, partials)), s.waiting)
+
+
+def times(s: Streams, factor: Tensor) -> Streams:
+    """Multiply the residual stream, and with it all that is to join it later: factor (x + w_i + p_i + e_i)."""
+
+    def scaled(held: list[Tensor] | None) -> list[Tensor] | None:
+        return None if held is None else [factor * h for h in held]
+
+    waiting = tuple(
+        replace(part, branch=replace(part.branch, scale=factor * part.branch.scale),
+                estimates=[factor * e for e in part.estimates])
+        for part in s.waiting
+    )  # fmt: skip
+    return Streams(factor * s.shared, scaled(s.debt), scaled(s.written_off), waiting)
 
 
 def in_full(s: Streams) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spd_calib.formats.drops import KEPT
-from spd_calib.models.architecture import LinearRows
+from spd_calib.models.architecture import LayerParts, LinearRows
 from spd_calib.models.mlp import activations
 from spd_calib.models.shard import ALL_ROWS, RankLinear, Rows
 
@@ -84,7 +84,8 @@ def fit_mlp_reads(student: Student, feed: Feed, *, cost: ErrorCost | None = None
     for products, batches in ((fitting, feed.fitting), (choosing, feed.choosing)):
         for batch in batches:
             h, y = feed.dense_read(batch), feed.dense_output(batch)
-            should, weights = dense.norm2(h)[batch.mask], weights_of_reads(cost, batch, output=y, part=y - h)
+            weights = weights_of_reads(cost, batch, output=y, part=_unscaled(y, parts) - h)
+            should = dense.norm2(h)[batch.mask]
             s = feed.inputs(batch)
             kwargs = feed.kwargs(batch)
             reads = mlp_reads(student, s, *block.attend(s, **kwargs), **kwargs)
@@ -114,7 +115,7 @@ def refit_down(student: Student, feed: Feed, *, cost: ErrorCost | None = None) -
         for batch in batches:
             should = feed.dense_output(batch)
             before, neurons = _before_down(student, feed, batch)
-            wanted, given = (should[batch.mask] - before) / parts.scale, parts.down(neurons)
+            wanted, given = (_unscaled(should, parts)[batch.mask] - before) / parts.scale, parts.down(neurons)
             weights = token_weights(cost, should, batch.mask)
             if parts.mlp_out_norm is None:
                 missing = wanted - given
@@ -123,6 +124,11 @@ def refit_down(student: Student, feed: Feed, *, cost: ErrorCost | None = None) -
                 missing, weights = _before_norm(missing, weights, norm=parts.mlp_out_norm, of=given)
             products.add(_features(neurons, parts.down.bias is not None), missing, weights=weights)
     return {"down": _add(parts.down, Ridge(fitting, choosing).best())}
+
+
+def _unscaled(y: Tensor, parts: LayerParts) -> Tensor:
+    """Return the residual stream that a block gives as it was before the block multiplied it by its number, if any."""
+    return y if parts.stream_scale is None else y / parts.stream_scale()
 
 
 def _before_norm(missing: Tensor, weights: Tensor, *, norm: nn.Module, of: Tensor) -> tuple[Tensor, Tensor]:
