@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .architecture import LayerParts, Projection
+from .parts import LayerParts, Projection
 
 
 def all_heads_norms(parts: LayerParts) -> dict[str, Projection]:

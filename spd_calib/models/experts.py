@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .architecture import ExpertParts
+from .parts import ExpertParts
 from .shard import ALL, ALL_ROWS, RankMLP, RankSlices, Rows, of_ranges, times
 
 

@@ -15,11 +15,12 @@ from transformers import PreTrainedModel
 from spd_calib.errors import InputError
 
 from .all_heads_norm import all_heads_norms
-from .architecture import Decoder, HeadCounts, LayerParts, find_decoder, layer_parts
+from .architecture import Decoder, HeadCounts, find_decoder, layer_parts
 from .experts import RankExperts, route
 from .layer_names import SUPPORTED
 from .linear_attention import as_attention
 from .mlp import activations
+from .parts import LayerParts
 from .shard import RankSlices
 
 NO_SOFTMAX_ATTENTION = {"linear_attention", "conv", "hybrid", "hybrid_sliding"}

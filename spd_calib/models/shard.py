@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from . import linear_attention
 from .all_heads_norm import AllHeadsNorm, all_heads_norms
-from .architecture import HeadCounts, LayerParts, LinearRows, MLPParts
+from .architecture import HeadCounts
 from .mlp import activations
+from .parts import LayerParts, LinearRows, MLPParts
 
 
 @dataclass(frozen=True)

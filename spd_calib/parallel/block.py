@@ -11,8 +11,9 @@ from transformers.cache_utils import Cache
 
 from spd_calib.formats.drops import NOTHING_DROPPED, Drop, Drops, Groups, Point, Strategy
 from spd_calib.models.all_heads_norm import AllHeadsNorm
-from spd_calib.models.architecture import HeadCounts, LayerParts
+from spd_calib.models.architecture import HeadCounts
 from spd_calib.models.experts import RankExperts, Routing, route
+from spd_calib.models.parts import LayerParts
 from spd_calib.models.shard import RankMLP, RankSlices, num_groups, o_of, rank_attention, size
 
 from .attention import attended

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import NOTHING_DROPPED, Drop, Drops, Point, Strategy
-from spd_calib.models.architecture import Decoder, HeadCounts, LayerParts, check_divides, find_decoder
+from spd_calib.models.architecture import Decoder, HeadCounts, check_divides, find_decoder
 from spd_calib.models.hooks import before_each
+from spd_calib.models.parts import LayerParts
 from spd_calib.models.predictor import Predictor, check_predictors, check_router_predictor
 from spd_calib.models.probe import check_block, find_layers
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spd_calib.models.architecture import Decoder, LayerParts
+from spd_calib.models.architecture import Decoder
+from spd_calib.models.parts import LayerParts
 
 from .block import Block
 from .comm import Comm

@@ -18,7 +18,8 @@ from torch import Tensor
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import Groups
 from spd_calib.models.all_heads_norm import all_heads_norms
-from spd_calib.models.architecture import HeadCounts, LayerParts
+from spd_calib.models.architecture import HeadCounts
+from spd_calib.models.parts import LayerParts
 from spd_calib.models.shard import is_cut, num_groups, o_of, own_groups, rank_attention, slices_of_groups
 
 from .attention import attended

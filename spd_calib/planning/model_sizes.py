@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 
 from spd_calib.formats.drops import Groups
 from spd_calib.formats.plan import Plan
-from spd_calib.models.architecture import HeadCounts, LayerParts
+from spd_calib.models.architecture import HeadCounts
+from spd_calib.models.parts import LayerParts
 from spd_calib.models.plan_files import predictor_forms
 from spd_calib.models.predictor import predictor_shapes
 from spd_calib.models.probe import find_layers

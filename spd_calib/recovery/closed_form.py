@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from spd_calib.models.architecture import ExpertParts
+from spd_calib.models.parts import ExpertParts
 
 from . import predictor_fit
 from .behind_norm import fit_behind_norm

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from spd_calib.models.architecture import ExpertParts
 from spd_calib.models.experts import expert_neurons
+from spd_calib.models.parts import ExpertParts
 from spd_calib.parallel.streams import keep
 
 from .assignment import balanced, order_of

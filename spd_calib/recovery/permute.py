@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from spd_calib.models.all_heads_norm import all_heads_norms
-from spd_calib.models.architecture import HeadCounts, LayerParts
+from spd_calib.models.architecture import HeadCounts
+from spd_calib.models.parts import LayerParts
 
 
 @torch.no_grad()

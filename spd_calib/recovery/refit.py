@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from spd_calib.formats.drops import KEPT
-from spd_calib.models.architecture import LayerParts, LinearRows
 from spd_calib.models.mlp import activations
+from spd_calib.models.parts import LayerParts, LinearRows
 from spd_calib.models.shard import ALL_ROWS, RankLinear, Rows
 
 from .error_cost import ErrorCost, token_weights

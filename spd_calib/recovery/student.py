@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from spd_calib.formats.drops import Drops, Groups, Strategy
-from spd_calib.models.architecture import HeadCounts, LayerParts, layer_parts
+from spd_calib.models.architecture import HeadCounts, layer_parts
+from spd_calib.models.parts import LayerParts
 from spd_calib.models.predictor import Predictor, check_predictors
 from spd_calib.parallel.block import Block
 from spd_calib.parallel.streams import Streams
