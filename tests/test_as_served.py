@@ -8,6 +8,7 @@ from spd_calib.formats.drops import NOTHING_DROPPED, Drop, Drops, Point, Strateg
 from spd_calib.models.predictor import Predictor
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.runtimes.observed import Observed
+from spd_calib.runtimes.rounding import reading_rounded
 from spd_calib.runtimes.simulation import simulate
 from spd_calib.runtimes.vllm.as_served import judge, leaning, log_probs, neighbours, round_weights
 
@@ -80,3 +81,31 @@ def test_the_neighbours_of_a_plan():
     for name, other in found.items():
         (changed,) = (point for point in points if other.at(point) != PLAN.at(point))
         assert name.startswith(f"{changed} ")
+
+
+@pytest.mark.parametrize("to", ["8-bit whole numbers", "8-bit floats"])
+def test_inputs_are_rounded_as_a_loop_rounds_them(to):
+    """On one rank, by token; and no longer when it is over."""
+    ids = tiny.tokens(2, 7)
+    lm, dense = TensorParallelLM.simulated(tiny.build("llama"), 1), tiny.build("llama")
+
+    def by_token(_, args):
+        rows = []
+        for row in args[0].flatten(0, -2):
+            scale = max(map(abs, row.tolist())) / (127 if to == "8-bit whole numbers" else 448)
+            codes = [round(x / scale) for x in row.tolist()]
+            whole = torch.tensor(codes) if to == "8-bit whole numbers" else (row / scale).to(torch.float8_e4m3fn)
+            rows.append(whole.float() * scale)
+        return (torch.stack(rows).reshape(args[0].shape),)
+
+    before = lm(ids)
+    with reading_rounded(lm, to):
+        rounded = lm(ids)
+    for layer in dense.model.layers:
+        for module in layer.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_pre_hook(by_token)
+    with torch.no_grad():
+        torch.testing.assert_close(rounded, dense(input_ids=ids).logits, rtol=0, atol=2e-2)
+    assert (rounded - before).abs().max() > 2e-2
+    assert torch.equal(lm(ids), before)

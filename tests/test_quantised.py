@@ -146,6 +146,8 @@ def test_a_plan_for_a_quantised_copy_is_verified_on_the_copy(llama, text, tmp_pa
     path = tmp_path / "plan.json"
     path.write_text(dumps(planned))
     assert check(path).ok
+    with pytest.raises(InputError, match="check the engine that you serve, with `as_served`"):
+        check(path, runtime="vllm")
     with pytest.raises(SpdError, match="the configuration differs"):
         check(path, model=str(llama))
     with pytest.raises(InputError, match="the configuration differs"):
