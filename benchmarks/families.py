@@ -49,6 +49,8 @@ def small(config: Any) -> Any:
     for name, value in vars(config).items():
         if isinstance(value, list) and len(value) == config.num_hidden_layers:
             setattr(few, name, value[:BLOCKS])
+    if of_blocks := config.to_dict().get("per_layer_config"):
+        few.per_layer_config = {int(i): own for i, own in of_blocks.items() if int(i) < BLOCKS}
     few.num_hidden_layers = BLOCKS
     return narrowed(few)
 
