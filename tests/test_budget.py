@@ -3,11 +3,13 @@
 import math
 
 import pytest
-from profiles import budget, comparison, make_profile
+from profiles import DROP, a, budget, comparison, m, make_profile, recovered
 
 from spd_calib.errors import InputError
+from spd_calib.formats.plan import Budget
 from spd_calib.planning import budget as budgets
 from spd_calib.planning import budget_options
+from spd_calib.planning.budget_options import BudgetOptions, budget_for
 
 MEASURED = comparison(0.25).model_copy(
     update={
@@ -26,6 +28,7 @@ MEASURED = comparison(0.25).model_copy(
         ("max_accuracy_drop", 0.125, 0.03, "accuracy -12.5 points"),
         ("max_logprob_diff", 7.0, 0.0, "max |delta log p| 0.125"),
         ("min_speedup", 0.25, 0.01, "a step 12.5 % shorter"),
+        ("max_bytes", 0.25, 0.01, "12.5 % of the syncs' bytes"),
         ("drop", 0.25, 0.01, "0 sync points dropped"),
         ("tau", 0.25, 0.01, "tau1 0.125, tau2 0"),
     ],
@@ -34,7 +37,7 @@ def test_what_a_plan_spends_of_each_budget(kind, spent, error, words):
     b = budget(kind, 0.125)
     assert budgets.cost(b, MEASURED) == spent and budgets.stderr(b, MEASURED) == pytest.approx(error)
     assert budgets.describe(b) == words and budgets.describe(budget(kind, 3), 0.125) == words
-    by_construction = kind in ("drop", "tau")
+    by_construction = kind in ("max_bytes", "drop", "tau")
     assert budgets.kept(budget(kind, spent), MEASURED) and budgets.kept(budget(kind, 0), MEASURED) == by_construction
     enough = spent + 2 * error
     assert budgets.kept(budget(kind, enough + 1e-9), MEASURED, certain=True)
@@ -145,22 +148,114 @@ def test_what_is_spared_is_by_the_fewest_sequences_of_a_text_and_infinite_withou
     assert budgets.spare(budget("max_accuracy_drop", 1.0, tasks=["x", "y"]), with_tasks) == pytest.approx(2 * 0.025)
 
 
-@pytest.mark.parametrize("kind", ["max_kl", "max_ppl_increase", "max_accuracy_drop", "max_logprob_diff", "drop", "tau"])
+NO_BOUND = ["max_logprob_diff", "min_speedup", "max_bytes", "drop", "tau"]
+
+
+@pytest.mark.parametrize("kind", ["max_kl", "max_ppl_increase", "max_accuracy_drop", *NO_BOUND])
 def test_a_bound_wants_enough_sequences_of_every_text(kind):
     whole = make_profile([0.01, 0.02])
     b = budget(kind, 0.5, tau2=0.7 if kind == "tau" else None)
     budgets.check_enough_text(b, whole)
-    for field, fewest, parameter in (("text", 4, "max_samples"), ("verify_text", 2, "verify_samples")):
+    for field, fewest, what, parameter in (
+        ("text", 4, "measure on", "max_samples"),
+        ("verify_text", 2, "verify on", "verify_samples"),
+    ):
         ref = getattr(whole, field)
         parts = [ref, ref.model_copy(update={"sequences": fewest - 1, "source": "short"})]
         for few in (parts[1], ref.model_copy(update={"parts": parts})):
             profile = whole.model_copy(update={field: few})
             enough = few.model_copy(update={"sequences": fewest, "parts": []})
             budgets.check_enough_text(b, whole.model_copy(update={field: enough}))
-            if kind in ("max_logprob_diff", "drop", "tau"):
+            if kind in NO_BOUND:
                 budgets.check_enough_text(b, profile)
                 continue
             with pytest.raises(
-                InputError, match=f"wants {fewest} sequences to .*short has {fewest - 1}; .*{parameter}"
+                InputError, match=f"wants {fewest} sequences to {what}, .*short has {fewest - 1}; .* larger {parameter}"
             ):
                 budgets.check_enough_text(b, profile)
+
+
+PROFILED = make_profile([0.1, 0.2, 0.3], [0.2, 0.3, 0.4], mlp=[0.05, 0.06])
+
+
+def on_two_texts():
+    """The same profile of two texts."""
+    return PROFILED.model_copy(update={"text": PROFILED.text.model_copy(update={"parts": [PROFILED.text] * 2})})
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"max_kl": "5%"}, {"kind": "max_kl", "value": 0.05}),
+        ({"max_bytes": 0.25}, {"kind": "max_bytes", "value": 0.25}),
+        ({"drop": "60%"}, {"kind": "drop", "value": 3}),  # of three attentions and two MLPs
+        ({"drop": 5}, {"kind": "drop", "value": 5}),
+        ({"tau1": 1, "tau2": 1.5}, {"kind": "tau", "value": 1.0, "tau2": 1.5}),
+        ({"tau1": 1, "tau2": 1}, {"kind": "tau", "value": 1.0, "tau2": 1}),
+    ],
+)
+def test_the_budget_asked_for_is_the_one_of_a_plan(asked, expected):
+    both = list(PROFILED.strategies)
+    assert budget_for(PROFILED, BudgetOptions(**asked)) == Budget(**expected, strategies=both)
+    one = budget_for(PROFILED, BudgetOptions(**asked, strategies=["block_drop", "block_drop"]))
+    assert one == Budget(**expected, strategies=[DROP])
+
+
+def test_a_budget_of_a_cost_may_hold_on_each_of_several_texts():
+    for kind in ("max_kl", "max_ppl_increase", "max_accuracy_drop", "max_logprob_diff"):
+        asked = BudgetOptions(**{kind: 0.5}, each_text=True)
+        assert budget_for(on_two_texts(), asked) == budget(kind, 0.5, PROFILED.strategies, each_text=True)
+
+
+NAMES = (
+    "`max_kl`, `max_ppl_increase`, `max_accuracy_drop`, `max_logprob_diff`, `min_speedup`, `max_bytes`, `drop`, `tau1`"
+)
+NO_EACH = "`each_text` needs a budget of a cost, such as `max_kl`, and a profile of several texts; leave it out."
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({}, f"Give exactly one budget of {NAMES}; none is given."),
+        ({"max_kl": 1, "drop": 2}, f"Give exactly one budget of {NAMES}; `max_kl` and `drop` are given."),
+        ({"tau1": 1.0}, "`tau1` and `tau2` go together: the paper's rule has two thresholds."),
+        ({"max_kl": 1, "tau2": 1.0}, "`tau1` and `tau2` go together: the paper's rule has two thresholds."),
+        ({"tau1": 2.0, "tau2": 1.0}, "`tau2` 1.0 is below `tau1` 2.0; swap them."),
+        ({"drop": 1, "each_text": True}, NO_EACH),
+        ({"tau1": 1.0, "tau2": 2.0, "each_text": True}, NO_EACH),
+        ({"min_speedup": 0.1, "each_text": True}, NO_EACH),
+        ({"max_bytes": 0.1, "each_text": True}, NO_EACH),
+        (
+            {"max_kl": 1, "strategies": ["magic"]},
+            "The strategy 'magic' is none of keep_sync, block_drop, plain_drop.",
+        ),
+        ({"drop": 6}, "`drop` 6 asks for more than the 5 sync points there are; ask for fewer."),
+    ],
+)
+def test_what_is_no_budget_is_refused(asked, words):
+    with pytest.raises(InputError) as e:
+        budget_for(on_two_texts(), BudgetOptions(**asked))
+    assert str(e.value) == words
+
+
+def test_of_one_text_no_budget_holds_on_each():
+    with pytest.raises(InputError) as e:
+        budget_for(PROFILED, BudgetOptions(max_kl=1, each_text=True))
+    assert str(e.value) == NO_EACH
+
+
+def test_what_a_recovered_checkpoint_drops_is_counted_and_it_is_recovered_once():
+    """Its plan dropped two sync points, of which its profile has no rows."""
+    of_attentions = make_profile([0.1, 0.2]).model_copy(update={"recovered": recovered([a(2), a(3)], comparison(0.1))})
+    of_both = PROFILED.model_copy(update={"recovered": recovered([m(2), a(3)], comparison(0.1))})
+    assert budget_for(of_attentions, BudgetOptions(drop="50%")).value == 2
+    for profile, what, all_of_them in ((of_attentions, "blocks", 4), (of_both, "sync points", 7)):
+        assert budget_for(profile, BudgetOptions(drop=all_of_them)).value == all_of_them
+        with pytest.raises(InputError) as e:
+            budget_for(profile, BudgetOptions(drop=1))
+        assert str(e.value) == f"`drop` 1 is less than the 2 {what} that the recovered checkpoint drops."
+        with pytest.raises(InputError, match=f"more than the {all_of_them} {what} there are"):
+            budget_for(profile, BudgetOptions(drop=all_of_them + 1))
+        with pytest.raises(InputError) as e:
+            budget_for(profile, BudgetOptions(tau1=1, tau2=2))
+        assert str(e.value) == ("`tau1` says what to recover, and this checkpoint is recovered; give another budget.")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from two_processes import in_two_processes
+from two_processes import in_processes, in_two_processes
 
 from spd_calib.errors import SpdError
 from spd_calib.parallel.comm import GATHERED_AT_MOST, DistributedComm, SimulatedComm
@@ -29,7 +29,7 @@ def test_one_real_rank_sums_alone(tmp_path):
             own = torch.randn(4, 3).T
             total = comm.all_reduce([own])
             assert torch.equal(total, own) and total.data_ptr() != own.data_ptr() and total.is_contiguous()
-        assert comm.all_reduces == 2
+        assert (comm.all_reduces, comm.elements, comm.bytes) == (2, 24, 96)
         part = torch.randn(2, 3, 4)
         assert torch.equal(comm.all_gather([part]), part)
     finally:
@@ -56,6 +56,27 @@ def test_two_processes_have_the_same_sum(size, tmp_path, monkeypatch):
         assert torch.equal(comm.all_gather([own[None]]), torch.cat(parts, dim=-1)[None])
 
     in_two_processes(tmp_path / "store", work)
+
+
+@pytest.mark.parametrize("one_shot_at_most", [0, 2**15])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_quantised_sync_of_processes_is_that_of_simulated_ranks(ranks, one_shot_at_most, tmp_path):
+    """Seven tokens of two groups; in two shots three ranks share the 14 groups, the last has fewer."""
+    draw = torch.Generator().manual_seed(0)
+    parts = [torch.randn(7, 100, generator=draw).bfloat16() for _ in range(ranks)]
+    simulated = SimulatedComm(ranks)
+    simulated.one_shot_at_most = one_shot_at_most
+    expected = [simulated.all_reduce(iter(parts), bits=bits) for bits in (4, 6)]
+
+    def work(rank: int) -> None:
+        comm = DistributedComm()
+        comm.one_shot_at_most = one_shot_at_most
+        found = [comm.all_reduce([parts[rank]], bits=bits) for bits in (4, 6)]
+        assert all(map(torch.equal, found, expected)) and found[0].dtype == torch.bfloat16
+        assert (comm.all_reduces, comm.elements, comm.bytes) == (2, 1400, 14 * (64 * 4 // 8 + 3 + 64 * 6 // 8 + 3))
+        assert (simulated.elements, simulated.bytes) == (comm.elements, comm.bytes)
+
+    in_processes(ranks, tmp_path / "store", work)
 
 
 def test_a_lost_rank_is_named(tmp_path):

@@ -17,6 +17,8 @@ def test_the_cut_head_is_the_whole_head(ranks, bias):
     cut = VocabParallelHead(head, SimulatedComm(ranks))
     hidden = torch.randn(2, 5, 6)
     assert torch.allclose(cut(hidden), head(hidden), atol=1e-6) and cut(hidden).is_contiguous()
+    in_parts = [part.logits(hidden[0]) for part in cut.parts(2)]
+    assert torch.allclose(torch.cat(in_parts, -1), head(hidden[0]), atol=1e-6) and len(in_parts) >= 5
     streams = torch.randn(ranks, 2, 5, 6)
     width = -(-10 // ranks)
     expected = torch.cat([head(s)[..., r * width : (r + 1) * width] for r, s in enumerate(streams)], -1)
@@ -28,6 +30,7 @@ def test_the_vocabulary_can_be_cut_elsewhere():
     cut = VocabParallelHead(head, SimulatedComm(2))
     streams = torch.randn(2, 1, 5, 6)
     cut.cut_at([slice(0, 7), slice(7, 10)])
+    assert [(part.rank, part.first, len(part.weight)) for part in cut.parts(4)] == [(0, 0, 4), (0, 4, 3), (1, 7, 3)]
     expected = torch.cat([head(streams[0])[..., :7], head(streams[1])[..., 7:]], -1)
     assert torch.allclose(cut(streams.flatten(0, 1).as_subclass(PerRank)), expected, atol=1e-6)
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 from naive_metrics import agrees, naive
 from tiles import metrics_of_logits
+from two_processes import in_processes
 
 from spd_calib.errors import InputError
-from spd_calib.sensitivity.metrics import Tally
-from spd_calib.sensitivity.predictions import FIELDS
+from spd_calib.parallel.comm import DistributedComm
+from spd_calib.sensitivity.metrics import MAX_NLL, Tally, perplexity
+from spd_calib.sensitivity.predictions import FIELDS, Predictions, token_metrics
 
 LOG2, LOG4 = math.log(2), math.log(4)
 
@@ -61,6 +63,39 @@ def test_half_precision_is_raised_before_the_softmax():
     assert found[0, 2].item() == pytest.approx(exact, abs=1e-6)
 
 
+def test_what_processes_know_of_their_parts_of_the_vocabulary_is_joined(tmp_path):
+    """Parts of 4, 4 and 3 tokens; the largest logits of some are equal in two of them, and targets open one."""
+    generator = torch.Generator().manual_seed(0)
+    dense, planned = (3 * torch.randn(6, 11, generator=generator) for _ in range(2))
+    dense[0, [3, 9]], planned[1, [5, 10]] = 20.0, 20.0
+    targets = torch.tensor([4, 8, 9, 0, 7, 10])
+    expected, most = metrics_of_logits(dense, planned, targets)
+
+    def work(rank: int) -> None:
+        comm, first = DistributedComm(), 4 * rank
+        of_dense, own = (z[:, first : first + 4] for z in (dense, planned))
+        p, q = Predictions.none_yet(targets), Predictions.none_yet(targets)
+        p.add(of_dense.clone(), first, targets)
+        p = p.joined(comm)
+        q.compare(own, of_dense, (of_dense - p.largest.float()[:, None]).exp())
+        q.add(own.clone(), first, targets)
+        found, largest = token_metrics(p, q.joined(comm), targets)
+        assert torch.allclose(found, expected, atol=1e-6) and largest == pytest.approx(most)
+        assert (p.token[0], q.joined(comm).token[1]) == (3, 5)
+
+    in_processes(3, tmp_path / "store", work)
+
+
+def test_a_perplexity_is_any_number_there_is():
+    assert perplexity(0.0) == 1 and perplexity(MAX_NLL) == math.exp(MAX_NLL) < math.inf
+    with pytest.raises(InputError) as e:
+        perplexity(MAX_NLL + 1)
+    assert str(e.value) == (
+        "The model's loss is 710 nats a token, and of more than 709 there is no perplexity: its weights or the "
+        "tokenizer are not those it was trained with; name the right ones."
+    )
+
+
 @pytest.mark.parametrize("part", [1, 2, 5])
 def test_of_equal_logits_the_first_token_is_the_prediction(part):
     """As argmax has it: what bfloat16 rounds to one number is common."""
@@ -105,7 +140,7 @@ def test_means_are_over_tokens_and_errors_over_sequences():
     assert c.ppl == pytest.approx(math.exp(2)) and c.ppl_increase == 0
     assert (c.accuracy_drop, c.accuracy_drop_stderr) == pytest.approx((0.0, math.sqrt(2 * 2) / 4), abs=1e-15)
     assert (c.top1_agreement, c.top1_agreement_stderr) == (1.0, 0.0)
-    assert (c.max_abs_logprob_diff, c.tokens, c.sequences) == (0.5, 4, 2)
+    assert (c.max_abs_logprob_diff, c.tokens, c.sequences, c.routed_as_dense) == (0.5, 4, 2, None)
     b = t.baseline()
     assert (b.nll, b.top1_accuracy, b.tokens) == (2.0, 0.75, 4) and b.ppl == pytest.approx(math.exp(2))
 
@@ -129,8 +164,11 @@ def test_a_state_comes_back_to_the_bit():
     t = tally([[1 / 3, 2 / 3, 1e-17, 1, 0, 1 / 7]], [5], 0.1)
     back = Tally.of_state(t.state())
     assert torch.equal(back.sums[0], t.sums[0]) and (back.tokens, back.max_abs_logprob_diff) == ([5], 0.1)
+    assert back.routed == [] and "routed" not in t.state()
     back.tokens.append(1)
     assert t.tokens == [5]
+    t.routed = [2.5]
+    assert Tally.of_state(t.state()).routed == [2.5]
 
 
 def test_adding_keeps_the_order_and_the_largest():
@@ -139,6 +177,9 @@ def test_adding_keeps_the_order_and_the_largest():
     assert [row[0].item() for row in t.sums] == [1, 2] and t.tokens == [1, 2] and t.max_abs_logprob_diff == 0.3
     t.add(tally([], [], 0.4))
     assert t.max_abs_logprob_diff == 0.4
+    for routed in ([0.5], [1.25]):
+        t.add(Tally([], [], 0.0, routed))
+    assert t.comparison().routed_as_dense == 1.75 / 3
 
 
 def test_what_is_not_finite_is_said_and_refused():

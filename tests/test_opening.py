@@ -161,7 +161,7 @@ def broken(how: str) -> nn.Module:
         ("mixed", "are float16 and float32; load it in"),
         ("double", "are float64"),
         ("meta", "lie on meta"),
-        ("nan", "NaN or Inf, first in block 2"),
+        ("nan", "the model in memory hold NaN or Inf, first in block 2, model.layers.2.mlp.down_proj.weight;"),
         ("quantised", "in memory are quantised"),
         ("wrapped", "A Sequential is no causal language model"),
         ("lora", "holds model.layers.0.self_attn.o_proj.0.weight, otherwise"),

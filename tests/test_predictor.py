@@ -7,7 +7,7 @@ from predictors import KINDS, K, predictor
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import NOTHING_DROPPED, Drop, Drops, Point, Strategy
 from spd_calib.models.plan_files import predictor_tensors
-from spd_calib.models.predictor import Predictor, check_predictors, predictor_shapes
+from spd_calib.models.predictor import Predictor, check_predictors, check_router_predictor, predictor_shapes
 
 DROP = Strategy.BLOCK_DROP
 
@@ -28,6 +28,21 @@ def test_predictors_are_their_formulas(kind, rank):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_scale_takes_the_place_of_the_share_in_every_form(kind):
+    plain, scale = predictor(kind, 4, 6, 0), torch.randn(6)
+    scaled = Predictor(plain.bias, scale=scale, a=plain.a, b=plain.b, w=plain.w)
+    z, share = torch.randn(2, 5, 4), torch.randn(2, 5, 6)
+    for i in range(2):
+        for t in range(5):
+            expected = plain.bias + scale * share[i, t]
+            if kind == "full":
+                expected = expected + z[i, t] @ plain.w
+            if kind == "low_rank":
+                expected = expected + (z[i, t] @ plain.a) @ plain.b
+            assert torch.allclose(scaled(z, share)[i, t], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_shapes_are_those_of_its_tensors(kind):
     found = {name: tuple(t.shape) for name, t in predictor(kind, 4, 6, 0).named_parameters()}
     assert found == predictor_shapes(kind, K, d_rank=4, d=6)
@@ -40,6 +55,21 @@ def test_a_predictor_of_other_sizes_is_refused():
         with pytest.raises(InputError) as e:
             check_predictors(1, {0: good, 1: wrong}, d_rank=4, d=6)
         assert str(e.value) == "The compensation of block 1, rank 1, does not fit the model's heads and width."
+    scaled = Predictor(torch.randn(6), scale=torch.randn(6))
+    check_predictors(1, {0: scaled}, d_rank=4, d=6)
+    with pytest.raises(InputError, match="rank 0"):
+        check_predictors(1, {0: Predictor(torch.randn(6), scale=torch.randn(5))}, d_rank=4, d=6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_routers_predictor_reads_and_gives_the_models_width(kind):
+    check_router_predictor(2, predictor(kind, 6, 6, 0), d=6)
+    wrong = [predictor(kind, 7, 7, 0), Predictor(torch.zeros(6), scale=torch.zeros(6))]
+    wrong += [] if kind == "mean" else [predictor(kind, 5, 6, 0)]
+    for one in wrong:
+        with pytest.raises(InputError) as e:
+            check_router_predictor(2, one, d=6)
+        assert str(e.value) == "The predictor of block 2's router does not fit the model's width."
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,6 +12,7 @@ from spd_calib.parallel.comm import SimulatedComm
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.quantised_sync import (
     arriving,
+    bytes_a_value,
     grouped,
     in_two_shots,
     pack,
@@ -87,6 +88,20 @@ def test_groups_of_one_value_and_of_no_number():
         broken = constant.clone()
         broken[0, 7] = value
         assert not arriving(broken, 8).isfinite().any()  # whoever looks for what overflows still finds it
+
+
+def test_the_code_of_zero_is_a_code_where_the_step_is_rounded_down():
+    """The step is 1 + 1/256, of which bfloat16 makes 1: 256 steps of it from 0 down to the lowest value, of 255."""
+    group = torch.zeros(1, 64)
+    group[0, :2] = torch.tensor([-255 - 255 / 256, -7.0])
+    arrived = arriving(group, 8)
+    assert arrived[0, :2].tolist() == [-255, -7] and not arrived[0, 2:].any()
+    assert arriving(-group, 8)[0, :2].tolist() == [255, 7]
+
+
+@pytest.mark.parametrize("bits", [8, 6, 4])
+def test_bytes_of_a_value_are_those_of_a_message_of_whole_groups(bits):
+    assert bytes_a_value(bits) == pack(torch.ones(2, 64), bits).numel() / 128 and bytes_a_value(None) == 2
 
 
 PLACES = {

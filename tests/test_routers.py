@@ -17,6 +17,7 @@ from spd_calib.formats.profile import Profile
 from spd_calib.models.plan_files import load_plan, predictor_tensors
 from spd_calib.models.predictor import Predictor
 from spd_calib.parallel.model import TensorParallelLM
+from spd_calib.parallel.routing import tokens_routed_alike
 from spd_calib.recovery.expert_grouping import group_expert_neurons
 from spd_calib.recovery.feed import Feed
 from spd_calib.recovery.neuron_grouping import distortion
@@ -45,6 +46,17 @@ def chosen_in(lm: TensorParallelLM, drops: Drops, ids: torch.Tensor) -> list[lis
     for hook in hooks:
         hook.remove()
     return seen
+
+
+def test_a_token_is_routed_alike_by_the_share_of_mixtures_that_choose_the_same_set():
+    """Two sequences of three tokens, two mixtures; the second ran only in the dense model."""
+    dense = {1: torch.tensor([[0, 1], [2, 3], [4, 5], [0, 2], [1, 3], [5, 4]]), 3: torch.zeros(6, 2)}
+    planned = {1: torch.tensor([[1, 0], [2, 4], [5, 4], [0, 2], [0, 3], [3, 4]])}
+    every = torch.ones(2, 3, dtype=torch.bool)
+    assert tokens_routed_alike(dense, planned, every) == [1 + 0.5 + 1, 1 + 0.5 + 0.5]
+    assert tokens_routed_alike(dense, planned, torch.tensor([[True, True, False], [False, False, True]])) == [1.5, 0.5]
+    assert tokens_routed_alike({1: dense[1]}, planned, every) == [2, 1]
+    assert tokens_routed_alike({}, {}, every) == []
 
 
 @pytest.mark.parametrize("streamed", [False, True])

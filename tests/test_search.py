@@ -344,13 +344,62 @@ def test_the_sizes_measured_begin_where_the_model_says():
     assert [len(drops) for drops in whole[:2]] == [10, 6]
 
 
+def test_from_the_fourth_size_on_halves_are_measured():
+    """Up to 19 sync points cost next to nothing, 20 far too much: every expectation goes to the nearest end."""
+    asked = []
+
+    def cliff(sets):
+        asked.extend(len(drops) for drops in sets)
+        return [comparison(1e-4 * len(drops) if len(drops) < 20 else 50.0) for drops in sets]
+
+    p = make_profile([0.01] * 30)
+    search = Search(p, budget(value=0.1021, strategies=[DROP]), calibration=Calibration(cliff))
+    assert search._bisect() == 19
+    assert asked[:3] == [10, 30, 11] and 18 <= asked[3] <= 22 and len(asked) <= 8
+
+
+def test_an_expectation_that_is_just_the_budget_keeps_it():
+    for kind, value in (("max_kl", 0.25), ("max_logprob_diff", 0.5)):  # the second goes as the root of KL
+        search = Search(
+            make_profile([0.25, 4.0]), budget(kind, value, [DROP]), calibration=Calibration(total([0.25, 4.0]))
+        )
+        assert search._expected(search.front[1]) == value
+        assert search._expected_size(1.0) == 1 and search._expected_size(1.01) == 0
+
+
+@pytest.mark.parametrize(("value", "n"), [(0.07, 1), (0.09, 2)])
+def test_smaller_sets_are_judged_in_the_budgets_own_unit(value, n):
+    """Accuracy lost, by hand: two of three lose 0.04 of 0.05 on the calibration text, so 0.08 of 0.1 on the other.
+
+    By KL, which goes as their number, two would lose 0.067.
+    """
+    lost = [0.0, 0.01, 0.04, 0.05]
+
+    def measure(sets):
+        return [comparison(0.1 * len(drops), accuracy_drop=lost[len(drops)]) for drops in sets]
+
+    b = budget("max_accuracy_drop", value, [DROP])
+    search = Search(make_profile([0.1] * 3), b, calibration=Calibration(measure))
+    assert len(search.next_choice(search.front[3], comparison(0.6, accuracy_drop=0.1))) == n
+
+
+def test_of_the_sets_without_mlps_one_is_measured_on_the_whole():
+    """Two sets with MLPs are cheapest; of the six pairs of attentions the cheapest is measured beside them."""
+    costs = {a(i): 0.1 + 0.01 * i for i in range(4)} | {m(i): 0.01 * (i + 1) for i in range(3)}
+    whole: list = []
+    p = make_profile([costs[a(i)] for i in range(4)], mlp=[costs[m(i)] for i in range(3)])
+    search = Search(p, budget(strategies=[DROP]), calibration=raced(costs, whole, []))
+    assert search.finalists(2) == whole and len(whole) == 3
+    assert [drops.requires_mlp_drop for drops in whole] == [True, True, False] and set(whole[2]) == {a(0), a(1)}
+
+
 def test_what_part_of_the_text_rules_out_is_not_measured_on_the_whole():
     """Two standard errors of 0.001 above the budget on part of the text; at less it is measured, and found too dear."""
-    for dear, measured in ((0.0531, {1}), (0.0529, {1, 2})):
-        costs, whole = {a(0): 0.01, a(1): dear - 0.01, a(2): dear, a(3): dear}, []
+    for dear, value, measured in ((0.0531, 0.051, {1}), (0.0529, 0.051, {1, 2}), (0.053, 0.053 - 0.002, {1, 2})):
+        costs, whole = {a(0): 0.0, a(1): dear, a(2): dear, a(3): dear}, []
         search = Search(
             make_profile([0.01, 0.02, 0.03, 0.04]),
-            budget(value=0.051, strategies=[DROP]),
+            budget(value=value, strategies=[DROP]),
             calibration=raced(costs, whole, []),
         )
         search._bisect = lambda: 1

@@ -45,6 +45,18 @@ def test_ample_bytes_change_nothing_and_too_few_are_refused():
         within_bytes(every, 7)
 
 
+def test_the_change_taken_first_saves_its_bytes_at_the_least_cost():
+    """By hand: 0.01 a byte before 0.0125, however many bytes are left; of as many bytes the cheaper option."""
+    p, q, kept, dropped = POINTS[0], POINTS[2], Option(KEPT, 0.0, 16.0), Drop(Strategy.BLOCK_DROP)
+    eight, four = (Drop(Strategy.KEEP_SYNC, bits=b) for b in (8, 4))
+    every = {p: [kept, Option(dropped, 0.16, 0.0)], q: [kept, Option(eight, 0.05, 12.0)]}
+    assert within_bytes(every, 16) == Drops({p: dropped})
+    assert within_bytes(every, 15) == Drops({p: dropped, q: eight})
+    assert within_bytes({p: [Option(eight, 0.5, 16.0), kept]}, 16) == Drops()
+    equal = {p: [kept, Option(eight, 0.1, 8.0), Option(four, 0.2, 0.0)]}  # as much a byte: the first of them
+    assert within_bytes(equal, 15) == Drops({p: eight}) and within_bytes(equal, 7) == Drops({p: four})
+
+
 def test_fewer_bits_cost_as_the_square_of_their_step():
     assert at_bits(0.5, 4, 4) == 0.5
     assert at_bits(0.5, 4, 8) == pytest.approx(0.5 / 17**2)
@@ -65,19 +77,24 @@ def world(more_for_drops: float = 0.0, always: float = 0.0):
 
 
 def chosen(share: float, measure, always: float = 0.0, **of_profile):
+    def verify(drops: Drops, used_up: int):
+        assert used_up == 0
+        return measure([drops])[0]
+
     profile = make_profile([always + DROPPED[a(i)] for i in range(3)], **of_profile)
     return choose_bytes(
         profile,
         budget("max_bytes", share, strategies=[Strategy.BLOCK_DROP]),
         num_blocks=3,
         calibration=Calibration(measure),
-        verify=lambda drops, used_up: measure([drops])[0],
+        verify=verify,
     )
 
 
 def test_a_harmless_attention_is_dropped_and_what_carries_the_cost_gets_more_bits():
     choice = chosen(0.3, world())
-    assert list(choice.drops) == [a(1)] and choice.drops.bits[a(0)] > choice.drops.bits[m(0)] == 4
+    assert list(choice.drops) == [a(1)] and choice.drops.strategy(a(1)) == Strategy.BLOCK_DROP
+    assert choice.drops.bits[a(0)] > choice.drops.bits[m(0)] == 4
     assert choice.predicted_kl == pytest.approx(choice.verified.kl)
     assert choice.verified.kl < 0.5 * world()([Drops.of_bits(dict.fromkeys(AT_FOUR, 4))])[0].kl
 
@@ -85,6 +102,25 @@ def test_a_harmless_attention_is_dropped_and_what_carries_the_cost_gets_more_bit
 def test_where_drops_cost_more_together_none_is_taken():
     choice = chosen(0.3, world(more_for_drops=1.0))
     assert list(choice.drops) == [] and choice.verified.kl < sum(AT_FOUR.values())
+
+
+def test_what_the_bytes_just_suffice_for_is_taken():
+    """All of them as they are; all of them at 4 bits, half a byte each and 3 bytes more for 64."""
+    ample = chosen(1.0, world())
+    assert ample.drops == Drops() and ample.predicted_kl == ample.verified.kl == 0
+    exact = chosen((4 / 8 + 3 / 64) / 2, world(more_for_drops=1.0))
+    assert exact.drops == Drops.of_bits(dict.fromkeys(AT_FOUR, 4))
+
+
+def test_one_number_of_bits_everywhere_is_taken_where_it_measures_best():
+    """As it does where the errors of one number of bits cancel, which no sum over sync points says."""
+    all_at_six = Drops.of_bits(dict.fromkeys(AT_FOUR, 6))
+
+    def measure(sets):
+        return [comparison(0.0) if drops == all_at_six else world(0.1)([drops])[0] for drops in sets]
+
+    assert chosen((6 / 8 + 3 / 64) / 2, measure).drops == all_at_six
+    assert chosen(0.39, measure).drops != all_at_six, "its messages have 0.3984 of the bytes"
 
 
 def test_a_recovered_checkpoint_keeps_its_own_drops_which_send_nothing():

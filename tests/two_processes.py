@@ -1,4 +1,4 @@
-"""Two real ranks without torchrun: this process and a fork of it."""
+"""Real ranks without torchrun: this process and forks of it."""
 
 import os
 import traceback
@@ -10,20 +10,31 @@ import torch.distributed as dist
 
 def in_two_processes(port_file: Path, work: Callable[[int], None]) -> None:
     """Run `work(rank)` as rank 0 of a gloo group in this process, and as rank 1 in a fork of it."""
-    child = os.fork()
-    rank, code = (0, 0) if child else (1, 1)
+    in_processes(2, port_file, work)
+
+
+def in_processes(ranks: int, port_file: Path, work: Callable[[int], None]) -> None:
+    """Run `work(rank)` as rank 0 of a gloo group in this process, and as each other rank in a fork of it."""
+    rank, children = 0, []
+    for other in range(1, ranks):
+        child = os.fork()
+        if not child:
+            rank = other
+            break
+        children.append(child)
+    code = 1
     try:
-        dist.init_process_group("gloo", store=dist.FileStore(str(port_file), 2), rank=rank, world_size=2)
+        dist.init_process_group("gloo", store=dist.FileStore(str(port_file), ranks), rank=rank, world_size=ranks)
         work(rank)
         code = 0
     except BaseException:
-        if child:
+        if not rank:
             raise
         traceback.print_exc()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-        if not child:
+        if rank:
             os._exit(code)
-        ended = os.waitpid(child, 0)[1]
-    assert os.waitstatus_to_exitcode(ended) == 0
+        ended = [os.waitpid(child, 0)[1] for child in children]
+    assert all(os.waitstatus_to_exitcode(one) == 0 for one in ended)
