@@ -249,6 +249,12 @@ def test_without_a_plan_nothing_is_hooked(hook_registry, monkeypatch):
     monkeypatch.delenv("SPD_PLAN", raising=False)
     plugin.register()
     assert hook_registry == []
+    # a process that hooked SGLang for a plan, and starts it again without one
+    loaded = []
+    hooks = {target.rsplit(".", 1)[-1]: hook for target, hook in plugin.hooks().items()}
+    hooks["check_server_args"](loaded.append, "arguments")
+    hooks["load_model"](loaded.append, "runner")
+    assert loaded == ["arguments", "runner"]
 
 
 def test_a_hook_without_a_place_ends_the_process(hook_registry, monkeypatch):

@@ -23,16 +23,16 @@ VERSION = "0.5.23"
 
 def configured(args: Any) -> None:
     """Check the plan that the environment names against SGLang's `args`, before a process is started for it."""
-    path = plan_path()
+    if (path := plan_path()) is None:
+        return
     plan, _ = load_plan(path, ranks=())  # no predictor yet, but their file must be there, whole, and the plan's
     check(plan, path, args=args)
 
 
-def plan_path() -> Path:
-    """Return where the plan lies that the environment names."""
+def plan_path() -> Path | None:
+    """Return where the plan lies that the environment names; None where it names none any more."""
     named = named_in_environment()
-    assert named is not None  # without one nothing of SGLang's was touched
-    return Path(named).expanduser().resolve()
+    return None if named is None else Path(named).expanduser().resolve()
 
 
 def check(plan: Plan, path: Path, *, args: Any) -> Any:

@@ -1,6 +1,7 @@
 """Applying a plan on each rank, once SGLang has loaded its model, and only where all ranks apply the same one."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from spd_calib.errors import InputError
@@ -23,20 +24,22 @@ def load_model(load: Any, runner: Any) -> None:
     Raises InputError, which ends the start, where this rank or another one of its tensor-parallel group could not,
     where another applied another plan, and where one has not joined in time.
     """
+    path = plan_path()
+    load(runner)
+    if path is None:
+        return
     from sglang.srt.runtime_context import get_parallel
 
     applied, error, parallel = None, None, get_parallel()
-    load(runner)
     try:
-        applied = _apply(runner, rank=parallel.tp_rank)
+        applied = _apply(runner, path, rank=parallel.tp_rank)
     except InputError as e:
         error = str(e)
     check_agreement(parallel.tp_group.cpu_group, applied=applied, error=error, needs=NEEDS)
 
 
-def _apply(runner: Any, *, rank: int) -> str:
+def _apply(runner: Any, path: Path, *, rank: int) -> str:
     """Apply the plan on this rank alone; returns its digest."""
-    path = plan_path()
     plan, drops = load_plan(path, ranks=[rank])
     config = check(plan, path, args=runner.server_args)
     check_widths(runner.model, config, tp=plan.tensor_parallel.size)
