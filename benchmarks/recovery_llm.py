@@ -60,8 +60,10 @@ def replicated_heads(args: argparse.Namespace) -> tuple[Drops, float]:
     source = locate(str(args.model))
     config, tokenizer = read_config(source), load_tokenizer(source)
     options = TextOptions(str(args.data), args.seq_len, args.seq_len, args.chosen, args.measured, pack=True)
-    lm = TensorParallelLM.simulated(load_dense(source, config, device=args.device, dtype="float32"), args.tp)
-    heads = affordable(ModelSizes.of(lm.model), fraction(args.replicate, "replicate"), tp=args.tp, most=args.blocks - 1)
+    dense = load_dense(source, config, device=args.device, dtype="float32")
+    share, sizes = fraction(args.replicate, "replicate"), ModelSizes.of(dense)
+    heads = affordable(sizes, share, tp=args.tp, most=args.blocks - 1)
+    lm = TensorParallelLM.simulated(dense, args.tp)
     sequences, subject = load_text(options, tokenizer).calibration, Subject(lm)
 
     def kl_of(plans: Sequence[Drops]) -> list[float]:

@@ -1,20 +1,27 @@
 """Replicated heads: what a rank's MLP reads of other ranks' heads, against the dense model and the reference."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import reference
 import tiny
 import torch
 from distributed_cases import BEFORE_REPLICATED, BLOCKS, DROP, KEEP, REPLICATING, replicated, replicating
+from plans import write_plan
 from torch.utils.flop_counter import FlopCounterMode
 
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import Drop, Drops, Point
+from spd_calib.formats.files import read
+from spd_calib.formats.plan import Plan
 from spd_calib.models.architecture import HeadCounts
 from spd_calib.models.predictor import Predictor
 from spd_calib.models.shard import RankLinear, slices_of_groups
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.planning.latency import Step
 from spd_calib.planning.model_sizes import ModelSizes, added_by_heads, bytes_moved, flops
+from spd_calib.runtimes.vllm import configure
 
 A0 = Point(0, "attention")
 
@@ -150,6 +157,33 @@ def test_what_cannot_be_replicated_is_refused_with_the_reason():
     assert "do not fit 2 KV groups on 2 ranks" in refusal(lm, ((2,), (0,)))
     assert "do not fit" in refusal(lm, ((1,), (0,), (0,)))
     assert "on rank 1 that are its own" in refusal(lm, ((1,), (1,)))
+
+
+def test_vllm_refuses_a_plan_that_replicates_heads(llama, tmp_path):
+    """The same in vLLM itself: tests/with_vllm."""
+    path = write_plan(tmp_path / "plan.json", llama, 2, ["block_drop"] * BLOCKS, replicated={1: ((1,), (0,))})
+    plan = read(Plan, path)
+    assert plan.drops.replicated == {1: ((1,), (0,))}
+    with pytest.raises(InputError, match=r"requires .replicated_heads., which .* does not have: vLLM cuts"):
+        configure.check(plan, path, config=SimpleNamespace(parallel_config=None, model_config=None))
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"requires": []}, "need 'replicated_heads' in requires"),
+        ({"blocks": {"replicated": [[1]]}}, "names the KV groups of each rank"),
+        ({"blocks": {"strategy": "keep_sync"}}, "go with block_drop"),
+        ({"blocks": {"replicated": [[1], []]}}, "as many KV groups"),
+    ],
+)
+def test_a_plan_file_that_means_nothing_is_refused(llama, tmp_path, changes, why):
+    path = write_plan(tmp_path / "plan.json", llama, 2, ["block_drop"] * BLOCKS, replicated={1: ((1,), (0,))})
+    document = json.loads(path.read_text())
+    document["blocks"][1] |= changes.pop("blocks", {})
+    path.write_text(json.dumps(document | changes))
+    with pytest.raises(InputError, match=why):
+        read(Plan, path)
 
 
 @pytest.mark.parametrize(

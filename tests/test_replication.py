@@ -10,8 +10,12 @@ from spd_calib.errors import InputError, SpdError
 from spd_calib.formats.drops import Drops, Strategy
 from spd_calib.formats.files import read
 from spd_calib.formats.plan import Plan
-from spd_calib.planning.model_sizes import Added, ModelSizes
-from spd_calib.planning.replication import Affordable, affordable, choose_replicated, without
+from spd_calib.models.architecture import HeadCounts
+from spd_calib.planning.latency import Step
+from spd_calib.planning.machine_latency import on_machine
+from spd_calib.planning.machine_tables import load
+from spd_calib.planning.model_sizes import Added, ModelSizes, added_by_heads
+from spd_calib.planning.replication import Affordable, affordable, choose_replicated, following, without
 
 EVERY, SOME = ((1, 2), (0, 2), (0, 1)), ((1,), (2,), (0,))
 
@@ -44,6 +48,22 @@ def test_what_so_many_weights_buy():
         affordable(sizes, (group - 1) / dense, tp=2, most=3)
     with pytest.raises(InputError, match="has every head already"):
         affordable(sizes, 0.5, tp=1, most=3)
+
+
+def test_where_replicating_a_block_of_an_8b_saves_time():
+    """What docs/budget.md says of it: 32 heads, 8 KV heads, TP 8, by the shipped tables."""
+    counts, head = HeadCounts(32, 8, 128, 14336), 128256 * 4096
+    sizes = ModelSizes(32, 4096, counts, 2 * 4096**2, 2 * 4096 * 1024, 3 * 4096 * 14336, head, key_dim=128)
+    added = added_by_heads(sizes, following(sizes, 7, tp=8), tp=8)
+    assert round(2 * added.weights / 1e6) == 73
+
+    def saves(hardware: str, phase: str, batch: int, context: int = 256) -> bool:
+        model = on_machine(load(hardware), sizes, tp=8, step=Step(phase, batch, context, 2), added=added)
+        return model.saved(1) > 0
+
+    assert saves("rtx-pro-6000-pcie", "prefill", 1, 2048) and saves("rtx-pro-6000-pcie", "decode", 32)
+    assert not saves("rtx-pro-6000-pcie", "decode", 1)
+    assert not saves("h100-nvlink", "decode", 1) and not saves("h100-nvlink", "decode", 32)
 
 
 def heads(blocks: int, some=None) -> Affordable:

@@ -116,8 +116,10 @@ def test_another_tp_size(folder, plan):
     refused(folder, plan, "is for TP 2, but vLLM was started with TP 4", tp=4)
 
 
-def test_an_unknown_requirement(folder, plan):
+def test_an_unknown_requirement(folder, plan, tmp_path):
     refused(folder, edited(plan, requires=["telepathy"]), "requires")
+    replicated = write_plan(tmp_path / "replicated.json", folder, 2, [D, K, K, D], replicated={0: ((1,), (0,))})
+    refused(folder, replicated, "'replicated_heads', which the vLLM runtime does not have: vLLM cuts q, k and v")
 
 
 def test_stale_weights(folder, plan):
