@@ -88,3 +88,23 @@ def test_streams_stay_bit_equal_in_bfloat16(tmp_path):
         first, second = (streams["layers"] for streams in engine.call("spd_streams"))
         assert first[0] == second[0]
         assert all(a != b for a, b in zip(first[1:], second[1:], strict=True))
+
+
+def test_a_draft_model_speculates(folder_of, tmp_path):
+    """The draft is another model, of no plan; what comes out is what the planned model finds likeliest."""
+    folder = folder_of("llama")
+    plan = write_plan(tmp_path / "plan.json", folder, 2, [D, P, K, D], [K, D, K, K], ["low_rank", None, None, "full"])
+    draft = tiny.save(build("llama", layers=2, seed=1), tmp_path / "draft")
+    speculation = {"method": "draft_model", "model": str(draft), "num_speculative_tokens": 2}
+    prompts = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (20, 7)]
+    with start(folder, tp=2, max_length=64, plan=plan, speculative_config=speculation) as engine:
+        params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, detokenize=False)
+        outputs = engine.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        lm = TensorParallelLM.simulated(build("llama"), 2)
+        lm.head.cut_at(engine.vocabulary())
+    tokens = [list(output.outputs[0].token_ids) for output in outputs]
+    planned = simulate(lm, prompts, continuations=tokens, drops=load_plan(plan)[1])
+    dense = simulate(lm, prompts, continuations=tokens, drops=Drops({}))
+    assert [len(t) for t in tokens] == [9, 9]
+    assert compare_logprobs("likeliest", planned.best, found=planned.chosen, tolerance=TOLERANCE).ok
+    assert not compare_logprobs("likeliest", dense.best, found=dense.chosen, tolerance=TOLERANCE).ok

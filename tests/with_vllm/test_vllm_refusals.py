@@ -230,7 +230,7 @@ def test_a_plan_that_is_not_named(folder):
         ({"kv_cache_dtype": "fp8_e5m2"}, "a KV cache in fp8_e5m2"),
         ({"kv_cache_dtype": "bfloat16"}, "a KV cache in bfloat16"),  # the model is in float32
         ({"data_parallel_size": 2}, "data parallelism"),
-        ({"speculative_config": {"method": "draft_model", "model": "", "num_speculative_tokens": 2}}, "speculative"),
+        ({"speculative_config": {"method": "eagle", "model": "", "num_speculative_tokens": 2}}, "reads hidden states"),
         (
             {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
             "kept or filled elsewhere",

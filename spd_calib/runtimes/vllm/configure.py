@@ -38,6 +38,12 @@ LACKING = {
 }
 """What a plan may require of this runtime."""
 
+SPECULATION = ("ngram", "draft_model")
+"""The ways of speculation that read nothing but tokens: each token is still the planned model's, which verifies it.
+
+Others (EAGLE, MTP) read its hidden states, which lack what is owed, and after a plain drop differ from rank to rank.
+"""
+
 CHECKPOINTS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
 """The values of --load-format that read the very files whose weights were fingerprinted."""
 
@@ -121,7 +127,10 @@ def not_as_measured(config: Any) -> str | None:
         ("whole experts on ranks (expert parallel)", parallel.enable_expert_parallel),
         (f"weights quantised as they are loaded ({model.quantization})", _quantises_itself(model)),
         ("LoRA adapters", config.lora_config is not None),
-        ("speculative decoding by a model", speculative is not None and speculative.method != "ngram"),
+        (
+            "speculation by a model that reads hidden states",
+            speculative is not None and speculative.method not in SPECULATION,
+        ),
         ("weights offloaded to the CPU", _offloads(config.offload_config)),
         ("a quantised KV cache, which the checkpoint asks for", _asks_for_a_quantised_cache(config)),
         (f"a KV cache in {cache}", cache not in ("auto", str(model.dtype).removeprefix("torch."))),
