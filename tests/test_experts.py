@@ -90,6 +90,20 @@ def test_a_router_reads_what_its_predictor_expects(kind: str) -> None:
     assert gap(expected, without) > 1e-3
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss"])
+def test_what_the_ranks_experts_give_of_one_stream_is_what_the_model_gives(family: str) -> None:
+    """With a shared expert, and with biases of the chosen experts, too: the sum of all ranks and what they left out."""
+    layer, ids = tiny.build(family).model.layers[2], tiny.tokens(2, 8)
+    lm = TensorParallelLM.simulated(tiny.build(family), 4)
+    x = lm.record(ids).streams[2]
+    with torch.no_grad():
+        fed = lm.blocks[2].feed(x)
+        found = layer.mlp(layer.post_attention_layernorm(x.shared))
+    expected = found[0] if isinstance(found, tuple) else found
+    assert gap(sum(fed.partials) + (0 if fed.bias is None else fed.bias), expected) < 1e-5
+    assert (fed.bias is not None) == (family == "gpt_oss")
+
+
 def test_what_a_mixture_cannot_do_is_refused() -> None:
     lm = TensorParallelLM.simulated(tiny.build("qwen2_moe"), 2)
     plain = Drops({Point(3, "attention"): Drop(Strategy.PLAIN_DROP)})

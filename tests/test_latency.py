@@ -208,6 +208,7 @@ def test_more_drops_than_there_are_save_nothing_more():
 
 def test_latency_as_it_stands_in_a_plan():
     step = Step("prefill", 3, 7, 2)
+    assert LatencyModel("h", step, 4, 1.0, 0.125, left=0.0625).latency(2).left_seconds == 0.0625
     model = LatencyModel("h", step, 4, compute=1.0, all_reduce=0.125)
     found = model.latency(3)
     assert found.model_dump() == {
@@ -325,6 +326,10 @@ def test_a_measured_prefill_step_is_of_all_its_tokens():
     assert model.all_reduce == pytest.approx(one) and model.compute == pytest.approx(compute)
     work = flops(sizes, model.step, tp=2)
     assert model.added == pytest.approx(compute * 2 * 16 * 50 / work)
+    assert model.left == 0
+    behind_norms = ModelSizes.of(tiny.build("gemma2"))
+    wider = as_measured(of_prefill(behind_norms, 1.0), behind_norms, phase="prefill", name="h")
+    assert wider.left == pytest.approx(wider.all_reduce)  # a message twice as wide takes twice as long here
     predicted, seen = held_against(measured, model)["every_block_dropped"]
     assert seen == 0.5 and predicted == pytest.approx(1.0 - sizes.blocks * one + model.added)
     with pytest.raises(InputError) as e:
@@ -387,3 +392,37 @@ def test_a_hybrid_is_counted_block_by_block():
             cache += 2 * model.config.num_key_value_heads * mixer.head_dim / tp
     by_hand = 2 * (weights + model.lm_head.weight.numel() / tp + 3 * (50 * cache + states))
     assert bytes_moved(sizes, step, tp=tp) == pytest.approx(by_hand)
+    config, heads = model.config, model.config.num_attention_heads / tp
+    softmax = sum(layer.block_type != "linear_attention" for layer in model.model.layers)
+    attended = softmax * heads * 3 * 50 * 2 * (2 * config.head_dim)  # a key and a value of every token before
+    in_states = 3 * 6 * states / 2  # read, written to and asked, two for each number of each of three new tokens
+    once = 2 * 3 * (weights + model.lm_head.weight.numel() / tp)
+    assert flops(sizes, step, tp=tp) == pytest.approx(once + attended + in_states)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek_v2"])
+def test_of_a_mixture_the_experts_that_tokens_go_through_count(family):
+    """Two tokens, each through k of E experts: both miss an expert by (1 - k / E) squared. A block is dense.
+
+    The second has a latent attention: a latent of the cache, and what makes it, is whole on every rank.
+    """
+    model, tp, batch, context = tiny.build(family), 2, 2, 5
+    config = model.config
+    through = config.num_experts_per_tok / {"qwen2_moe": 6, "deepseek_v2": 8}[family]
+    read = computed = 0.0
+    for name, parameter in model.named_parameters():
+        if "layers." not in name or parameter.dim() < 2 or ".gate.weight" in name or "shared_expert_gate" in name:
+            continue  # norms and routers are left out
+        own = parameter.numel() if "kv_a_proj" in name else parameter.numel() / tp
+        stacked = parameter.dim() == 3
+        read += own * (1 - (1 - through) ** batch if stacked else 1)
+        computed += own * (through if stacked else 1)
+    key, value, cached = 8, 8, 2 * 8  # one KV head of two on each rank
+    if family == "deepseek_v2":
+        key, value = config.qk_nope_head_dim + config.qk_rope_head_dim, config.v_head_dim
+        cached = config.kv_lora_rank + config.qk_rope_head_dim
+    sizes, step = ModelSizes.of(model), Step("decode", batch, context, 4)
+    head = model.get_output_embeddings().weight.numel() / tp
+    assert bytes_moved(sizes, step, tp=tp) == pytest.approx(4 * (read + head + batch * 4 * context * cached))
+    attended = 4 * config.num_attention_heads / tp * batch * context * 2 * (key + value)
+    assert flops(sizes, step, tp=tp) == pytest.approx(2 * batch * (computed + head) + attended)

@@ -12,8 +12,9 @@ from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.streams import Streams
 
 
-def test_places_of_the_dense_model_are_all_named():
-    model = tiny.build("llama")
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_places_of_the_dense_model_are_all_named(family):
+    model = tiny.build(family)
     decoder, parts = find_decoder(model), find_layers(model)
     places = nonfinite.places_of_dense(model, model.lm_head, decoder=decoder, parts=parts)
     layers = model.model.layers
@@ -22,7 +23,7 @@ def test_places_of_the_dense_model_are_all_named():
         words = f"block {i} (model.layers.{i})"
         expected += [
             (f"{words}, attention", layer.self_attn),
-            (f"{words}, MLP", layer.mlp.down_proj),
+            (f"{words}, MLP", layer.mlp.down_proj if family == "llama" else layer.mlp.experts),
             (f"{words}, the sum behind its MLP", layer),
         ]
     expected.append(("the output head", model.lm_head))

@@ -10,7 +10,7 @@ from profiles import DROP, PLAIN, a, budget, comparison, fisher_profile, m, make
 
 from spd_calib.errors import SpdError
 from spd_calib.formats.drops import NOTHING_DROPPED, Drops, Strategy
-from spd_calib.formats.plan import CompensationFile, PlannedBlock
+from spd_calib.formats.plan import CompensationFile, PlannedBlock, RouterPredictor
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.planning import plan as planning
 from spd_calib.planning import whole_plans
@@ -139,6 +139,73 @@ def test_what_the_profile_predicts_of_the_whole(asked):
     assert plan.predicted.kl == pytest.approx(0.17 + 2 * (0.02 * 0.1) ** 0.5)
     assert plan.predicted.ppl_increase == pytest.approx((1 + 0.5 + 0.2) / 10)
     assert plan.predicted.accuracy_drop == pytest.approx(0.17 / 4)
+
+
+def quantising(monkeypatch) -> None:
+    """A plan then costs the sum of its drops, and for each sync of 4 bits 0.01, of 8 bits 17 squared times less."""
+
+    def measured(subject, sequences, *, plans, batch_size, tick):
+        of_bits = [sum(0.01 * (15 / (2**bits - 1)) ** 2 for bits in drops.bits.values()) for drops in plans]
+        return None, [comparison(sum(COSTS[p] for p in drops) + kl) for drops, kl in zip(plans, of_bits, strict=True)]
+
+    monkeypatch.setattr(whole_plans, "measure", measured)
+
+
+def test_what_quantised_syncs_cost_is_predicted_with_the_drops(monkeypatch):
+    """Perplexity and accuracy of a profile that is not Fisher's are theirs, too."""
+    quantising(monkeypatch)
+    bits = Drops.of_bits({a(0): 8, m(2): 4})
+
+    def with_bits(sets, texts):
+        return measure_plans([bits | drops for drops in sets], texts, subject=Subject(LM))
+
+    planned = planning.make_plan(
+        profile(),
+        budget("drop", 1, [DROP]),
+        calibration=Calibration(partial(with_bits, texts=[CALIBRATION])),
+        held_out=HeldOut([Round([VERIFICATION], profile().verify_text)], measure=with_bits),
+        module_paths=MODULES,
+        provenance=profile().provenance,
+        quantised=bits,
+    )
+    assert list(planned.choice.drops) == [m(0)]
+    assert [(b.sync_bits, b.mlp_sync_bits) for b in planned.plan.blocks] == [(8, None), (None, None), (None, 4)]
+    found = planned.plan.predicted
+    kl = 0.02 + 0.01 + 0.01 / 17**2
+    assert planned.plan.requires == ["mlp_drop", "quantised_sync"] and found.kl == pytest.approx(kl)
+    assert found.ppl_increase == pytest.approx(kl) and found.accuracy_drop == pytest.approx(kl / 4)
+
+
+def test_a_share_of_the_bytes_is_kept_by_bits_and_drops(monkeypatch):
+    """Of 6 syncs 30 % are left: as much as 1.8 whole ones."""
+    quantising(monkeypatch)
+    plan, choice, _ = made(budget("max_bytes", 0.3, [DROP]))
+    sent = [
+        0 if strategy == DROP else (bits or 16) / 8 + (3 / 64 if bits else 0)
+        for b in plan.blocks
+        for strategy, bits in ((b.strategy, b.sync_bits), (b.mlp_strategy, b.mlp_sync_bits))
+    ]
+    assert sum(sent) <= 0.3 * 6 * 2 and choice.drops.bits and "quantised_sync" in plan.requires
+    assert plan.drops.bits == choice.drops.bits and plan.verified.kl == pytest.approx(plan.predicted.kl)
+
+
+def test_routers_of_dropped_mixtures_read_what_the_plan_of_the_recovered_checkpoint_says(asked):
+    """Blocks 1 and 2 are mixtures; of the first that plan has a predictor, of the second none."""
+    mixtures = {"mixtures": [1, 2]}
+    zero, fitted = RouterPredictor(kind="zero", rank=0), RouterPredictor(kind="low_rank", rank=3)
+    fresh, _, _ = made(budget("drop", 2, [DROP]), make_profile([0.4, 0.1, 0.05]), **mixtures)
+    assert [b.router for b in fresh.blocks] == [None, zero, zero] and fresh.requires == ["router_predictor"]
+    kept, _, _ = made(budget("drop", 1, [DROP]), make_profile([0.4, 0.1, 0.05]), **mixtures)
+    assert [b.router for b in kept.blocks] == [None, None, zero]
+    old = fresh.model_copy(
+        update={"blocks": [b.model_copy(update={"router": fitted if b.index == 1 else None}) for b in fresh.blocks]}
+    )
+    p = make_profile([0.4]).model_copy(
+        update={"model": profile().model, "recovered": recovered([a(1), a(2)], comparison(0.0))}
+    )
+    beside = CompensationFile(file="c.safetensors", sha256="0" * 64)
+    again, _, _ = made(budget("drop", 3, [DROP]), p, recovered=old, predictors=beside, **mixtures)
+    assert [b.router for b in again.blocks] == [None, fitted, zero]
 
 
 def test_predictions_of_fisher_are_kl_alone():
@@ -289,6 +356,12 @@ def test_a_budget_of_tasks_sees_the_plan_it_is_about(monkeypatch):
 def test_a_budget_that_nothing_keeps_writes_no_plan(asked):
     with pytest.raises(SpdError, match=r"No sync point can be dropped within KL 0.001"):
         made(budget(value=0.001))
+
+
+@pytest.mark.parametrize(("sequences", "part"), [(3, 3), (4, 4), (32, 4), (33, 5), (80, 10)])
+def test_sets_race_on_an_eighth_of_the_text_or_four_sequences(sequences, part):
+    text = [[n] for n in range(sequences)]
+    assert whole_plans.part_of(text) == text[:part]
 
 
 def test_measuring_plans_is_measuring_them_on_each_text():

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import Drops, Point, Strategy
 from spd_calib.formats.files import dumps, read, sha256_of
-from spd_calib.formats.plan import Plan
-from spd_calib.models.plan_files import load_drops, load_plan, predictor_tensors
+from spd_calib.formats.plan import Compensation, Plan
+from spd_calib.models.plan_files import form_of, load_drops, load_plan, predictor_tensors
 from spd_calib.parallel.model import TensorParallelLM
 
 DROP = Strategy.BLOCK_DROP
@@ -43,6 +43,29 @@ def test_predictors_come_back_from_the_file_beside_the_plan(planned):
     assert {b: list(ranks) for b, ranks in one.items()} == {0: [1], 1: [1], 3: [1]}
     assert torch.equal(one[3][1].w, raw["blocks.3.ranks.1.w"])
     assert load_drops(plan.model_copy(update={"compensation": None}), planned) == plan.drops
+
+
+def test_predictors_of_routers_and_of_mlps_come_back_too(llama, tmp_path):
+    """A router's is read whatever ranks are wanted; each sync point's form is told by its predictors alone."""
+    mlp = ["block_drop", "keep_sync", "keep_sync", "keep_sync"]
+    path = write_plan(tmp_path / "plan.json", llama, 2, ["block_drop"] * 4, mlp,
+                      kinds=["scaled mean", "low_rank", None, None], routers=[None, "full", "low_rank", "zero"],
+                      mlp_kinds=["mean", None, None, None])  # fmt: skip
+    raw = load_file(path.with_name("compensation.safetensors"))
+    _, drops = load_plan(path)
+    written = predictor_tensors(drops)
+    assert written.keys() == raw.keys() and all(torch.equal(written[k], raw[k]) for k in raw)
+    assert {"blocks.0.mlp.ranks.1.bias", "blocks.0.ranks.0.scale", "blocks.1.router.w", "blocks.2.router.a"} <= set(raw)
+    forms = {("attention", 0): Compensation(kind="mean", rank=0, scaled=True),
+             ("attention", 1): Compensation(kind="low_rank", rank=RANK),
+             ("mlp", 0): Compensation(kind="mean", rank=0)}  # fmt: skip
+    for block in range(4):
+        for sublayer in ("attention", "mlp"):
+            assert form_of(drops, Point(block, sublayer)) == forms.get((sublayer, block))
+    _, of_one = load_plan(path, ranks=[1])
+    assert torch.equal(of_one.at(Point(1, "attention")).router.w, raw["blocks.1.router.w"])
+    assert [of_one.at(Point(block, "attention")).router is None for block in range(4)] == [True, False, False, True]
+    assert list(of_one.at(Point(0, "mlp")).predictors) == [1] and of_one.at(Point(2, "attention")).predictors is None
 
 
 def test_a_plan_without_predictors_is_its_strategies(llama, tmp_path):
@@ -125,5 +148,8 @@ def test_the_file_beside_the_plan_is_the_one_it_was_written_with(planned, tmp_pa
     file.write_bytes(content + b"x")
     assert refused() == f"{file} is not the file {planned} was written with; run `spd-calib recover` again."
     file.write_bytes(b"no tensors")
+    with pytest.raises(InputError) as e:
+        load_drops(plan, None)
+    assert str(e.value) == ("The predictors of this plan lie in a file beside it; give the path of the plan's file.")
     plan = plan.model_copy(update={"compensation": plan.compensation.model_copy(update={"sha256": sha256_of(file)})})
     assert refused() == f"{file} is not a whole safetensors file; run `spd-calib recover` again."

@@ -1,12 +1,15 @@
 """From a folder on disk to a model on its ranks: every family, both widths of number, and the two steps of opening."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import reference
 import tiny
 import torch
 
 from spd_calib.formats.drops import Drops, Strategy
-from spd_calib.parallel.session import open_session
+from spd_calib.parallel.session import is_quantised_copy, open_session
 
 
 @pytest.mark.parametrize("family", tiny.SUPPORTED)
@@ -42,6 +45,18 @@ def test_the_weights_are_read_last(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="differs"):
         open_session(str(folder), 2)
     open_session(str(tiny.save(tiny.build("opt"), tmp_path / "n")), 2)
+
+
+def test_a_quantised_copy_differs_by_nothing_but_its_quantisation(tmp_path):
+    session = open_session(str(tiny.save(tiny.build("llama"), tmp_path / "m")), 2)
+    of, config = session.ref, copy.deepcopy(session.config)
+    config.quantization_config = {"quant_method": "awq"}
+    ref = of.model_copy(update={"quantised": "awq", "config_hash": "1" * 64, "weight_fingerprint": "2" * 64})
+    quantised = replace(session, config=config, ref=ref)
+    assert is_quantised_copy(quantised, of=of)
+    assert not is_quantised_copy(session, of=of) and not is_quantised_copy(quantised, of=ref)
+    for field, other in (("architecture", "B"), ("num_blocks", 5), ("config_hash", "3" * 64)):
+        assert not is_quantised_copy(quantised, of=of.model_copy(update={field: other}))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")

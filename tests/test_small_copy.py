@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 
+from spd_calib.errors import InputError
 from spd_calib.parallel import small_copy
 from spd_calib.parallel.small_copy import narrowed
 
@@ -49,7 +50,7 @@ def test_a_small_copy_shares_kv_heads_where_the_model_does():
     assert not hasattr(narrowed(opt), "num_key_value_heads")
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "qwen3", "gemma"])
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen3", "gemma", "qwen3_5", "qwen2_moe"])
 def test_a_small_copy_is_narrow_and_otherwise_the_same(family):
     config = tiny.build(family).config
     before = config.to_dict()
@@ -63,9 +64,31 @@ def test_a_small_copy_is_narrow_and_otherwise_the_same(family):
         "num_attention_heads": 2, "num_key_value_heads": 1 if shared else 2, "hidden_size": width,
         "word_embed_proj_dim": width, "intermediate_size": width, "ffn_dim": width, "vocab_size": 64, "pad_token_id": 0,
     }  # fmt: skip
+    if family == "qwen3_5":
+        a_key = config.linear_num_value_heads // config.linear_num_key_heads
+        expected |= {"linear_num_key_heads": 2, "linear_num_value_heads": 2 * a_key}
+    if family == "qwen2_moe":
+        expected |= {"moe_intermediate_size": width, "shared_expert_intermediate_size": width}
+        assert expected.keys() & before.keys() > {"moe_intermediate_size", "shared_expert_intermediate_size"}
     for name in before:
         assert narrow[name] == (expected[name] if name in expected else before[name]), name
     assert "num_hidden_layers" in narrow and "XX" not in "".join(vars(narrowed(config)))
+
+
+@pytest.mark.parametrize(
+    ("error", "words"), [(ValueError("no such value.\nmore"), "no such value"), (KeyError(), "KeyError")]
+)
+def test_what_a_forward_stumbles_over_is_said_in_one_line(error, words, monkeypatch):
+    def stumble(config):
+        raise error
+
+    monkeypatch.setattr(small_copy, "_run", stumble)
+    with pytest.raises(InputError) as e:
+        small_copy.check_small_copy(tiny.build("llama").config)
+    assert str(e.value) == (
+        f"The configuration (llama) cannot be used: a small model of it does not run ({words}); correct its "
+        "config.json, or fetch the model again."
+    )
 
 
 def test_positions_of_a_small_copy_are_bounded():

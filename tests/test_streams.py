@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from spd_calib.parallel.comm import SimulatedComm
-from spd_calib.parallel.streams import Branch, Streams, defer, in_full, keep, write_off
+from spd_calib.parallel.streams import Branch, Streams, defer, in_full, keep, times, write_off
 
 
 @pytest.mark.parametrize("owed", [False, True])
@@ -46,7 +46,9 @@ def test_sums_behind_a_norm_wait_side_by_side_for_one_message():
     doubling, squaring = Branch(None, lambda v: 2 * v), Branch(t(1)[0], lambda v: v**2, 3.0)
     owing = Streams(x, t(100, 200), t(5, 6))
     assert keep(Streams(x), t(1, 2), squaring, comm).shared.item() == 10 + 3 * (1 + 2 + 1) ** 2
-    assert [p.item() for p in write_off(owing, t(1, 2), squaring).written_off] == [5 + 3 * 2**2, 6 + 3 * 3**2]
+    off = write_off(owing, t(1, 2), squaring)
+    assert [p.item() for p in off.written_off] == [5 + 3 * 2**2, 6 + 3 * 3**2] and off.debt is owing.debt
+    assert (Branch(t(7)[0])(x), Branch()(x), squaring(x)) == (17, 10, 3 * 11**2)
 
     s = defer(owing, t(1, 2), doubling)
     assert [s.read(i).item() for i in (0, 1)] == [10 + 100 + 5 + 2, 10 + 200 + 6 + 4] and not s.settled
@@ -54,6 +56,10 @@ def test_sums_behind_a_norm_wait_side_by_side_for_one_message():
     assert [s.read(i).item() for i in (0, 1)] == [117 + 7, 220 + 8] and s.shared is x
     full = 10 + 300 + 2 * (1 + 2) + 3 * (3 + 4 + 1) ** 2
     assert in_full(s).item() == full and in_full(owing).item() == 310
+
+    twice = times(s, torch.tensor([2.0]))  # and so does all that is to join it later
+    assert [twice.read(i).item() for i in (0, 1)] == [2 * 124, 2 * 228] and in_full(twice).item() == 2 * full
+    assert times(Streams(x), torch.tensor([2.0])).agree
 
     before = comm.all_reduces, comm.elements
     for branch, more in ((doubling, 2 * (5 + 6)), (Branch(t(1)[0]), 5 + 6 + 1)):
