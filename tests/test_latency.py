@@ -18,7 +18,7 @@ from spd_calib.formats.plan import Compensation, RouterPredictor
 from spd_calib.planning.latency import LatencyModel, Step
 from spd_calib.planning.machine_latency import ATTAINED, as_measured, held_against, on_machine
 from spd_calib.planning.machine_tables import COLUMNS, interpolate, load, shipped
-from spd_calib.planning.model_sizes import Added, ModelSizes, bytes_moved, flops, predictor_weights
+from spd_calib.planning.model_sizes import Added, ModelSizes, added_by, bytes_moved, flops, predictor_weights
 
 HASH = "0" * 64
 
@@ -120,7 +120,24 @@ def test_the_weights_of_predictors_counted_one_by_one():
     blocks.append(block(6, mlp_compensation=Compensation(kind="mean", rank=0, scaled=True)))
     plan = SimpleNamespace(tensor_parallel=SimpleNamespace(size=2), blocks=blocks)
     of_attentions = 5 + (6 * 2 + 2 * 5 + 5) + (6 * 5 + 5)
-    assert predictor_weights(plan, sizes) == of_attentions + (5 * 3 + 3 * 5 + 5) + (5 + 5)
+    others = (5 * 3 + 3 * 5 + 5) + (5 + 5)
+    assert predictor_weights(plan, sizes) == of_attentions + others
+    # with the other rank's group, 2 heads of 3 values, the full one reads 12 values, the low-rank one as many
+    for index in (1, 2):
+        blocks[index].replicated = ((1,), (0,))
+    assert predictor_weights(plan, sizes) == 5 + (12 * 2 + 2 * 5 + 5) + (12 * 5 + 5) + others
+
+
+def test_what_a_plan_adds_to_a_rank_is_added_up():
+    """4 KV groups of a query head of 8 columns, 64 wide: 4 matrices of 512 each; at TP 2 a rank lacks two of them."""
+    sizes = ModelSizes.of(tiny.build("llama", num_attention_heads=4, num_key_value_heads=4, head_dim=8))
+    assert sizes.width == 64
+    both, one = ((2, 3), (0, 1)), ((2,), (0,))
+    nothing = {"compensation": None, "router": None, "mlp_compensation": None}
+    blocks = [SimpleNamespace(index=i, replicated=r, **nothing) for i, r in enumerate((both, None, one))]
+    blocks[1].compensation = Compensation(kind="mean", rank=0)
+    plan = SimpleNamespace(tensor_parallel=SimpleNamespace(size=2), blocks=blocks)
+    assert added_by(plan, sizes) == Added(weights=3 * 4 * 512 + 64, cached=3 * 2 * 8, heads=3)
 
 
 def test_interpolation_is_straight_in_log_log_and_honest_outside():

@@ -15,8 +15,9 @@ from spd_calib.planning.latency import Step
 from spd_calib.planning.machine_latency import on_machine
 from spd_calib.planning.machine_tables import load
 from spd_calib.planning.model_sizes import Added, ModelSizes, added_by_heads
-from spd_calib.planning.replication import Affordable, affordable, choose_replicated, following, without
+from spd_calib.planning.replication import Affordable, Replicated, affordable, choose_replicated, following, without
 
+DROP = Strategy.BLOCK_DROP
 EVERY, SOME = ((1, 2), (0, 2), (0, 1)), ((1,), (2,), (0,))
 
 
@@ -44,6 +45,9 @@ def test_what_so_many_weights_buy():
         (6, 7),
         (0, 1),
     )
+    least = f"{100 * group / dense:.3g}"
+    with pytest.raises(SpdError, match=f"`replicate` 0.5% .*less than one KV group takes in one block, {least} %"):
+        affordable(sizes, 0.005, tp=2, most=3)
     with pytest.raises(SpdError, match="less than one KV group takes"):
         affordable(sizes, (group - 1) / dense, tp=2, most=3)
     with pytest.raises(InputError, match="has every head already"):
@@ -70,14 +74,16 @@ def heads(blocks: int, some=None) -> Affordable:
     return Affordable(blocks, EVERY, some, Added(), 0.07)
 
 
-def chosen(cost, number: int, given: Affordable) -> tuple[Drops, int]:
+def chosen(cost, number: int, given: Affordable) -> tuple[Replicated, int]:
     measured: list[Drops] = []
 
     def kl_of(plans):
         measured.extend(plans)
         return [cost(plan.replicated) for plan in plans]
 
-    return choose_replicated([a(i) for i in range(number)], given, kl_of=kl_of).drops, len(measured)
+    found = choose_replicated([a(i) for i in range(number)], given, kl_of=kl_of)
+    assert all({p: plan.strategy(p) for p in plan} == dict.fromkeys(map(a, range(number)), DROP) for plan in measured)
+    return found, len(measured)
 
 
 def test_the_block_that_wins_most_is_taken_and_the_next_one_beside_it():
@@ -88,12 +94,16 @@ def test_the_block_that_wins_most_is_taken_and_the_next_one_beside_it():
         won = sum(alone[b] * (1.0 if groups == EVERY else 0.5) for b, groups in replicated.items())
         return 2.0 - won + (0.4 if {1, 2} <= set(replicated) else 0.0)
 
-    drops, measured = chosen(cost, 5, heads(2))
-    assert drops.replicated == {0: EVERY, 1: EVERY} and set(drops) == {a(0), a(1)}
+    found, measured = chosen(cost, 5, heads(2))
+    assert found.drops.replicated == {0: EVERY, 1: EVERY} and set(found.drops) == {a(0), a(1)}
     assert measured == 1 + 5 + 2  # block 2 once more, then block 0, which nothing else can beat
-    drops, _ = chosen(cost, 5, heads(2, SOME))
-    assert drops.replicated == {0: EVERY, 1: EVERY, 3: SOME}
-    assert chosen(cost, 5, heads(0, SOME))[0].replicated == {1: SOME}
+    found, _ = chosen(cost, 5, heads(2, SOME))
+    assert found.drops.replicated == {0: EVERY, 1: EVERY, 3: SOME}
+    assert [found.reasons[b].split(": ") for b in (0, 1, 3)] == [
+        [f"{which} of other ranks replicated", f"KL {won} less where every block is dropped"]
+        for which, won in (("all heads", "0.3"), ("all heads", "0.5"), ("1 KV group", "0.05"))
+    ]
+    assert chosen(cost, 5, heads(0, SOME))[0].drops.replicated == {1: SOME}
 
 
 @pytest.mark.parametrize("fisher", [False, True])

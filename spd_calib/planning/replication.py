@@ -97,7 +97,8 @@ def choose_replicated(
                 up_to_date.add(best)
             win = wins.pop(best)
             plan, chosen, kl, up_to_date = plan | options[best], chosen | options[best], kl - win, set()
-            which = "all heads" if groups == heads.every else f"{len(groups[0])} KV groups"
+            each = len(groups[0])
+            which = "all heads" if groups == heads.every else f"{each} KV group{'s' if each > 1 else ''}"
             reasons[best.block] = f"{which} of other ranks replicated: KL {win:.3g} less where every block is dropped"
     return Replicated(chosen, reasons)
 
