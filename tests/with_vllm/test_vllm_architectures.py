@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 import tiny
@@ -54,7 +55,8 @@ ROUNDS = 4
 @pytest.fixture(scope="module")
 def engines(folder_of, tmp_path_factory):
     """What the engine of each job did, rank by rank: {"planned", "dense", "vocabulary"} or {"error"}."""
-    place = tmp_path_factory.mktemp("engines")
+    # vLLM names its shared memory after this folder (rank_of_engines.py), and a run that was killed leaves its behind
+    place = tmp_path_factory.mktemp(f"engines-{uuid4().hex}")
     jobs = {}
     for name, (family, gpu) in JOBS.items():
         (place / name).mkdir()
