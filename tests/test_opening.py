@@ -48,7 +48,11 @@ def test_a_model_that_was_loaded_goes_by_its_name(llama, tokenizer):
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(llama)
-    assert open_model(loaded, tp=2, tokenizer=tokenizer).ref == open_session(str(llama), 2).ref
+    ref = open_session(str(llama), 2).ref
+    assert open_model(loaded, tp=2, tokenizer=tokenizer).ref == ref
+    assert open_model(loaded, tp=2, tokenizer=tokenizer, expected=ref).ref == ref
+    with pytest.raises(OtherModel, match="the weights differs"):
+        open_model(loaded, tp=2, tokenizer=tokenizer, expected=ref.model_copy(update={"weight_fingerprint": "f" * 64}))
 
 
 def test_it_stays_as_it_was_and_its_weights_are_not_copied(model, tokenizer):

@@ -9,11 +9,12 @@ import tiny
 from profiles import DROP, PLAIN, a, budget, comparison, fisher_profile, m, make_profile, random_fisher, recovered
 
 from spd_calib.errors import SpdError
-from spd_calib.formats.drops import NOTHING_DROPPED, Drops, Strategy
+from spd_calib.formats.drops import NOTHING_DROPPED, Drop, Drops, Strategy
 from spd_calib.formats.plan import CompensationFile, PlannedBlock, RouterPredictor
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.planning import plan as planning
 from spd_calib.planning import whole_plans
+from spd_calib.planning.replication import Replicated
 from spd_calib.planning.whole_plans import Calibration, HeldOut, Round, measure_plans
 from spd_calib.sensitivity.measure import Subject, measure
 
@@ -187,6 +188,18 @@ def test_a_share_of_the_bytes_is_kept_by_bits_and_drops(monkeypatch):
     ]
     assert sum(sent) <= 0.3 * 6 * 2 and choice.drops.bits and "quantised_sync" in plan.requires
     assert plan.drops.bits == choice.drops.bits and plan.verified.kl == pytest.approx(plan.predicted.kl)
+
+
+def test_blocks_with_replicated_heads_are_dropped_and_counted_whatever_else_is(asked):
+    """Of two drops one is block 0's attention, which alone would cost most; the cheapest other one is chosen."""
+    groups = ((1,), (0,))
+    given = Replicated(Drops({a(0): Drop(DROP, replicated=groups)}), {0: "its heads are replicated"})
+    plan, choice, _ = made(budget("drop", 2, [DROP]), replicated=given)
+    assert list(choice.drops) == [m(0)] and list(plan.drops) == [a(0), m(0)] and plan.budget.value == 2
+    assert plan.drops.replicated == {0: groups} and plan.requires == ["mlp_drop", "replicated_heads"]
+    assert plan.blocks[0].reason.startswith("its heads are replicated")
+    plan, choice, _ = made(budget(value=0.2), replicated=given)  # a budget that is no number of drops stays as it is
+    assert set(choice.drops) == {a(1), a(2), m(0)} and set(plan.drops) == {a(0), a(1), a(2), m(0)}
 
 
 def test_routers_of_dropped_mixtures_read_what_the_plan_of_the_recovered_checkpoint_says(asked):
