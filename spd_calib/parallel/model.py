@@ -101,14 +101,14 @@ class TensorParallelLM:
         Afterwards the model runs what it ran before. May be nested: the innermost counts. Raises InputError for
         predictors or replicated heads that do not fit the model, ValueError for sync points that it does not have.
         """
-        before = vars(self._present).copy()
-        self._present.drops = self.fitted(drops)
-        replicas = [self.blocks[block].replicas(groups).attentions for block, groups in drops.replicated.items()]
-        self._present.replicas = max((sum(map(len, of_ranks)) for of_ranks in replicas), default=0)
+        fitted, before = self.fitted(drops), (self._present.drops, self._present.replicas)
+        attentions = [self.blocks[block].replicas(groups).attentions for block, groups in drops.replicated.items()]
+        replicas = max((sum(map(len, of_ranks)) for of_ranks in attentions), default=0)
+        self._present.drops, self._present.replicas = fitted, replicas
         try:
             yield
         finally:
-            vars(self._present).update(before)
+            self._present.drops, self._present.replicas = before
 
     def fitted(self, drops: Drops) -> Drops:
         """Return `drops` with their predictors on the model's device and in its dtype.
