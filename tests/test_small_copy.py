@@ -50,6 +50,21 @@ def test_a_small_copy_shares_kv_heads_where_the_model_does():
     assert not hasattr(narrowed(opt), "num_key_value_heads")
 
 
+def test_a_small_copy_of_blocks_that_differ():
+    """Gemma 4's heads of 8 columns, in blocks 1 and 3 of 16; KV heads are shared (1) or as many as heads (RANKS)."""
+    config = tiny.build("gemma4").config
+    narrow = narrowed(config).to_dict()
+    assert (narrow["num_attention_heads"], narrow["hidden_size"]) == (2, 2 * 8)
+    for kv_heads, of_blocks, expected in ((4, 2, (1, 1)), (8, 2, (2, 1)), (4, 8, (1, 2)), (8, 8, (2, 2))):
+        config.num_key_value_heads = kv_heads
+        said = {"1": {"head_dim": 16, "num_key_value_heads": of_blocks}, "3": {"head_dim": 16}}
+        config.per_layer_config = said
+        narrow = narrowed(config).to_dict()
+        own = narrow["per_layer_config"]["1"]
+        found = narrow["num_key_value_heads"], own.get("num_key_value_heads", narrow["num_key_value_heads"])
+        assert found == expected and own["head_dim"] == 16, (kv_heads, of_blocks)
+
+
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen3", "gemma", "qwen3_5", "qwen2_moe"])
 def test_a_small_copy_is_narrow_and_otherwise_the_same(family):
     config = tiny.build(family).config
