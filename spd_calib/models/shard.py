@@ -51,6 +51,15 @@ def own_groups(counts: HeadCounts, rank: int, tp: int) -> range:
     return range(rank * each, (rank + 1) * each)
 
 
+def width_of_heads(counts: HeadCounts, replicated: Sequence[Sequence[int]] | None, tp: int) -> int:
+    """Return the width of the head outputs that a rank has: its own, and those of the KV groups that it replicates.
+
+    `replicated` are these groups, as many for every rank; None: it has its own alone.
+    """
+    width, groups = counts.heads * counts.head_dim, num_groups(counts, tp)
+    return width // tp + (len(replicated[0]) if replicated else 0) * width // groups
+
+
 def slices_of_groups(counts: HeadCounts, groups: Sequence[int], tp: int) -> list[RankSlices]:
     """Return ranges of heads that hold these KV groups, which are in order: as few as one attention each can run.
 

@@ -14,7 +14,7 @@ from spd_calib.models.all_heads_norm import AllHeadsNorm
 from spd_calib.models.architecture import HeadCounts
 from spd_calib.models.experts import RankExperts, Routing, route
 from spd_calib.models.parts import LayerParts
-from spd_calib.models.shard import RankMLP, RankSlices, num_groups, o_of, rank_attention, size
+from spd_calib.models.shard import RankMLP, RankSlices, o_of, rank_attention, width_of_heads
 
 from .attention import attended
 from .comm import Comm
@@ -64,7 +64,7 @@ class Block(nn.Module):
         self.down_bias = None if parts.experts else parts.down.bias
         self.read_weights: Callable[[int], None] | None = None  # called before each use, if on disk
         self.outs = [o_of(parts, attention) for attention in self.attentions]  # each rank's slice of o_proj
-        self.d_rank = size(slices[0].heads) * counts.head_dim
+        self.d_rank = width_of_heads(counts, None, comm.size)
         self.width = parts.o.out_features
 
     @property
@@ -130,8 +130,7 @@ class Block(nn.Module):
 
     def seen_by_a_rank(self, drop: Drop) -> int:
         """Return the width of the head outputs that a rank has: its own, and those of heads that it replicates."""
-        width, groups = self.d_rank * self.comm.size, num_groups(HeadCounts.of(self.parts), self.comm.size)
-        return self.d_rank + (len(drop.replicated[0]) if drop.replicated else 0) * width // groups
+        return width_of_heads(HeadCounts.of(self.parts), drop.replicated, self.comm.size)
 
     def attend_replicated(self, drop: Drop, s: Streams, **kwargs) -> Replicated | None:
         """Return what the replicated heads of `drop` give on every rank; None where it has none. As `attend`."""

@@ -14,7 +14,7 @@ from spd_calib.models.parts import LayerParts
 from spd_calib.models.plan_files import predictor_forms
 from spd_calib.models.predictor import predictor_shapes
 from spd_calib.models.probe import find_layers
-from spd_calib.models.shard import num_groups, size, slices_of_groups
+from spd_calib.models.shard import size, slices_of_groups, width_of_heads
 
 from .latency import Step
 
@@ -148,14 +148,11 @@ def flops(sizes: ModelSizes, step: Step, *, tp: int, added: Added = NOTHING_ADDE
 
 def predictor_weights(plan: Plan, sizes: ModelSizes) -> int:
     """Return the elements that the predictors of a recovered plan add to a rank, all blocks together."""
-    tp = plan.tensor_parallel.size
-    of_heads, added = sizes.counts.heads // tp * sizes.counts.head_dim, 0
-    of_group = sizes.counts.heads * sizes.counts.head_dim // num_groups(sizes.counts, tp)
+    added = 0
     for point, owners, form in predictor_forms(plan):
-        # an attention's read the rank's head outputs; a router's, and those of an MLP, a whole hidden state
-        d_rank = of_heads if point.sync_point == "attention" and "router" not in owners else sizes.width
-        if d_rank is of_heads and (replicated := plan.blocks[point.block].replicated):
-            d_rank += len(replicated[0]) * of_group
+        d_rank = sizes.width  # a router's read a whole hidden state, and so do those of an MLP
+        if point.sync_point == "attention" and "router" not in owners:
+            d_rank = width_of_heads(sizes.counts, plan.blocks[point.block].replicated, plan.tensor_parallel.size)
         shapes = predictor_shapes(form.kind, form.rank, d_rank=d_rank, d=sizes.width, scaled=form.scaled)
         added += sum(map(math.prod, shapes.values()))
     return added
