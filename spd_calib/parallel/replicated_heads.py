@@ -49,18 +49,19 @@ class ReplicatedHeads:
 
     def __init__(self, parts: LayerParts, groups: Sequence[Sequence[int]], *, tp: int, block: int, num_blocks: int):
         counts, place = HeadCounts.of(parts), len(groups)
-        self.parts, self.attentions = parts, list[list[torch.nn.Module]]()
+        self.attentions = list[list[torch.nn.Module]]()
         for own in groups:
             self.attentions.append([])
             for slices in slices_of_groups(counts, own, tp):
                 self.attentions[-1].append(rank_attention(parts, slices, layer_idx=place * num_blocks + block))
                 place += 1
+        self.outs = [[o_of(parts, attention) for attention in of_rank] for of_rank in self.attentions]
 
     def attend(self, inputs: Iterable[Tensor], **kwargs) -> Replicated:
         """Return what each rank's replicated heads give where it reads its own of `inputs`, [B, T, d] each."""
         partials, heads = list[Tensor](), list[Tensor]()
-        for attentions, u in zip(self.attentions, inputs, strict=True):
-            found = [attended(attention, o_of(self.parts, attention), u, **kwargs) for attention in attentions]
+        for attentions, outs, u in zip(self.attentions, self.outs, inputs, strict=True):
+            found = [attended(attention, o, u, **kwargs) for attention, o in zip(attentions, outs, strict=True)]
             partials.append(sum((partial for partial, _ in found[1:]), start=found[0][0]))
             heads.append(torch.cat([z for _, z in found], -1))
         return Replicated(partials, heads)
