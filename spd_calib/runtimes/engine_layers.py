@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from spd_calib.errors import InputError
-from spd_calib.formats.drops import Drop, Drops, Point
+from spd_calib.formats.drops import SUBLAYERS, Drop, Drops, Point
 from spd_calib.models.predictor import Predictor, check_predictors, check_router_predictor
 
 
@@ -47,6 +47,15 @@ def _as_computed(o_proj: Any) -> torch.Tensor:
     """Return an empty tensor where o_proj is and in the dtype that it computes in."""
     weight = next(o_proj.parameters())  # which may be packed, so that its dtype says nothing
     return torch.empty(0, device=weight.device, dtype=o_proj.params_dtype)
+
+
+def applied(drops: Drops, *, digest: str, blocks: int) -> str:
+    """Return the line that a rank logs once it has applied the plan of this digest to a model of `blocks` blocks."""
+    compensated = sum(drops.at(point).predictors is not None for point in drops)
+    return (
+        f"spd-calib: plan {digest[:12]}, {len(drops)} of {len(SUBLAYERS) * blocks} sync points dropped, "
+        f"{compensated} compensated"
+    )
 
 
 def refuse_foreign_forward(module: nn.Module, *, block: int, engine: str) -> None:

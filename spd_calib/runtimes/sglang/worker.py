@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from spd_calib.errors import InputError
-from spd_calib.formats.drops import SUBLAYERS
 from spd_calib.formats.files import sha256_of
 from spd_calib.models.plan_files import load_plan
 from spd_calib.runtimes.agreement import check_agreement
+from spd_calib.runtimes.engine_layers import applied
 
 from .configure import check, plan_path
 from .forms import check_widths
@@ -30,12 +30,12 @@ def load_model(load: Any, runner: Any) -> None:
         return
     from sglang.srt.runtime_context import get_parallel
 
-    applied, error, parallel = None, None, get_parallel()
+    digest, error, parallel = None, None, get_parallel()
     try:
-        applied = _apply(runner, path, rank=parallel.tp_rank)
+        digest = _apply(runner, path, rank=parallel.tp_rank)
     except InputError as e:
         error = str(e)
-    check_agreement(parallel.tp_group.cpu_group, applied=applied, error=error, needs=NEEDS)
+    check_agreement(parallel.tp_group.cpu_group, applied=digest, error=error, needs=NEEDS)
 
 
 def _apply(runner: Any, path: Path, *, rank: int) -> str:
@@ -45,13 +45,7 @@ def _apply(runner: Any, path: Path, *, rank: int) -> str:
     check_widths(runner.model, config, tp=plan.tensor_parallel.size)
     apply(runner.model, drops, rank=rank)
     digest = sha256_of(path)
-    logging.getLogger(__name__).info(
-        "spd-calib: plan %s, %d of %d sync points dropped, %d compensated",
-        digest[:12],
-        len(drops),
-        len(SUBLAYERS) * plan.model.num_blocks,
-        sum(drops.at(point).predictors is not None for point in drops),
-    )
+    logging.getLogger(__name__).info(applied(drops, digest=digest, blocks=plan.model.num_blocks))
     return digest
 
 

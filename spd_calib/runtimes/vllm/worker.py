@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from spd_calib.errors import InputError
-from spd_calib.formats.drops import SUBLAYERS, Drops
+from spd_calib.formats.drops import Drops
 from spd_calib.formats.files import sha256_of
 from spd_calib.models.plan_files import load_plan
 from spd_calib.runtimes.agreement import check_agreement
+from spd_calib.runtimes.engine_layers import applied
 
 from .configure import PLAN, RESOLVED
 from .layers import apply, count_layers
@@ -67,14 +68,14 @@ def apply_plan(worker: Any) -> None:
     Raises InputError, which ends the engine's start, where this rank or another one of its tensor-parallel group could
     not, where another applied another plan, and where one has not joined in time.
     """
-    applied, error = None, None
+    digest, error = None, None
     try:
-        applied = _apply(worker)
+        digest = _apply(worker)
     except InputError as e:
         error = str(e)
     from vllm.distributed import get_tp_group
 
-    check_agreement(get_tp_group().cpu_group, applied=applied, error=error, needs=NEEDS)
+    check_agreement(get_tp_group().cpu_group, applied=digest, error=error, needs=NEEDS)
 
 
 def _apply(worker: Any) -> str:
@@ -97,13 +98,7 @@ def _apply(worker: Any) -> str:
         raise InputError(f"{path} is not the plan that this engine was configured with; start it again.")
     drops = drops_of_this_rank(resolved["drops"], path if resolved["compensation"] else None)
     apply(model, drops)
-    init_logger("vllm.spd_calib").info(
-        "spd-calib: plan %s, %d of %d sync points dropped, %d compensated",
-        resolved["sha256"][:12],
-        len(drops),
-        len(SUBLAYERS) * blocks,
-        sum(drops.at(p).predictors is not None for p in drops),
-    )
+    init_logger("vllm.spd_calib").info(applied(drops, digest=resolved["sha256"], blocks=blocks))
     return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()
 
 
