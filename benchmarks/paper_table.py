@@ -276,7 +276,9 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--sequences", type=int, default=72, help="to fit on")
     parser.add_argument("--judged", type=int, default=8, help="sequences to judge the whole by")
-    parser.add_argument("--measured", type=int, default=16, help="the last sequences, to measure on")
+    parser.add_argument(
+        "--measured", type=int, default=16, help="sequences from all over the last quarter, to measure on"
+    )
     parser.add_argument("--steps", type=int, default=400, help="of distillation")
     parser.add_argument("--rate", type=float, default=0.0002, help="of distillation")
     parser.add_argument("--batch", type=int, default=8)

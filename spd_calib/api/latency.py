@@ -58,8 +58,8 @@ def latency_models(
     """Return the latency model by phase, decode first; `progress` is told its ceiling, and how it fits what was timed.
 
     `recovered` is the plan whose predictors and heads a plan of the session's checkpoint takes over, `replicated` what
-    further heads add. Raises InputError where the
-    hardware is of another model or number of ranks, or other steps are asked for than it holds.
+    further heads add. Raises InputError where the hardware is of another model or number of ranks, or other steps are
+    asked for than it holds.
     """
     sizes = sizes_of(session)
     added = replicated + (added_by(recovered, sizes) if recovered else NOTHING_ADDED)

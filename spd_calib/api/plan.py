@@ -210,6 +210,7 @@ def plan_with_details(
         replicated=replicated,
     )
     finished, estimates = with_estimates(planned.plan, subject)
+    of_copy = inputs.of_copy
     modelled = [model_of.latency(len(planned.plan.drops)) for model_of in inputs.models.values()]
     pareto = pareto_of(
         inputs.profile,
@@ -219,10 +220,10 @@ def plan_with_details(
         latency=inputs.models,
     )
     return PlanningResult(
-        plan=finished.model_copy(update={"budget": inputs.budget, "latency": modelled, **inputs.of_copy}),
+        plan=finished.model_copy(update={"budget": inputs.budget, "latency": modelled, **of_copy}),
         given_back=planned.choice.given_back,
         compared=planned.compared,
-        pareto=pareto.model_copy(update={"model": inputs.session.ref} if inputs.of_copy else {}),
+        pareto=pareto.model_copy(update={"model": inputs.session.ref} if of_copy else {}),
         predictors=content if estimates is None else estimates,
     )
 

@@ -1,4 +1,4 @@
-"""How quantised weights lie on disk: the tensors of each layout, and the weight that they make, exactly, in float32.
+"""Reading quantised weights as they lie on disk: from the tensors of each layout to the weight, exactly, in float32.
 
 With s a scale, z a zero point, and q the stored whole number or 8-bit float:
 

@@ -21,7 +21,7 @@ ORIGINAL = "name the one it was made from, in float32, bfloat16 or float16"
 
 Parts = Mapping[str, Tensor]
 Reads = Literal["", "8-bit floats", "8-bit whole numbers"]
-"""What the inputs of linear layers are rounded to, in words; empty where they are not."""
+"""The numbers that the inputs of linear layers are rounded to, in words; empty where they are not."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a configuration says of its quantised weights: the scheme, or the sentence why it cannot be read exactly."""
+"""Finding the scheme of quantised weights in a configuration, or the sentence why they cannot be read exactly."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from .quantised import ORIGINAL, Layout, Reads, Scheme
 from .text_part import whole_of
 
 SAID_IN = ("quantization_config", "compression_config")
-"""Where a configuration says how its weights are quantised."""
+"""The fields of a configuration that may say how its weights are quantised."""
 
 
 def without_quantisation(config: dict[str, Any]) -> dict[str, Any]:

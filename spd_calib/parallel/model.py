@@ -114,8 +114,7 @@ class TensorParallelLM:
         """Return `drops` with their predictors on the model's device and in its dtype.
 
         Where they name none, those of `estimates` are taken, but for replicated heads. The drops given, and their
-        predictors, stay as they are.
-        Raises as `running` does, and for heads that cannot be replicated.
+        predictors, stay as they are. Raises as `running` does, and for heads that cannot be replicated.
         """
         drops.check_fits(self.num_blocks)
         for block, groups in drops.replicated.items():

@@ -1,4 +1,4 @@
-"""What an engine checks of a plan before it loads a model: that it can do all the plan asks for, and whose it is."""
+"""Checking a plan before an engine loads a model: that it can do all the plan asks for, and whose the plan is."""
 
 import os
 from collections.abc import Collection, Mapping

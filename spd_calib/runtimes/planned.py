@@ -1,4 +1,4 @@
-"""What a plan says of one layer of an engine, and what such a layer does where its attention's sync point is dropped.
+"""Telling one layer of an engine what a plan says of it, and running its attention's sync point where it is dropped.
 
 docs/design.md, section 2: `x` is the part of the residual stream that all ranks share (after a plain drop: the rank's
 own), `p` what the rank still owes the others, None where nothing is owed.

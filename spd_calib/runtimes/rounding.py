@@ -1,4 +1,4 @@
-"""What an engine rounds beside the weights of a quantised model, in the simulation: the inputs of linear layers.
+"""Rounding in the simulation what an engine rounds beside a quantised model's weights: the inputs of linear layers.
 
 Engines differ in how they take the scale (of all tokens or of each, dynamic or stored), so that this is no more than
 how far such rounding moves the log-probabilities: what a check allows for.

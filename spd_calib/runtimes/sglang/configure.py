@@ -15,7 +15,7 @@ from .forms import FORMS
 from .refusals import not_as_measured
 
 SUPPORTED = {"mlp_drop", "compensation"}
-"""What a plan may require of this runtime."""
+"""The requirements of a plan that this runtime meets."""
 
 VERSION = "0.5.23"
 """The release of SGLang whose source this was written against."""

@@ -1,4 +1,4 @@
-"""What SGLang may be asked for that would make it compute something else than a plan was measured with.
+"""Finding what SGLang was asked for that would make it compute something else than a plan was measured with.
 
 The names are those of SGLang's `ServerArgs`, its command line's with underscores.
 """

@@ -32,11 +32,13 @@ WORKERS = {
 """vLLM's worker classes -> those that apply a plan once the model is loaded."""
 
 SUPPORTED = {"mlp_drop", "compensation", "router_predictor"}
+"""The requirements of a plan that this runtime meets."""
+
 LACKING = {
     "quantised_sync": "its all-reduce inside a layer takes no bits",
     "replicated_heads": "vLLM cuts q, k and v of all layers alike, and its KV cache holds as many heads of each",
 }
-"""What a plan may require of this runtime."""
+"""The requirements that it does not meet, and why."""
 
 SPECULATION = ("ngram", "draft_model")
 """The ways of speculation that read nothing but tokens: each token is still the planned model's, which verifies it.

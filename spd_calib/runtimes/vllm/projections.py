@@ -1,4 +1,4 @@
-"""What vLLM's row-parallel projections are to a planned forward (`spd_calib.runtimes.projections`)."""
+"""Making of vLLM's row-parallel projections what a planned forward calls (`spd_calib.runtimes.projections`)."""
 
 from collections.abc import Callable
 from typing import Any
