@@ -373,6 +373,8 @@ def test_bench_measures_sums_and_steps_on_real_ranks(folder, tmp_path, spd):
     }
     assert (hardware.runtime, hardware.execution) == ("torchrun", "eager")
     assert "eager forward, no serving engine, on 2 ranks" in done.err
+    timed = {bits: list(hardware.quantised_sync_seconds(bits)) for bits in (8, 6, 4)}
+    assert timed == dict.fromkeys((8, 6, 4), sizes[::2]) and all(s.quantised == {} for s in hardware.steps)
     for c in hardware.collectives:
         assert 0 < c.seconds.p10 <= c.seconds.median <= c.seconds.p90
 

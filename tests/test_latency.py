@@ -6,16 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from spd_calib.cli.main import app
 from spd_calib.errors import InputError, SpdError
 from spd_calib.formats.common import ModelRef, Provenance, TensorParallel
+from spd_calib.formats.drops import KEPT, Drop, Strategy
 from spd_calib.formats.files import dumps
 from spd_calib.formats.hardware import Collective, Hardware, TimedStep, Timing
 from spd_calib.formats.machine import AllReduce, Machine
 from spd_calib.formats.plan import Compensation, RouterPredictor
-from spd_calib.planning.latency import LatencyModel, Step
+from spd_calib.planning.latency import LatencyModel, Step, Sync
 from spd_calib.planning.machine_latency import ATTAINED, as_measured, held_against, on_machine
 from spd_calib.planning.machine_tables import COLUMNS, interpolate, load, shipped
 from spd_calib.planning.model_sizes import Added, ModelSizes, added_by, bytes_moved, flops, predictor_weights
@@ -443,3 +445,81 @@ def test_of_a_mixture_the_experts_that_tokens_go_through_count(family):
     assert bytes_moved(sizes, step, tp=tp) == pytest.approx(4 * (read + head + batch * 4 * context * cached))
     attended = 4 * config.num_attention_heads / tp * batch * context * 2 * (key + value)
     assert flops(sizes, step, tp=tp) == pytest.approx(2 * batch * (computed + head) + attended)
+
+
+def test_bits_take_their_own_time_and_the_drops_before_them_theirs():
+    """4 blocks, so 8 syncs of 16 s; a dropped one leaves 3 s, or 1 s where the sync that settles it has 4 bits."""
+    of_bits = {8: Sync(9.0, 2.0), 4: Sync(5.0, 1.0)}
+    model = LatencyModel("h", Step("prefill", 1, 1, 2), 4, 10.0, 16.0, left=3.0, quantised=of_bits)
+    dense = 10 + 8 * 16
+    assert model.seconds(0) == dense and model.seconds(0, {4: 8}) == 10 + 8 * 5
+    assert model.seconds(2, {4: 6}) == 10 + 6 * 5 + 2 * 1
+    assert model.seconds(2, {8: 3}) == pytest.approx(10 + 3 * 9 + 3 * 16 + 2 * (3 + 2) / 2)
+    assert model.saved(2, {8: 3}) == pytest.approx(1 - model.seconds(2, {8: 3}) / dense)
+    assert [model.rest(3, bits) for bits in (None, 8)] == [{}, {8: 5}]
+    assert [model.of(d) for d in (KEPT, Drop(Strategy.KEEP_SYNC, bits=8), Drop(Strategy.PLAIN_DROP))] == [16, 9, 3]
+    found = model.latency(2, {4: 1, 8: 3})
+    assert found.quantised_seconds == {8: 9.0, 4: 5.0} and list(found.quantised_seconds) == [8, 4]
+    assert found.planned_seconds == model.seconds(2, {8: 3, 4: 1}) and found.dense_seconds == dense
+    # 8 bits alone save 56 of 138 s, each drop 7 more (9, less the 2 that it leaves)
+    assert [model.drops_for(s / dense, available=7, bits=8) for s in (56, 57, 70)] == [0, 1, 2]
+    with pytest.raises(
+        SpdError, match=r"all 2 sync points profiled saves 50\.7 % with 8 bits in every other sync, all 7"
+    ):
+        model.drops_for(0.9, available=2, bits=8)
+
+
+@pytest.mark.parametrize("family", ["llama", "exaone4"])
+@pytest.mark.parametrize("phase", ["decode", "prefill"])
+def test_a_quantised_sync_takes_the_time_of_its_bytes_and_of_packing_them(family, phase):
+    """Of 64 values as many bytes as bits say, and three. Packing: a message in and out, and what is sent written once
+    and read from each rank, or thrice written and read where 4 ranks take two shots."""
+    sizes, step = ModelSizes.of(tiny.build(family)), Step(phase, 4, 300, 2)
+    rate, table = 1e9, {100: 1e-6, 10000: 1e-4, 10**7: 1e-1}
+    found = on_machine(machine(4, memory=rate, table=table.items()), sizes, tp=4, step=step)
+    tokens = 1200 if phase == "prefill" else 4
+    for bits in (8, 6, 4):
+        one, two = 0.0, 0.0
+        for width in (64, 128):
+            sent = sum(64 * bits // 8 + 3 for _token in range(tokens) for _group in range(width // 64))
+            moved = 2 * tokens * width * 2 + (3 if sent > 2**15 else 5) * sent
+            one, two = two, interpolate(table, sent) + moved / (0.8 * rate)
+        assert found.quantised[bits].kept == pytest.approx(one)
+        assert found.quantised[bits].left == pytest.approx(two - one if sizes.side_by_side else 0.0)
+    assert found.quantised[4].kept < found.quantised[6].kept < found.quantised[8].kept
+    dropped, bits = 3, {8: 2}
+    expected = found.seconds(dropped) - 2 * (found.all_reduce - found.quantised[8].kept)
+    spread = dropped * 2 / (2 * sizes.blocks - dropped) * (found.left - found.quantised[8].left)
+    assert found.seconds(dropped, bits) == pytest.approx(expected - spread)
+
+
+def test_no_kernel_fuses_a_quantised_sync_with_the_norm_behind_it():
+    sizes, step = ModelSizes.of(tiny.build("llama")), Step("decode", 1, 8, 2)
+    bare = on_machine(machine(2), sizes, tp=2, step=step)
+    fused = {"max_bytes": 256, "left_seconds": 7e-7, "source": "test"}
+    with_kernel = on_machine(
+        Machine.model_validate({**machine(2).model_dump(), "fused_norm": fused}), sizes, tp=2, step=step
+    )
+    for bits, sync in with_kernel.quantised.items():
+        assert (sync.kept, sync.left) == (pytest.approx(bare.quantised[bits].kept + 7e-7), 7e-7)
+
+
+def test_quantised_syncs_that_were_timed_are_priced_as_timed():
+    """Else as sums of the bytes that they send: of 8 float32 tokens 64 wide, at 8 bits 8 * 67."""
+    sizes = ModelSizes.of(tiny.build("llama"))
+    measured = of_prefill(sizes, 1.0, batch=1)
+    timed = [
+        Collective(method="quantised_sync", bits=8, ranks=2, bytes=b, seconds=timing(2e-6 * b)) for b in (1, 10**9)
+    ]
+    model = as_measured(measured, sizes, phase="prefill", name="h")
+    assert model.quantised[8] == Sync(pytest.approx(1e-6 * 8 * 67), 0.0)
+    steps = [s.model_copy(update={"quantised": {8: 2}}) if s.dropped else s for s in measured.steps]
+    with_rows = measured.model_copy(update={"collectives": [*measured.collectives, *timed], "steps": steps})
+    again = as_measured(with_rows, sizes, phase="prefill", name="h")
+    assert again.quantised[8].kept == pytest.approx(2e-6 * 8 * 64 * 4) and again.quantised[4] == model.quantised[4]
+    assert again.all_reduce == model.all_reduce, "which no quantised sync stands for"
+    predicted, _ = held_against(with_rows, again)["every_block_dropped"]
+    assert predicted == again.seconds(sizes.blocks, {8: 2}) != again.seconds(sizes.blocks)
+    for method, bits in (("quantised_sync", None), ("all_reduce", 8)):
+        with pytest.raises(ValidationError, match="a quantised sync has bits"):
+            Collective(method=method, bits=bits, ranks=2, bytes=1, seconds=timing(1.0))

@@ -86,7 +86,7 @@ def test_every_sync_that_is_kept_has_the_bits_asked_for(spd, profile, profile_fi
     again["blocks"][drops.points[0].block]["sync_bits"] = 8
     with pytest.raises(ValueError, match="only a sync that is kept can have bits"):
         Plan.model_validate(again | {"requires": ["quantised_sync"]})
-    with pytest.raises(InputError, match="`sync_bits` 5 is none of 8, 6, 4"):
+    with pytest.raises(InputError, match="`sync_bits` 5 is none of 8, 6, 4, any"):
         spd_calib.plan(profile, drop=2, sync_bits=5, run=CPU)
     refused = spd("recover", tmp_path / "plan.json", "--data", "demo", "-o", tmp_path / "recovered")
     assert refused.code == 2 and "Recovery cannot fit weights through quantised syncs" in refused.err
@@ -106,7 +106,13 @@ def test_within_a_share_of_the_bytes_some_syncs_are_dropped_and_some_quantised(s
     assert plan.verified.kl < alike.verified.kl
     assert spd_calib.plan(profile, max_bytes=1.0, run=CPU).requires == []
     for more, error, what in (
-        ({"max_bytes": "1%"}, SpdError, "cannot have"),
+        (
+            {"max_bytes": "1%"},
+            SpdError,
+            "^1 % of the syncs' bytes: that is more than .* where 0.16 bytes a value are left for them",
+        ),
+        ({"max_kl": 1, "sync_bits": "any"}, InputError, "`sync_bits` any chooses bits for the time that they save"),
+        ({"min_speedup": 0, "sync_bits": "any", "compare": True}, InputError, "leave `compare`, `replicate` out"),
         ({"max_bytes": "30%", "sync_bits": 8}, InputError, "leave `sync_bits`, `compare`, `replicate` out"),
     ):
         with pytest.raises(error, match=what):
@@ -139,6 +145,36 @@ def test_a_share_of_time_to_save_is_a_number_of_drops(profile, tmp_path):
     with pytest.raises(SpdError, match=r"`min_speedup` 90% is beyond what can be saved") as e:
         spd_calib.plan(profile, min_speedup=0.9, latency=latency, run=CPU)
     assert e.value.exit_code == 1
+
+
+def test_a_share_of_time_is_saved_by_bits_and_drops_where_bytes_take_the_time(spd, profile, profile_file, tmp_path):
+    """Over a link of 1 MB/s, where nothing else takes time: every sync at 8 bits saves nearly half of a prefill."""
+    slow = tmp_path / "slow.csv"
+    rows = [f"4,{b},{b / 1e6},1e15,1e18" for b in (1, 10**9)]
+    slow.write_text("\n".join(["ranks,bytes,seconds,memory_bytes_per_second,flops_per_second", *rows]))
+    latency = LatencyOptions(str(slow), context=8, phase="prefill")
+    share = bytes_a_value(8) / 2
+    alike = spd_calib.plan(profile, min_speedup=1 - share - 1e-4, sync_bits=8, latency=latency, run=CPU)
+    assert len(alike.drops) == 0 and alike.latency[1].saved == pytest.approx(1 - share, abs=1e-3)
+    assert alike.latency[1].quantised_seconds[8] == pytest.approx(share * alike.latency[1].all_reduce_seconds, rel=1e-3)
+    further = spd_calib.plan(profile, min_speedup=1 - 0.8 * share, sync_bits=8, latency=latency, run=CPU)
+    syncs = 2 * profile.model.num_blocks
+    assert len(further.drops) == -(-syncs // 5), "a fifth of the syncs, at 8 bits"
+    options = ("--hardware", slow, "--context", 8, "--phase", "prefill", "--min-speedup", "60%", "--sync-bits", "any")
+    run = spd("plan", profile_file, *options, "-o", tmp_path / "plan.json", "--device", "cpu")
+    assert run.code == 0 and "asked for: a step 60 % shorter" in " ".join(run.err.split()), run.err
+    plan, drops = load_plan(tmp_path / "plan.json")
+    _, prefill = plan.latency
+    sent = sum(bytes_a_value(bits) for b in plan.blocks for s, bits in b.syncs if s == "keep_sync")
+    assert prefill.saved == pytest.approx(1 - sent / (2 * syncs), abs=1e-3) and prefill.saved >= 0.6
+    assert len(set(drops.bits.values()) | ({0} if len(drops) else set())) > 1, "treatments differ"
+    assert any(f" us in place of {1e6 * prefill.all_reduce_seconds:.1f} us" in b.reason for b in plan.blocks)
+    fewer = spd_calib.plan(profile, min_speedup="60%", sync_bits=4, latency=latency, run=CPU)
+    assert plan.verified.kl < fewer.verified.kl
+    points = spd_calib.plan_with_details(
+        profile, BudgetOptions(drop=1), sync_bits=8, latency=latency, run=CPU
+    ).pareto.points
+    assert points[1].saved["prefill"] == pytest.approx(1 - share * (syncs - 1) / syncs, abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -344,7 +344,8 @@ def test_a_front_and_a_bench_beside_it_are_shown(spd, run):
         backend="gloo",
         nodes=1,
         collectives=[
-            Collective(method=m, ranks=4, bytes=64, seconds=time) for m in ("all_reduce", "all_gather_and_sum")
+            Collective(method=m, bits=bits, ranks=4, bytes=64, seconds=time)
+            for m, bits in (("all_reduce", None), ("all_gather_and_sum", None), ("quantised_sync", 4))
         ],
         steps=[TimedStep(phase="decode", blocks="dense", dropped=0, batch=1, tokens=8, seconds=time)],
         provenance=profile.provenance,
@@ -352,7 +353,7 @@ def test_a_front_and_a_bench_beside_it_are_shown(spd, run):
     (run / "hardware.json").write_text(dumps(hardware))
     _, page = made(spd, run)
     assert page.rows("the cheapest set of every size")[3][2] == "0.0123"
-    assert page.rows("sum over 4 ranks, gloo, a processor") == [["64", *["1000.0 (500.0 to 2000.0)"] * 2]]
+    assert page.rows("sum over 4 ranks, gloo, a processor") == [["64", *["1000.0 (500.0 to 2000.0)"] * 3]]
     assert [r[0] for r in page.rows("the files read")] == [
         "profile.json", "plan.json", "results.json", "hardware.json", "pareto.json"
     ]  # fmt: skip

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from spd_calib.errors import InputError
 from spd_calib.formats.common import ModelRef
-from spd_calib.formats.drops import BITS, NOTHING_DROPPED, SUBLAYERS, Drops, Point
+from spd_calib.formats.drops import NOTHING_DROPPED
 from spd_calib.formats.files import dumps, write_bytes, write_text
 from spd_calib.formats.pareto import Pareto
 from spd_calib.formats.plan import Budget, Plan
@@ -23,6 +23,7 @@ from spd_calib.planning.model_sizes import NOTHING_ADDED
 from spd_calib.planning.pareto import pareto_of
 from spd_calib.planning.plan import make_plan
 from spd_calib.planning.replication import Affordable, Replicated
+from spd_calib.planning.sync_bits import ANY_BITS, Limit, limit_of_seconds
 from spd_calib.planning.whole_plans import Calibration, HeldOut, measure_plans, part_of
 from spd_calib.sensitivity.measure import Subject
 from spd_calib.sensitivity.metrics import Tally
@@ -36,6 +37,7 @@ from .progress import SILENT, Progress
 from .provenance import provenance
 from .recovered import RecoveredCheckpoint, open_profiled
 from .replication import affordable_for, any_replicated, attentions, replicated_heads
+from .sync_bits import checked_bits, every_sync_of
 from .tasks import TaskOptions
 from .text import reload_texts, verification_rounds
 
@@ -80,7 +82,7 @@ def plan(
     tasks: TaskOptions | None = None,
     latency: LatencyOptions | None = None,
     compare: bool = False,
-    sync_bits: int | None = None,
+    sync_bits: int | str | None = None,
     replicate: Amount | None = None,
     model: Model | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -106,6 +108,7 @@ def plan(
         latency: the machine to model latency on.
         compare: measure baseline sets of the same size, too; the best of all is taken (see plan_with_details).
         sync_bits: 8, 6 or 4: every sync that is kept is a quantised one, in all that is measured (default: none is).
+            'any', with min_speedup: each is kept as it is, with 8, 6 or 4 bits, or dropped, at the least KL.
         replicate: share of the weights a rank reads that it may read more, '7%': heads of other ranks that it computes,
             too, for what its MLP reads; in the blocks where that wins most, whose syncs are dropped in any case.
         model: where the model is, or the model itself (default: where the profile says). A quantised copy of it may
@@ -151,7 +154,7 @@ def plan_with_details(
     tasks: TaskOptions | None = None,
     latency: LatencyOptions | None = None,
     compare: bool = False,
-    sync_bits: int | None = None,
+    sync_bits: int | str | None = None,
     replicate: Amount | None = None,
     model: Model | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -162,20 +165,14 @@ def plan_with_details(
 
     A plan may name a file of predictors: PlanningResult.write writes both. Arguments and errors are those of `plan`.
     """
-    if sync_bits is not None and sync_bits not in BITS:
-        raise InputError(
-            f"`sync_bits` {sync_bits} is none of {', '.join(map(str, BITS))}; leave it out for full syncs."
-        )
-    if asked.max_bytes is not None and (sync_bits is not None or compare or replicate is not None):
-        raise InputError(
-            "`max_bytes` chooses the bits itself, and has no baselines or replicated heads: leave `sync_bits`, "
-            "`compare`, `replicate` out."
-        )
+    bits = checked_bits(sync_bits, asked, others=compare or replicate is not None)
     inputs = _open(
         profile,
         asked,
         tasks=tasks,
         latency=latency,
+        bits=bits,
+        any_bits=sync_bits == ANY_BITS,
         replicate=replicate,
         model=model,
         tokenizer=tokenizer,
@@ -183,7 +180,7 @@ def plan_with_details(
         progress=progress,
     )
     subject, recovered = inputs.load(), inputs.recovered
-    quantised = _every_sync_of(sync_bits, subject)
+    quantised = every_sync_of(bits, subject)
     subject = replace(subject, always=quantised | subject.always)
     give_estimates(subject, inputs.texts, batch_size=inputs.run.batch_size, progress=progress)
     calibration, held_out = _texts(inputs, subject, progress=progress)
@@ -208,16 +205,19 @@ def plan_with_details(
         predictors=file,
         quantised=quantised,
         replicated=replicated,
+        limit=inputs.limit,
     )
     finished, estimates = with_estimates(planned.plan, subject)
     of_copy = inputs.of_copy
-    modelled = [model_of.latency(len(planned.plan.drops)) for model_of in inputs.models.values()]
+    drops = planned.plan.drops
+    modelled = [model_of.latency(len(drops), drops.counted_bits) for model_of in inputs.models.values()]
     pareto = pareto_of(
         inputs.profile,
         provenance=made_by,
         strategies=asked.strategies,
         measured={} if replicated.drops else calibration.measured,  # which has them in every set
         latency=inputs.models,
+        sync_bits=bits,
     )
     return PlanningResult(
         plan=finished.model_copy(update={"budget": inputs.budget, "latency": modelled, **of_copy}),
@@ -228,19 +228,13 @@ def plan_with_details(
     )
 
 
-def _every_sync_of(bits: int | None, subject: Subject) -> Drops:
-    """Return every sync of the model with so many bits; nothing for None."""
-    points = [Point(i, sublayer) for i in range(subject.lm.num_blocks) for sublayer in SUBLAYERS]
-    return NOTHING_DROPPED if bits is None else Drops.of_bits(dict.fromkeys(points, bits))
-
-
 @dataclass(frozen=True)
 class _Inputs:
     """All that a plan is made from, before any weight is loaded.
 
     `budget` is what was asked for, `reached` what is searched for: of a share of time to save, the number of drops that
-    save it. `suites` are the tasks to choose by and those to verify on, if a budget is of tasks; `heads` those of other
-    ranks that may be replicated.
+    save it or, where the planner chooses bits, too, `limit`. `suites` are the tasks to choose by and those to verify
+    on, if a budget is of tasks; `heads` those of other ranks that may be replicated.
     """
 
     profile: Profile
@@ -252,6 +246,7 @@ class _Inputs:
     texts: list[Text]
     suites: list[Any]
     heads: Affordable | None
+    limit: Limit | None
     run: RunOptions
 
     @property
@@ -274,6 +269,8 @@ def _open(
     *,
     tasks: TaskOptions | None,
     latency: LatencyOptions | None,
+    bits: int | None,
+    any_bits: bool,
     replicate: Amount | None,
     model: Model | None,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -295,16 +292,23 @@ def _open(
     suites = [tasks.with_batch_size(resolved.batch_size).load(half=half) for half in (0, 1)] if tasks else []
     if suites:
         budget = budget.model_copy(update={"tasks": suites[0].names})
+    limit, reached = None, budget
+    if budget.kind == "min_speedup" and latency:
+        if any_bits:
+            limit = limit_of_seconds(budget.value, models[latency.phase])
+        else:
+            reached = _as_drops(measured, budget, model=models[latency.phase], bits=bits)
     return _Inputs(
         profile=measured,
         budget=budget,
-        reached=_as_drops(measured, budget, model=models[latency.phase]) if latency else budget,
+        reached=reached,
         session=session,
         recovered=recovered,
         models=models,
         texts=reload_texts(session, measured, path=path),
         suites=suites,
         heads=heads,
+        limit=limit,
         run=resolved,
     )
 
@@ -317,12 +321,10 @@ def _check_tasks(budget: Budget, tasks: TaskOptions | None) -> None:
         raise InputError("`tasks` are of no text, so there is nothing to keep on each: leave `each_text` out.")
 
 
-def _as_drops(profile: Profile, budget: Budget, *, model: LatencyModel) -> Budget:
-    """Return, for a share of time to save, the budget of the number of drops that saves it; any other unchanged."""
-    if budget.kind != "min_speedup":
-        return budget
+def _as_drops(profile: Profile, budget: Budget, *, model: LatencyModel, bits: int | None) -> Budget:
+    """Return, for a share of time to save, the budget of the number of drops that saves it; others have `bits`."""
     settled = len(profile.settled)
-    needed = model.drops_for(budget.value, available=settled + len(candidates(profile, budget)))
+    needed = model.drops_for(budget.value, available=settled + len(candidates(profile, budget)), bits=bits)
     return budget.model_copy(update={"kind": "drop", "value": float(max(settled, needed))})
 
 

@@ -84,7 +84,7 @@ def plan(
         bool, typer.Option("--compare", help="Measure baseline sets of its size; take the best.")
     ] = False,
     sync_bits: Annotated[
-        int | None, typer.Option(metavar="N", help="8, 6 or 4 bits a value in every sync that is kept.")
+        str | None, typer.Option(metavar="N", help="8, 6 or 4 bits a value in every sync kept, or any.")
     ] = None,
     replicate: Annotated[
         str | None, typer.Option(metavar="X", help="Weights a rank reads more, of others' heads, e.g. 7%.")
@@ -141,7 +141,7 @@ def plan(
                 tasks=TaskOptions.of(tasks, include_path, limit=limit) if tasks else None,
                 latency=latency,
                 compare=compare,
-                sync_bits=sync_bits,
+                sync_bits=int(sync_bits) if sync_bits and sync_bits.isdigit() else sync_bits,
                 replicate=replicate,
                 model=model,
                 run=run,

@@ -1,5 +1,6 @@
 """Drops, the one value that says which sync points of a model are dropped, and how; everything else speaks it."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -134,6 +135,11 @@ class Drops:
     def bits(self) -> dict[Point, int]:
         """Return the points that are kept by a quantised sync, and its bits."""
         return {p: drop.bits for p, drop in self.by_point.items() if drop.bits is not None}
+
+    @property
+    def counted_bits(self) -> dict[int, int]:
+        """Return how many syncs are quantised, by their bits, most bits first."""
+        return dict(sorted(Counter(self.bits.values()).items(), reverse=True))
 
     @property
     def replicated(self) -> dict[int, Groups]:

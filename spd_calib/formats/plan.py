@@ -197,6 +197,11 @@ class Latency(Part):
         exclude_if=lambda value: not value,
         description="What a dropped sync leaves behind, where the engine fuses the all-reduce with the norm after it",
     )
+    quantised_seconds: dict[int, Finite] = Field(
+        default_factory=dict,
+        exclude_if=lambda value: not value,
+        description="Time of a quantised sync by its bits, of those that the plan has",
+    )
     dense_seconds: Finite = Field(gt=0)
     planned_seconds: Finite = Field(gt=0)
     saved: Finite = Field(

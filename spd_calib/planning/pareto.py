@@ -20,10 +20,12 @@ def pareto_of(
     strategies: Sequence[str] | None = None,
     measured: Mapping[Drops, Comparison] | None = None,
     latency: Mapping[Phase, LatencyModel] | None = None,
+    sync_bits: int | None = None,
 ) -> Pareto:
     """Return the cheapest set of every size that these strategies (None: all profiled) allow, and where the knee is.
 
-    `measured` holds whole plans on the calibration text. With `latency`, by phase, each point tells what it saves.
+    `measured` holds whole plans on the calibration text. With `latency`, by phase, each point tells what it saves,
+    all syncs that it keeps having `sync_bits`, if given.
     """
     allowed = strategies_for(profile, strategies)
     model = interactions_of(profile, candidates(profile, Budget(kind="max_kl", value=0, strategies=allowed)))
@@ -37,7 +39,10 @@ def pareto_of(
                 predicted_kl=model.kl(drops),
                 measured_kl=known.kl if known else None,
                 dropped=dropped,
-                saved={phase: of_phase.saved(len(dropped)) for phase, of_phase in (latency or {}).items()},
+                saved={
+                    phase: of_phase.saved(len(dropped), of_phase.rest(len(dropped), sync_bits))
+                    for phase, of_phase in (latency or {}).items()
+                },
             )
         )
     return Pareto(

@@ -22,7 +22,7 @@ from .baselines import Baselines
 from .candidates import Candidate, candidates, drops_of, tier
 from .replication import Replicated, without
 from .search import Choice, choose
-from .sync_bits import choose_bytes
+from .sync_bits import Limit, choose_within, limit_of_bytes
 from .whole_plans import Calibration, HeldOut
 
 Recovery = Literal["distillation", "grouping+distillation"]
@@ -52,6 +52,7 @@ def make_plan(
     predictors: CompensationFile | None = None,
     quantised: Drops = NOTHING_DROPPED,
     replicated: Replicated = Replicated(),
+    limit: Limit | None = None,
 ) -> Planned:
     """Choose what to drop within `budget`, verify it, and write down the plan.
 
@@ -59,7 +60,8 @@ def make_plan(
     `compare` the baseline sets of the same size are measured as well, and may be chosen. Where the profile is of a
     checkpoint that `recover` wrote, `recovered` is its own plan, and `predictors` the file of its predictors, if any,
     that will lie beside the new plan. `quantised` are the syncs that have bits where they are kept; whatever
-    `calibration` and `held_out` measure has them, too, and the blocks `replicated`, which are dropped in any case.
+    `calibration` and `held_out` measure has them, too, and the blocks `replicated`, which are dropped in any case. With
+    `limit` every sync point is treated so that it is kept to; a share of bytes makes such a limit by itself.
     Raises SpdError where the budget cannot be met.
     """
     of_all, whole = profile, budget
@@ -70,8 +72,10 @@ def make_plan(
     found = candidates(profile, budget)
     baselines = Baselines(drops_of(found), calibration) if compare else None
     if budget.kind == "max_bytes":
-        choice = choose_bytes(
-            profile, budget, num_blocks=len(module_paths), calibration=calibration, verify=held_out.verify
+        limit = limit_of_bytes(budget.value, num_blocks=len(module_paths))
+    if limit is not None:
+        choice = choose_within(
+            profile, budget, limit, num_blocks=len(module_paths), calibration=calibration, verify=held_out.verify
         )
     else:
         choice = choose(profile, budget, calibration=calibration, verify=held_out.verify, baselines=baselines)
@@ -126,7 +130,16 @@ def _blocks(
         own = [by_point[point] for point in (attention, mlp) if point in by_point]
         old = recovered.blocks[index] if recovered else None
         reasons = [old.reason] if old and (attention in settled or mlp in settled) else []
-        reasons += [_reason(c, profile, budget, drops=choice.drops, replicated=replicated) for c in own]
+        reasons += [
+            _reason(c, profile, budget, drops=choice.drops, replicated=replicated)
+            for c in own
+            if c.point not in choice.reasons
+        ]
+        reasons += [
+            f"{'MLP: ' if point == mlp else ''}{choice.reasons[point]}"
+            for point in (attention, mlp)
+            if point in choice.reasons
+        ]
         kl = {c.point: c.kl for c in own}
         blocks.append(
             PlannedBlock(

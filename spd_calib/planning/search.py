@@ -8,11 +8,11 @@ made smaller as long as that says that the budget is broken.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from spd_calib.errors import SpdError
-from spd_calib.formats.drops import NOTHING_DROPPED, Drops
+from spd_calib.formats.drops import NOTHING_DROPPED, Drops, Point
 from spd_calib.formats.plan import Budget
 from spd_calib.formats.profile import Comparison, Profile
 
@@ -37,6 +37,7 @@ class Choice:
     predicted_kl: float  # by the profile's interactions
     given_back: int  # sync points dropped at first, and kept in the end because held-out text showed the budget broken
     rounds: int  # of held-out text that took part in choosing
+    reasons: Mapping[Point, str] = field(default_factory=dict)  # in words, of points treated so for their price
 
 
 def choose(

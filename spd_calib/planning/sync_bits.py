@@ -1,33 +1,62 @@
-"""Choosing how each sync point is treated where the bytes in the syncs' messages are what is scarce (`max_bytes`).
+"""Choosing how each sync point is treated where the bytes of the syncs are scarce (`max_bytes`), or a step's time.
 
-Each sync point has options: kept as it is, kept with fewer bits, dropped; each with a KL and bytes. Costs add up, as
-errors of quantisation do to second order, being independent; that neighbouring drops cost more than their sum is not in
-it, so what is chosen is to be measured as a whole.
+Each sync point has options: kept as it is, kept with fewer bits, dropped; each with a KL and a price, in bytes of its
+message or in seconds of the latency model. Costs add up, as errors of quantisation do to second order, being
+independent; that neighbouring drops cost more than their sum is not in it, so what is chosen is to be measured as a
+whole.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from spd_calib.errors import SpdError
-from spd_calib.formats.drops import BITS, SUBLAYERS, Drop, Drops, Point, Strategy
+from spd_calib.formats.drops import BITS, KEPT, SUBLAYERS, Drop, Drops, Point, Strategy
 from spd_calib.formats.plan import Budget
 from spd_calib.formats.profile import Profile
 from spd_calib.parallel.quantised_sync import bytes_a_value
 
+from .budget import describe
 from .candidates import candidates
+from .latency import LatencyModel
 from .search import Choice, Verify
 from .whole_plans import Calibration
 
+ANY_BITS = "any"  # of `sync_bits`: the planner chooses
 MEASURED_BITS = 4  # of these each sync is measured alone; what more bits cost follows
+AT_BITS = {bits: Drop(Strategy.KEEP_SYNC, bits=bits) for bits in BITS}
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to treat a sync point: what it costs alone, nats per token, and the bytes that its message then has."""
+    """One way to treat a sync point: what it costs alone, nats per token, and its price, as a `Limit` has it."""
 
     treatment: Drop
     kl: float
-    bytes: float
+    price: float
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Says what the treatments of all sync points may take together, and what each takes; `told` puts that in words."""
+
+    most: float
+    price: Callable[[Drop], float]
+    told: Callable[[float], str]
+
+
+def limit_of_bytes(share: float, *, num_blocks: int) -> Limit:
+    """Return the limit of this share of the bytes that all syncs' messages have at 16 bits; prices are of a value."""
+
+    def price(treatment: Drop) -> float:
+        return bytes_a_value(treatment.bits) if treatment.strategy == Strategy.KEEP_SYNC else 0.0
+
+    return Limit(share * 2 * num_blocks * bytes_a_value(None), price, lambda price: f"{price:.3g} bytes a value")
+
+
+def limit_of_seconds(saving: float, model: LatencyModel) -> Limit:
+    """Return the limit on the syncs' seconds that leaves a step this share shorter than the dense one."""
+    most = (1 - saving) * model.seconds(0) - model.compute - model.added
+    return Limit(most, model.of, lambda price: f"{1e6 * price:.1f} us")
 
 
 def at_bits(kl: float, measured_bits: int, bits: int) -> float:
@@ -35,56 +64,74 @@ def at_bits(kl: float, measured_bits: int, bits: int) -> float:
     return kl * ((2**measured_bits - 1) / (2**bits - 1)) ** 2
 
 
-def within_bytes(options: Mapping[Point, Sequence[Option]], max_bytes: float) -> Drops:
-    """Return the drops whose messages have at most `max_bytes`, as cheap as a greedy choice finds them.
+def within(options: Mapping[Point, Sequence[Option]], most: float) -> dict[Point, Option] | None:
+    """Return options whose prices come to at most `most`, as cheap in KL as a greedy choice finds them.
 
-    It starts with the most bytes at each point, and again and again takes the change that costs the least KL for each
-    byte saved. Raises SpdError where even the fewest bytes at each point are more than `max_bytes`.
+    It starts with every sync kept as it is, and again and again takes the change that costs the least KL for what it
+    saves. Returns None where even the lowest price at each point is too much.
     """
-    chosen = {point: max(own, key=lambda o: (o.bytes, -o.kl)) for point, own in options.items()}
-    while sum(option.bytes for option in chosen.values()) > max_bytes:
+    chosen = {point: next(o for o in own if o.treatment == KEPT) for point, own in options.items()}
+    while sum(option.price for option in chosen.values()) > most:
         changes = [
-            ((new.kl - chosen[point].kl) / (chosen[point].bytes - new.bytes), point, new)
+            ((new.kl - chosen[point].kl) / (chosen[point].price - new.price), point, new)
             for point, own in options.items()
             for new in own
-            if new.bytes < chosen[point].bytes
+            if new.price < chosen[point].price
         ]
         if not changes:
-            raise SpdError(f"The syncs' messages cannot have {max_bytes:.4g} bytes or fewer with these options.")
+            return None
         _, point, best = min(changes, key=lambda change: change[:2])
         chosen[point] = best
-    return Drops({point: option.treatment for point, option in chosen.items()})
+    return chosen
 
 
-def choose_bytes(
-    profile: Profile, budget: Budget, *, num_blocks: int, calibration: Calibration, verify: Verify
+def choose_within(
+    profile: Profile, budget: Budget, limit: Limit, *, num_blocks: int, calibration: Calibration, verify: Verify
 ) -> Choice:
-    """Choose the treatment of every sync point of a model, so that the messages keep to a share of their bytes.
+    """Choose the treatment of every sync point of a model, so that together they keep to a limit.
 
     What dropping costs alone stands in the profile; what fewer bits cost is measured on a part of the calibration text.
     On the whole of it plans that drop some, that drop none and that have one number of bits everywhere are measured,
-    and the cheapest is verified. Raises SpdError where even the fewest bytes are too many.
+    and the cheapest is verified. Raises SpdError where even the lowest prices are too much.
     """
     points = [Point(b, s) for b in range(num_blocks) for s in SUBLAYERS if Point(b, s) not in profile.settled]
-    most = budget.value * 2 * num_blocks * bytes_a_value(None)
+    most = limit.most - sum(limit.price(Drop(Strategy.BLOCK_DROP)) for _ in profile.settled)
     alone = {point: Drops.of_bits({point: MEASURED_BITS}) for point in points}
     measured = calibration.measure_on_part([*alone.values(), Drops()])
     base = measured[Drops()].kl  # above 0 for a recovered checkpoint
     quantised = {p: max(measured[drops].kl - base, 0.0) for p, drops in alone.items()}
+    price = {drop: limit.price(drop) for drop in (KEPT, *AT_BITS.values())}
     kept = {
-        p: [_kept(None, 0.0), *(_kept(b, at_bits(kl, MEASURED_BITS, b)) for b in BITS)] for p, kl in quantised.items()
+        p: [Option(KEPT, 0.0, price[KEPT])]
+        + [Option(drop, at_bits(kl, MEASURED_BITS, bits), price[drop]) for bits, drop in AT_BITS.items()]
+        for p, kl in quantised.items()
     }
-    dropped = {c.point: Option(Drop(c.strategy), c.kl, 0.0) for c in candidates(profile, budget)}
+    dropped = {
+        c.point: Option(Drop(c.strategy), c.kl, limit.price(Drop(c.strategy))) for c in candidates(profile, budget)
+    }
     options = {p: [*own, dropped[p]] if p in dropped else own for p, own in kept.items()}
-    found = [within_bytes(options, most)]
-    if most >= len(points) * bytes_a_value(min(BITS)):
-        found += [within_bytes(kept, most)]
-        found += [Drops.of_bits(dict.fromkeys(points, b)) for b in BITS if len(points) * bytes_a_value(b) <= most]
-    costs = calibration.measure(found)
-    drops = min(zip(costs, found, strict=True), key=lambda pair: pair[0].kl)[1]
-    predicted = base + sum(next(o.kl for o in options[p] if o.treatment == drops.at(p)) for p in points)
-    return Choice(drops, verify(drops, 0), predicted, given_back=0, rounds=0)
+    best = within(options, most)
+    if best is None:
+        least = sum(min(o.price for o in own) for own in options.values())
+        raise SpdError(
+            f"{describe(budget)}: that is more than these sync points can give, whose syncs would together take "
+            f"{limit.told(least)} where {limit.told(most)} are left for them; ask for less."
+        )
+    found = [best, *([without_drops] if (without_drops := within(kept, most)) is not None else [])]
+    found += [
+        {p: own[i] for p, own in kept.items()}
+        for i in range(1, 1 + len(BITS))
+        if sum(own[i].price for own in kept.values()) <= most
+    ]
+    sets = [Drops({p: option.treatment for p, option in chosen.items()}) for chosen in found]
+    costs = calibration.measure(sets)
+    i = min(range(len(sets)), key=lambda i: costs[i].kl)
+    reasons = {p: _reason(option, kept[p][0], limit) for p, option in found[i].items() if option.treatment != KEPT}
+    predicted = base + sum(option.kl for option in found[i].values())
+    return Choice(sets[i], verify(sets[i], 0), predicted, given_back=0, rounds=0, reasons=reasons)
 
 
-def _kept(bits: int | None, kl: float) -> Option:
-    return Option(Drop(Strategy.KEEP_SYNC, bits=bits), kl, bytes_a_value(bits))
+def _reason(option: Option, as_it_is: Option, limit: Limit) -> str:
+    """Return why a sync point is treated so, in words: what it costs, and saves."""
+    what = f"{option.treatment.bits} bits" if option.treatment.bits else str(option.treatment.strategy)
+    return f"{what}: KL {option.kl:.3g}, {limit.told(option.price)} in place of {limit.told(as_it_is.price)}"

@@ -238,12 +238,14 @@ def tasks(results: Results) -> Table:
 
 def latencies(found: Sequence[Latency]) -> Table:
     """Return the modelled latency of one plan, a row for each phase."""
+    bits_of = list(found[0].quantised_seconds)
     return Table(
         f"modelled latency on {found[0].hardware}, batch {found[0].batch}, context {found[0].context}: no promise",
         [
             "phase",
             "all-reduce, us",
             "of it saved",
+            *[f"{'/'.join(map(str, bits_of))} bits"] * bool(bits_of),
             "dense, ms",
             "planned, ms",
             "saved",
@@ -254,6 +256,7 @@ def latencies(found: Sequence[Latency]) -> Table:
                 m.phase,
                 f"{1e6 * m.all_reduce_seconds:.1f}",
                 f"{1e6 * (m.all_reduce_seconds - m.left_seconds):.1f}",
+                *["/".join(f"{1e6 * m.quantised_seconds[bits]:.1f}" for bits in bits_of)] * bool(bits_of),
                 f"{1e3 * m.dense_seconds:.3f}",
                 f"{1e3 * m.planned_seconds:.3f}",
                 f"{100 * m.saved:.1f} %",
@@ -270,8 +273,15 @@ def hardware(measured: Hardware) -> list[Table]:
     how = measured.execution.replace("_", " ").replace("cuda", "CUDA")
     what = f"step of vLLM, {how}," if measured.runtime == "vllm" else "eager forward, no serving engine,"
     gathered = {c.bytes: c.seconds for c in measured.collectives if c.method == "all_gather_and_sum"}
+    quantised = {(c.bits, c.bytes): c.seconds for c in measured.collectives if c.bits}
+    bits_of = sorted({bits for bits, _ in quantised}, reverse=True)
     sums = [
-        [f"{c.bytes}", _spread(c.seconds, 1e6), *([_spread(gathered[c.bytes], 1e6)] if gathered else [])]
+        [
+            f"{c.bytes}",
+            _spread(c.seconds, 1e6),
+            *([_spread(gathered[c.bytes], 1e6)] if gathered else []),
+            *[_spread(quantised[b, c.bytes], 1e6) if (b, c.bytes) in quantised else "" for b in bits_of],
+        ]
         for c in measured.collectives
         if c.method == "all_reduce"
     ]
@@ -290,7 +300,7 @@ def hardware(measured: Hardware) -> list[Table]:
     return [
         Table(
             f"sum over {ranks}: median (10 % to 90 %), microseconds",
-            ["bytes", "all-reduce", *(["all-gather and sum"] if gathered else [])],
+            ["bytes", "all-reduce", *(["all-gather and sum"] if gathered else []), *[f"{b} bits" for b in bits_of]],
             sums,
         ),
         Table(

@@ -6,6 +6,7 @@ What is compared is measured in turns, round after round, so that a machine that
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,11 +17,11 @@ from torch import Tensor
 
 from spd_calib.errors import InputError
 from spd_calib.formats.common import Provenance
-from spd_calib.formats.drops import NOTHING_DROPPED, Drops, Strategy
+from spd_calib.formats.drops import BITS, NOTHING_DROPPED, Drops, Strategy
 from spd_calib.formats.files import sha256_of
 from spd_calib.formats.hardware import Collective, Hardware, TimedStep, Timing
 from spd_calib.models.plan_files import load_plan
-from spd_calib.parallel.comm import GATHERED_AT_MOST
+from spd_calib.parallel.comm import GATHERED_AT_MOST, DistributedComm
 from spd_calib.parallel.distributed import backend, local_size
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.session import open_session
@@ -29,6 +30,7 @@ from spd_calib.runtimes.bench import SIZES, BenchSettings, Blocks, device_name, 
 
 AT_ONCE = 2**22  # bytes reduced between two looks at the clock, at most; see `time_collectives`
 Tick = Callable[[str], None]
+Method = Literal["all_reduce", "all_gather_and_sum", "quantised_sync"]
 
 
 class BenchJob(BaseModel, frozen=True):
@@ -77,29 +79,35 @@ def run(job: BenchJob, *, expect: Callable[[int], None], tick: Tick) -> Hardware
 def time_collectives(
     device: torch.device, dtype: torch.dtype, *, sizes: Sequence[int] = SIZES, rounds: int, tick: Tick
 ) -> list[Collective]:
-    """Time all-reduces, and all-gathers with a sum of one's own, of messages of `sizes` bytes; `tick` after a round.
+    """Time all-reduces, all-gathers with a sum of one's own, and quantised syncs (of every other size).
 
-    Small ones are too quick for a clock: up to 16 are made in a row, and the time divided.
+    Messages are of `sizes` bytes. Small ones are too quick for a clock: up to 16 are made in a row, and the time
+    divided. Calls `tick` after a round.
     """
-    methods: dict[Literal["all_reduce", "all_gather_and_sum"], Callable[[Tensor], Any]] = {
-        "all_reduce": dist.all_reduce,
-        "all_gather_and_sum": _all_gather_and_sum,
+    comm = DistributedComm()
+    methods: dict[tuple[Method, Literal[8, 6, 4] | None], Callable[[Tensor], Any]] = {
+        ("all_reduce", None): dist.all_reduce,
+        ("all_gather_and_sum", None): _all_gather_and_sum,
     }
+    if (device.type, dist.get_backend()) != ("cuda", "gloo"):  # which has no all-to-all between GPUs
+        methods |= {("quantised_sync", b): partial(_quantised_sync, comm=comm, bits=b) for b in BITS}  # type: ignore[misc]
     messages = {size: torch.zeros(size // dtype.itemsize, dtype=dtype, device=device) for size in sizes}
-    times: dict[tuple, list[float]] = {(method, size): [] for size in sizes for method in methods}
+    times: dict[tuple, list[float]] = {
+        (how, size): [] for size in sizes for how in methods if how[1] is None or size in sizes[::2]
+    }
     for turn in range(rounds + 1):
-        for method, size in rotated(list(times), turn):
+        for how, size in rotated(list(times), turn):
             in_a_row = max(1, min(16, AT_ONCE // size))
             with _Clock(device) as clock:
                 for _ in range(in_a_row):
-                    methods[method](messages[size])
+                    methods[how](messages[size])
             if turn:  # the first is to warm up
-                times[method, size].append(clock.seconds / in_a_row)
+                times[how, size].append(clock.seconds / in_a_row)
         tick("all-reduce")
     ranks = dist.get_world_size()
     return [
-        Collective(method=method, ranks=ranks, bytes=size, seconds=_timing(seconds))
-        for (method, size), seconds in times.items()
+        Collective(method=method, bits=bits, ranks=ranks, bytes=size, seconds=_timing(seconds))
+        for ((method, bits), size), seconds in times.items()
     ]
 
 
@@ -127,6 +135,7 @@ def time_steps(lm: TensorParallelLM, planned: Drops, *, settings: BenchSettings,
             phase=phase,
             blocks=name,
             dropped=len(variants[name]),
+            quantised=variants[name].counted_bits,
             batch=batch,
             tokens=tokens,
             seconds=_timing(seconds),
@@ -153,6 +162,10 @@ def _all_gather_and_sum(message: Tensor) -> Tensor:
     parts = [torch.empty_like(message) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, message)
     return torch.stack(parts).sum(0)
+
+
+def _quantised_sync(message: Tensor, *, comm: DistributedComm, bits: int) -> Tensor:
+    return comm.all_reduce([message], bits=bits)
 
 
 class _Clock:

@@ -1,0 +1,39 @@
+"""The bits of the syncs that a plan keeps: what is asked for, and what is run."""
+
+from spd_calib.errors import InputError
+from spd_calib.formats.drops import BITS, NOTHING_DROPPED, SUBLAYERS, Drops, Point
+from spd_calib.planning.budget_options import BudgetOptions
+from spd_calib.planning.sync_bits import ANY_BITS
+from spd_calib.sensitivity.measure import Subject
+
+
+def checked_bits(sync_bits: int | str | None, asked: BudgetOptions, *, others: bool) -> int | None:
+    """Return the bits of every sync that is kept; None where none is quantised, or the planner chooses (ANY_BITS).
+
+    `others` says whether baselines or replicated heads are asked for. Raises InputError for what does not go together.
+    """
+    if sync_bits not in (None, ANY_BITS, *BITS):
+        raise InputError(
+            f"`sync_bits` {sync_bits} is none of {', '.join(map(str, BITS))}, {ANY_BITS}; leave it out for full syncs."
+        )
+    if sync_bits == ANY_BITS and asked.min_speedup is None:
+        raise InputError(
+            f"`sync_bits` {ANY_BITS} chooses bits for the time that they save: it needs `min_speedup`; for the bytes "
+            "alone give `max_bytes` in its place."
+        )
+    if asked.max_bytes is not None and (sync_bits is not None or others):
+        raise InputError(
+            "`max_bytes` chooses the bits itself, and has no baselines or replicated heads: leave `sync_bits`, "
+            "`compare`, `replicate` out."
+        )
+    if sync_bits == ANY_BITS and others:
+        raise InputError(
+            f"`sync_bits` {ANY_BITS} has no baselines or replicated heads: leave `compare`, `replicate` out."
+        )
+    return sync_bits if isinstance(sync_bits, int) else None
+
+
+def every_sync_of(bits: int | None, subject: Subject) -> Drops:
+    """Return every sync of the model with so many bits; nothing for None."""
+    points = [Point(i, sublayer) for i in range(subject.lm.num_blocks) for sublayer in SUBLAYERS]
+    return NOTHING_DROPPED if bits is None else Drops.of_bits(dict.fromkeys(points, bits))
