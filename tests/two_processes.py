@@ -25,6 +25,7 @@ def in_processes(ranks: int, port_file: Path, work: Callable[[int], None]) -> No
     code = 1
     try:
         dist.init_process_group("gloo", store=dist.FileStore(str(port_file), ranks), rank=rank, world_size=ranks)
+        dist.barrier()  # a rank that ends at once must not end while another still connects
         work(rank)
         code = 0
     except BaseException:
