@@ -9,6 +9,7 @@ import tiny
 import torch
 from distributed_cases import BEFORE_REPLICATED, BLOCKS, DROP, KEEP, REPLICATING, replicated, replicating
 from plans import write_plan
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from spd_calib.errors import InputError
@@ -129,6 +130,16 @@ def test_what_they_take_is_what_the_account_says(family, tp):
         assert made == tp * flops_added(sizes, step, tp, added)
     moved = bytes_moved(sizes, step, tp=tp, added=added) - bytes_moved(sizes, step, tp=tp)
     assert moved == 2 * (added.weights + 9 * added.cached)
+
+
+def test_a_latent_attention_takes_its_latents_once_more_for_each_range():
+    """What makes them is whole on every rank, and so is the latent in the cache."""
+    sizes, lm = ModelSizes.of(tiny.build("minicpm3")), TensorParallelLM.simulated(tiny.build("minicpm3"), 2)
+    groups = replicated(2, kv_heads(lm.model))[2]
+    added, (attentions, _) = added_by_heads(sizes, groups, tp=2), lm.blocks[0].replicas(groups).attentions
+    linears = [linear for one in attentions for linear in one.modules() if isinstance(linear, RankLinear | nn.Linear)]
+    held = sum(_held(x) if isinstance(x, RankLinear) else x.weight.numel() for x in linears)
+    assert added.weights == held and added.cached == len(attentions) * sizes.latents > 0
 
 
 def flops_added(sizes, step, tp, added) -> float:

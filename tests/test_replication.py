@@ -103,6 +103,8 @@ def test_the_block_that_wins_most_is_taken_and_the_next_one_beside_it():
         [f"{which} of other ranks replicated", f"KL {won} less where every block is dropped"]
         for which, won in (("all heads", "0.3"), ("all heads", "0.5"), ("1 KV group", "0.05"))
     ]
+    two = ((1, 2), (2, 3), (0, 3), (0, 1))
+    assert chosen(cost, 2, heads(0, two))[0].reasons[1].startswith("2 KV groups of other ranks replicated: ")
     assert chosen(cost, 5, heads(0, SOME))[0].drops.replicated == {1: SOME}
 
 

@@ -54,8 +54,8 @@ def narrowed(config: Any) -> Any:
     """
     narrow, said = copy.deepcopy(config), config.to_dict()  # as an attribute, what differs by block is an error
     heads = config.num_attention_heads
-    kv_heads = said.get("num_key_value_heads") or getattr(config, "num_key_value_heads", None) or heads
-    head_dim = said.get("head_dim") or getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = said.get("num_key_value_heads") or heads
+    head_dim = said.get("head_dim") or config.hidden_size // heads
     width = RANKS * head_dim
     key_heads = getattr(config, "linear_num_key_heads", None) or 1
     values_a_key = (getattr(config, "linear_num_value_heads", None) or 1) // key_heads
