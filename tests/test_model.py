@@ -17,7 +17,7 @@ from spd_calib.models.architecture import find_decoder
 from spd_calib.models.layer_names import LAYERS
 from spd_calib.models.probe import find_layers
 from spd_calib.parallel.head import PerRank
-from spd_calib.parallel.model import TensorParallelLM
+from spd_calib.parallel.model import TensorParallelLM, tolerance
 
 KEEP, DROP, PLAIN = Strategy.KEEP_SYNC, Strategy.BLOCK_DROP, Strategy.PLAIN_DROP
 ATTENTION = {
@@ -247,6 +247,11 @@ def test_fused_layers_that_lie_otherwise_are_refused():
     qkv.register_forward_hook(lambda m, args, out: out.view(*out.shape[:-1], 8, 3, 8).transpose(-3, -2).flatten(-3))
     with pytest.raises(InputError, match="differs"):
         TensorParallelLM.simulated(model, 2)
+
+
+def test_how_far_rounding_may_go():
+    for value, dtype, expected in ((0.5, torch.float32, 1e-4), (-20.0, torch.float32, 2e-3), (20.0, torch.bfloat16, 2)):
+        assert tolerance(torch.tensor([value, 0.1], dtype=dtype)) == pytest.approx(expected)
 
 
 def test_what_stands_behind_the_output_head_counts_for_measured_logits_too():

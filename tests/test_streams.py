@@ -49,11 +49,13 @@ def test_sums_behind_a_norm_wait_side_by_side_for_one_message():
     off = write_off(owing, t(1, 2), squaring)
     assert [p.item() for p in off.written_off] == [5 + 3 * 2**2, 6 + 3 * 3**2] and off.debt is owing.debt
     assert (Branch(t(7)[0])(x), Branch()(x), squaring(x)) == (17, 10, 3 * 11**2)
+    assert Branch(None, lambda v: v, 2.0)(x) == 20
 
     s = defer(owing, t(1, 2), doubling)
     assert [s.read(i).item() for i in (0, 1)] == [10 + 100 + 5 + 2, 10 + 200 + 6 + 4] and not s.settled
     s = defer(s, t(3, 4), squaring, estimates=t(7, 8))  # the ranks' own estimates in place of squaring(3), squaring(4)
     assert [s.read(i).item() for i in (0, 1)] == [117 + 7, 220 + 8] and s.shared is x
+    assert all(drop(s, t(1, 2), Branch()).waiting is s.waiting for drop in (defer, write_off))
     full = 10 + 300 + 2 * (1 + 2) + 3 * (3 + 4 + 1) ** 2
     assert in_full(s).item() == full and in_full(owing).item() == 310
 
