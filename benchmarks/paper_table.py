@@ -43,6 +43,8 @@ from spd_calib.models.load import load_dense, load_tokenizer, locate, read_confi
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.session import versions
 from spd_calib.planning.candidates import candidates, interactions_of
+from spd_calib.planning.model_sizes import ModelSizes
+from spd_calib.planning.replication import affordable
 from spd_calib.recovery.distillation import Schedule
 from spd_calib.recovery.held_out import HeldOut
 from spd_calib.recovery.journal import TensorJournal
@@ -55,7 +57,14 @@ from spd_calib.sensitivity.text import TextOptions, evenly, load_text
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "llm"
 ANY_RANK = 10**6
-MAX_RANK = {"free at run time": 0, "with predictors": ANY_RANK, "distilled": 0, "distilled, with predictors": ANY_RANK}
+REPLICATED, MORE = "with heads replicated", 0.07  # of other ranks: a rank reads so many more of the weights at most
+MAX_RANK = {
+    "free at run time": 0,
+    REPLICATED: 0,
+    "with predictors": ANY_RANK,
+    "distilled": 0,
+    "distilled, with predictors": ANY_RANK,
+}
 METHODS = ("as is", *MAX_RANK)
 PUBLISHED = (
     "Published figures beside it: Sync-Point Drop (arXiv 2502.20727), LLaMA2-70B on 8 GPUs over a 10 GB/s link: 70 % "
@@ -127,7 +136,8 @@ class Table:
             "sequences": len(self.sequences) - args.judged,
             "steps": args.steps if "distilled" in method else 0,
             "text": _figures(on_text), "second": _figures(on_second),
-            "predictor_weights_a_rank": added, "seconds": seconds, "cpu_seconds": cpu,
+            "replicated": sorted(planned_drops.replicated), "predictor_weights_a_rank": added,
+            "seconds": seconds, "cpu_seconds": cpu,
             "forwards": cpu / self.forward_seconds,  # of the fitted text through the dense model, as long as that took
             "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "tasks": self.on_tasks(TensorParallelLM.simulated(model.restored(), args.tp), planned_drops),
@@ -137,7 +147,10 @@ class Table:
     def recover(self, model: PlannedModel, share: float, method: str) -> list:
         """Treat the model's blocks by the method; one that trains takes over what was made without training."""
         args = self.args
-        max_rank, distilled = MAX_RANK[method], method.startswith("distilled")
+        max_rank, distilled, heads = MAX_RANK[method], method.startswith("distilled"), None
+        if method == REPLICATED:
+            sizes = ModelSizes.of(self.load())
+            heads = affordable(sizes, MORE, tp=args.tp, most=len(model.students))
         run = {"model": args.model.name, "share": share, "sequences": args.sequences, "max_rank": max_rank}
         folder = ROOT / "runs" / "llm" / f"{args.model.name}-tp{args.tp}-{share:.2f}-{max_rank}-{args.sequences}"
         with TensorJournal(folder, run) as journal:
@@ -154,6 +167,7 @@ class Table:
                     block_schedule=Schedule(steps=0),
                     whole_schedule=Schedule(steps=args.steps, rate=args.rate),
                 ),
+                heads=heads,
                 journal=journal,
                 tick=lambda note: print(f"{100 * share:.0f} %, {method}: {note}", file=sys.stderr, flush=True),
             )
@@ -213,7 +227,9 @@ def report(path: Path, command: str) -> str:
         f"Measured on {document['measured']} sequences of {document['seq_len']} tokens of {document['data']} that "
         f"nothing was fitted on, as many of {document['second']}, and the first {document['limit']} documents of each "
         "task. Accuracy in points, the paired difference to the dense model. CPU seconds of one thread on a shared "
-        "machine; of a distilled row those of the training alone, where what comes before it had a row of its own.",
+        "machine; of a distilled row those of the training alone, and with heads replicated (a rank reads up to "
+        f"{100 * MORE:.0f} % more of the weights) those of the choice alone, "
+        "where what comes before had a row of its own.",
         "",
         "| dropped | method | KL | perplexity | KL, second text | perplexity, second text | "
         + " | ".join(t.removesuffix("_part") for t in tasks)
@@ -225,6 +241,7 @@ def report(path: Path, command: str) -> str:
         lines.append(
             f"| {r['dropped']} of {document['blocks']} | {r['method']}"
             + (f" ({r['steps']} steps)" if r["steps"] else "")
+            + (f" (blocks {', '.join(map(str, r['replicated']))})" if r.get("replicated") else "")
             + "".join(f" | {f['kl']:.3f} ± {f['kl_stderr']:.3f} | {100 * f['ppl_increase']:+.1f} %" for f in found)
             + "".join(f" | {100 * t['difference']:+.1f} ± {100 * t['stderr']:.1f}" for t in r["tasks"].values())
             + (f" | {-lost(r)[0]:+.1f} ± {lost(r)[1]:.1f}" if tasks else " | ")

@@ -109,6 +109,31 @@ def test_within_a_budget_blocks_are_given_back_and_the_plan_says_so(spd, llama, 
     assert abs(verified_again(made, tmp_path / "out", text).kl - made.verified.kl) < 1e-4 * max(made.verified.kl, 1e-3)
 
 
+def test_heads_are_replicated_where_the_recovered_model_costs_most(spd, llama, text, tmp_path) -> None:
+    plan = write_plan(tmp_path / "plan.json", llama, 4, ["block_drop"] * 4)
+    said = [plan, "--data", text, "--seq-len", 24, "--max-samples", 24, "--verify-samples", 8, "--device", "cpu"]
+    run = spd("recover", *said, "--methods", "compensation", "-o", tmp_path / "out", "--replicate", "40%")
+    assert run.code == 0, run.err
+    made = read(Plan, tmp_path / "out" / "plan.json")
+    every = tuple(tuple(g for g in range(4) if g != rank) for rank in range(4))
+    chosen = [b.index for b in made.blocks if b.replicated]
+    assert made.drops.replicated == dict.fromkeys(chosen, every) and 0 < len(chosen) < 4
+    assert {"replicated_heads", "compensation"} <= set(made.requires) and len(made.drops) == 4
+    for block in made.blocks:
+        assert ("all heads of other ranks replicated: KL" in block.reason) == (block.index in chosen)
+        assert not (block.compensation and block.index in chosen)
+    assert abs(verified_again(made, tmp_path / "out", text).kl - made.verified.kl) < 1e-4 * made.verified.kl
+
+    for share, why in (
+        ("10%", "less than all heads of other ranks take in one block"),
+        ("0%", "less than one KV group"),
+    ):
+        run = spd("recover", *said, "-o", tmp_path / "none", "--replicate", share)
+        assert run.code in (1, 2) and why in run.err and not (tmp_path / "none").exists(), run.err
+    again = spd("recover", tmp_path / "out" / "plan.json", *said[1:], "-o", tmp_path / "none", "--replicate", "40%")
+    assert again.code == 2 and "replicates heads already" in again.err
+
+
 def test_two_budgets_are_refused(spd, llama, text, tmp_path) -> None:
     plan = write_plan(tmp_path / "plan.json", llama, 4, ["block_drop"] * 4)
     run = spd("recover", plan, "--data", text, "-o", tmp_path / "o", "--max-kl", 1, "--max-ppl-increase", "1%")

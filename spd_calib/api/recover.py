@@ -34,6 +34,7 @@ from .opening import document_of, open_model_of, resolved_for
 from .options import RunOptions
 from .progress import SILENT, Progress
 from .provenance import provenance
+from .replication import whole_blocks_for
 from .text import TextSelection, load_texts_for
 
 SPREAD = 4  # times as many packed sequences as are used are read, so that they are of more documents
@@ -54,6 +55,7 @@ def recover(
     steps: int = 200,
     final_steps: int = 200,
     rate: float = 0.01,
+    replicate: Amount | None = None,
     max_kl: Amount | None = None,
     max_ppl_increase: Amount | None = None,
     run: RunOptions = RunOptions(batch_size=16),
@@ -79,6 +81,8 @@ def recover(
         steps, final_steps: of training a block (0: none is trained alone), and of training all treated blocks together
             at the end.
         rate: of training, relative to each weight's size.
+        replicate: share of the weights a rank reads that it may read more, '7%': all heads of other ranks are
+            replicated in as many blocks as that pays for, those that cost most after recovery.
         max_kl, max_ppl_increase: a budget for the recovered plan, one of them: as many blocks are given back to the
             dense model as must be to keep it on the text to judge by, with standard errors to spare.
         run: device, dtype (default: the plan's), batch size, seed.
@@ -103,12 +107,15 @@ def recover(
             "Recovery cannot fit weights through quantised syncs; recover a plan without them, then profile the "
             "checkpoint and plan with `sync_bits`."
         )
+    if replicate is not None and document.drops.replicated:
+        raise InputError("The plan replicates heads already; leave `replicate` out, or plan without.")
     tiers, whence = tiers_of(document, tau1=tau1, tau2=tau2)
     checkpoint.check_output(output)
     session = open_model_of(document, path=path, model=model, replicas=True)
     if (source := session.source) is None:
         raise InputError("Recovery writes a folder like the one the model came from; give that folder as `model`.")
     check_writable(source, session.config)
+    heads = None if replicate is None else whole_blocks_for(document, session=session, share=replicate)
     run = resolved_for(session, run, dtype=document.provenance.dtype)
     run = replace(run, device=local_device(run.device))
     found = load_texts_for(session, [data], _like_the_plans(text, document), spread=SPREAD)[0]
@@ -124,6 +131,9 @@ def recover(
         "dtype": run.dtype,
         "tiers": repr(tiers),
     }
+    if heads:
+        identity |= {"heads": repr(heads)}
+        progress.say(f"heads to replicate in {heads.blocks} blocks: {100 * heads.share:.1f} % more weights to read")
     progress.expect(_steps_at_most(tiers, options))
     made: Plan | None = None
     with TensorJournal(output.absolute().parent / f"{output.name}.partial", identity) as journal:
@@ -133,6 +143,7 @@ def recover(
             held_out=judging,
             tiers=tiers,
             options=options,
+            heads=heads,
             budget=budget,
             journal=journal,
             tick=progress.step,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import Drop, Drops, Point, Strategy
-from spd_calib.formats.plan import Budget
+from spd_calib.formats.plan import Budget, Plan
 from spd_calib.formats.profile import Profile
 from spd_calib.parallel.session import Session
 from spd_calib.planning.budget_options import Amount, fraction
@@ -57,3 +57,19 @@ def replicated_heads(
         f"heads replicated in {len(found.drops)} blocks: a rank reads {100 * heads.share:.1f} % more weights than dense"
     )
     return found
+
+
+def whole_blocks_for(plan: Plan, *, session: Session, share: Amount) -> Affordable:
+    """Return in how many blocks that the plan drops a rank may have all heads, for this share of the weights more.
+
+    Raises InputError where it is none, SpdError where it is less than one KV group in one block.
+    """
+    dropped = [point for point, drop in plan.drops.by_point.items() if drop.strategy == Strategy.BLOCK_DROP]
+    most = sum(point.sync_point == "attention" for point in dropped)
+    heads = affordable(sizes_of(session), fraction(share, "replicate"), tp=session.tp, most=most)
+    if not heads.blocks:
+        raise InputError(
+            f"`replicate` {share} of the weights is less than all heads of other ranks take in one block; allow "
+            "more, or replicate some of them before recovery, by `plan --replicate`."
+        )
+    return heads

@@ -28,7 +28,7 @@ def recover(
     ],
     methods: Annotated[
         str,
-        typer.Option(metavar="NAMES", help="What is tried, comma-separated; 'distillation' trains."),
+        typer.Option(metavar="NAMES", help="And distillation."),
     ] = "grouping,compensation,refit",
     max_rank: Annotated[
         int | None,
@@ -70,6 +70,10 @@ def recover(
     rate: Annotated[
         float, typer.Option(min=0, help="Of training, relative to each weight's size.", rich_help_panel=TREAT)
     ] = 0.01,
+    replicate: Annotated[
+        str | None,
+        typer.Option(metavar="X", help="Weights a rank reads more, of others' heads, e.g. 7%.", rich_help_panel=TREAT),
+    ] = None,
     max_kl: Annotated[
         str | None, typer.Option(metavar="NATS", help="Give back blocks until it costs less.", rich_help_panel=TREAT)
     ] = None,
@@ -113,6 +117,7 @@ def recover(
             steps=steps,
             final_steps=final_steps,
             rate=rate,
+            replicate=replicate,
             max_kl=max_kl,
             max_ppl_increase=max_ppl_increase,
             run=RunOptions(device, dtype, batch_size, seed),

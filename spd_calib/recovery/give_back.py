@@ -29,23 +29,27 @@ def give_back(
     """
     if kept(budget, measured, certain=True):
         return []
-    ranked, treated = _ranked(model, text, tick=tick), dict(model.students)
-    low, high = 1, len(ranked)  # with all of them given back it is the dense model
+    treated = dict(model.students)
+    order = ranked(model, text, list(treated), tick=tick)
+    low, high = 1, len(order)  # with all of them given back it is the dense model
     while low < high:
         tried = (low + high) // 2
-        _leave_out(model, treated, [a.block for a in ranked[:tried]])
+        _leave_out(model, treated, [a.block for a in order[:tried]])
         found = text.measure().comparison()
         tick(f"{tried} of {len(treated)} blocks given back: {describe(budget, cost(budget, found))}")
         low, high = (low, tried) if kept(budget, found, certain=True) else (tried + 1, high)
-    _leave_out(model, treated, [a.block for a in ranked[:low]])
-    return ranked[:low]
+    _leave_out(model, treated, [a.block for a in order[:low]])
+    return order[:low]
 
 
-def _ranked(model: PlannedModel, text: HeldOut, *, tick: Callable[[str], None]) -> list[Attempt]:
-    """Return an attempt at giving back each block alone, those that win most first; the model stays as it was."""
+def ranked(model: PlannedModel, text: HeldOut, blocks: Sequence[int], *, tick: Callable[[str], None]) -> list[Attempt]:
+    """Return an attempt at giving back each of `blocks` alone, those that win most first; the model stays as it was.
+
+    The KL is that of the whole on some of the text.
+    """
     some = HeldOut(model, text.sequences[:RANKED_BY], batch_size=text.batch_size)
     treated, before, found = dict(model.students), some.measure(), list[Attempt]()
-    for block in treated:
+    for block in blocks:
         began = time.monotonic()
         _leave_out(model, treated, [block])
         after = some.measure()

@@ -66,6 +66,12 @@ class Judge:
             for a in self.attempts
         ]
 
+    def replaced(self, students: Sequence[Student], attempts: Sequence[Attempt]) -> None:
+        """Give the model these students in place of what was treated, for reasons that `attempts` write down."""
+        self.undo(students)
+        self.attempts.extend(attempts)
+        self._tally = None
+
     def go_on_from(self, attempts: Sequence[Attempt], *, measured: bool) -> None:
         """Take over the attempts of an interrupted run, whose students the model has by now.
 

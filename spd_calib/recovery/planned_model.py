@@ -30,9 +30,7 @@ class PlannedModel:
         self.lm = TensorParallelLM.simulated(model.requires_grad_(False), tp)
         drops = self.lm.fitted(drops)
         # until it is treated, a student shares the dense layer's weights
-        self.students = {
-            i: Student.of(self._layers[i], self.lm.blocks[i], drops) for i in sorted({p.block for p in drops})
-        }
+        self.students = {i: self.as_dense(i, drops) for i in sorted({p.block for p in drops})}
 
     @property
     def drops(self) -> Drops:
@@ -43,6 +41,10 @@ class PlannedModel:
     def blocks(self) -> list[Block]:
         """Return the blocks of the planned model, in order."""
         return [self.students[b.index].block if b.index in self.students else b for b in self.lm.blocks]
+
+    def as_dense(self, block: int, drops: Drops) -> Student:
+        """Return a student that runs the dense model's weights of a block; of `drops` those at its own sync points."""
+        return Student.of(self._layers[block], self.lm.blocks[block], drops)
 
     def put(self, student: Student) -> Student:
         """Take a student into the planned model; return the one it replaces."""

@@ -14,6 +14,7 @@ from spd_calib.errors import InputError
 from spd_calib.formats.drops import Strategy
 from spd_calib.formats.plan import Budget
 from spd_calib.parallel.comm import Comm, SimulatedComm
+from spd_calib.planning.replication import Affordable
 from spd_calib.sensitivity.tiers import Tier
 
 from .closed_form import COST_TOKENS, ClosedForm, treat_block
@@ -27,6 +28,7 @@ from .journal import TensorJournal
 from .judge import Judge
 from .options import RecoveryOptions
 from .planned_model import PlannedModel
+from .replicate import with_every_head, worth_replicating
 from .report import TOGETHER, Attempt, RecoveryReport
 from .student import Student
 
@@ -40,6 +42,7 @@ def recover(
     held_out: Sequences,
     tiers: Mapping[int, Tier],
     options: RecoveryOptions = RecoveryOptions(),
+    heads: Affordable | None = None,
     budget: Budget | None = None,
     journal: TensorJournal | None = None,
     tick: Callable[[str], None] | None = None,
@@ -47,7 +50,9 @@ def recover(
 ) -> RecoveryReport:
     """Treat the dropped blocks of `model` by their tiers; its students are then what was kept.
 
-    With a `budget` as few blocks as must be are given back to the dense model in the end, until the whole keeps it.
+    With `heads` all KV groups of other ranks are replicated in as many blocks as that says, where the recovered model
+    wins most by it (replicate.py). With a `budget` as few blocks as must be are given back to the dense model in the
+    end, until the whole keeps it.
 
     Blocks are fitted on `fitting` (whose last eighth chooses ridges, heads and when training stops) and judged on
     `held_out`; both are sequences of token ids. `tick` is given a note after each decision and each look at a training.
@@ -62,18 +67,22 @@ def recover(
             f"{len(fitting)} sequences to fit on and {len(held_out)} to judge by are too few to recover with (8 and 2 "
             "at least); give more text, or lower seq_len or min_len."
         )
+    dropped = {i: tiers.get(i) for i, s in sorted(model.students.items()) if s.strategy == Strategy.BLOCK_DROP}
+    if heads:
+        with_every_head(model, list(dropped), heads.every)  # before anything is fitted: it may be refused
     replicas = replicas or SimulatedComm(1)
     is_main = replicas.ranks[0] == 0
     text = HeldOut(model, held_out if is_main else [], batch_size=options.batch_size)
     judge = Judge(model, text, tick=tick or _ignore)
     before = judge.tally.kl() if is_main else 0.0
-    dropped = {i: tiers.get(i) for i, s in sorted(model.students.items()) if s.strategy == Strategy.BLOCK_DROP}
     treatments = {i: t for i, tier in dropped.items() if (t := _closed_form(options, tier))}
     trained = [i for i, tier in dropped.items() if tier != "insensitive"]
     run = _Run(model, fitting, options, FinishedSteps(model, judge, journal, replicas))
     if is_main and treatments:
         run.treat_in_closed_form(treatments)
     run.finished.share(list(treatments))
+    if heads:
+        run.replicate(heads, text)
     if "distillation" in options.methods and trained:
         run.distil(trained)
     given_back: list[Attempt] = []
@@ -151,6 +160,13 @@ class _Run:
         for student in made[:good]:
             self.model.put(student)
         judge.undo([as_is[student.index] for student in made[good:]])
+
+    def replicate(self, heads: Affordable, text: HeldOut) -> None:
+        """Replicate heads where the whole wins most by it; all replicas call this at once."""
+        judge = self.finished.judge
+        chosen = self.finished.agreed(lambda: worth_replicating(self.model, text, blocks=heads.blocks, tick=judge.tick))
+        blocks = [attempt.block for attempt in chosen or [] if attempt.block is not None]
+        judge.replaced(with_every_head(self.model, blocks, heads.every), chosen or [])
 
     def distil(self, blocks: Sequence[int]) -> None:
         """Train one block after the other, then all together; all replicas call this at once."""

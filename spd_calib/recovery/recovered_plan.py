@@ -18,7 +18,7 @@ from spd_calib.models.plan_files import form_of
 from spd_calib.sensitivity.metrics import Tally
 
 from .planned_model import PlannedModel
-from .report import RecoveryReport
+from .report import REPLICATED, RecoveryReport
 from .student import Student
 
 
@@ -73,6 +73,7 @@ def _block(block: PlannedBlock, model: PlannedModel, report: RecoveryReport) -> 
     return block.model_copy(
         update={
             "strategy": student.strategy,
+            "replicated": student.replicated,
             "recovery": None,
             "compensation": form_of(student.drops, student.block.attention_point),
             "mlp_compensation": form_of(student.drops, student.block.mlp_point),
@@ -92,5 +93,8 @@ def _router(block: PlannedBlock, student: Student) -> RouterPredictor | None:
 
 def _reason(report: RecoveryReport, block: int) -> str:
     tier, kept = report.tiers.get(block), report.kept(block)
+    for attempt in report.attempts:
+        if attempt.block == block and attempt.treatment == REPLICATED:
+            return f"{tier}; all heads of other ranks replicated: KL {attempt.fell:.3g} less than recovered"
     done = "recovered by " + ", ".join(dict.fromkeys(kept)) if kept else "left as it is: no treatment helped the whole"
     return f"{tier}; {done}" if tier != "insensitive" else "insensitive: dropped as it is"

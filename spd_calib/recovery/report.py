@@ -11,6 +11,7 @@ REPORT_FILE = "recovery.json"  # in the checkpoint's folder
 TOGETHER = "all without training"  # what was done in closed form, to all blocks, as one treatment
 
 GIVEN_BACK = "given back"  # to the dense model, in the end, since the whole broke its budget
+REPLICATED = "heads replicated"  # of other ranks, on every rank, in a block of the dense model
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,65 @@
+"""Heads replicated in a recovered model: where the whole wins most, and exactly the dense block there."""
+
+import pytest
+import torch
+from planned_models import extreme, planned, sequences
+
+from spd_calib.errors import InputError
+from spd_calib.formats.drops import Point
+from spd_calib.planning.model_sizes import Added
+from spd_calib.planning.replication import Affordable
+from spd_calib.recovery.held_out import HeldOut
+from spd_calib.recovery.options import RecoveryOptions
+from spd_calib.recovery.recover import recover
+from spd_calib.recovery.replicate import with_every_head, worth_replicating
+from spd_calib.recovery.report import REPLICATED
+
+EVERY = tuple(tuple(g for g in range(4) if g != rank) for rank in range(4))  # of the other three of four ranks
+
+
+def heads(blocks: int) -> Affordable:
+    return Affordable(blocks, EVERY, None, Added(), 0.1)
+
+
+def test_the_blocks_that_cost_most_after_recovery_are_the_dense_models() -> None:
+    model, text = planned(layers=4), sequences(8, seed=1)
+    options = RecoveryOptions(methods=("compensation", "refit"), max_rank=0)
+    alone = planned(layers=4)
+    recovered = recover(alone, fitting=sequences(16), held_out=text, tiers=extreme(alone), options=options)
+    report = recover(model, fitting=sequences(16), held_out=text, tiers=extreme(model), options=options, heads=heads(2))
+    chosen = {a.block: a.fell for a in report.attempts if a.treatment == REPLICATED}
+    assert set(model.drops.replicated) == set(chosen) and len(chosen) == 2
+    assert report.kl < recovered.kl
+    assert report.kl == pytest.approx(HeldOut(model, text).measure().kl(), rel=1e-6)
+    students = dict(alone.students)
+    wins = {}
+    for block in students:  # what each wins in the recovered model, with that block alone kept, on the first sequences
+        alone.students = {i: s for i, s in students.items() if i != block}
+        wins[block] = -HeldOut(alone, text[:4]).measure().kl()
+    alone.students = students
+    before = HeldOut(alone, text[:4]).measure().kl()
+    assert set(sorted(wins, key=wins.__getitem__)[2:]) == set(chosen)
+    for block, fell in chosen.items():
+        assert fell == pytest.approx(before + wins[block], rel=1e-3)
+        assert model.students[block].predictors is None
+        undone = [a for a in report.attempts if a.block == block and a.treatment != REPLICATED]
+        assert undone and not any(a.kept for a in undone)
+
+
+def test_a_block_with_every_head_is_the_dense_block_with_its_sync_dropped() -> None:
+    model = planned(layers=2)
+    for student in with_every_head(model, [0, 1], EVERY):
+        model.put(student)
+    ids = torch.tensor(sequences(2, seed=3))
+    recording = model.lm.record(ids)
+    assert (model.lm.logits(model.run(recording)) - model.lm.logits(recording.final)).abs().max() < 1e-5
+    assert set(model.drops) == {Point(0, "attention"), Point(1, "attention")}  # dropped, all the same
+    assert worth_replicating(model, HeldOut(model, sequences(4)), blocks=0, tick=lambda note: None) == []
+
+
+def test_a_mixture_of_experts_is_refused_before_anything_is_fitted() -> None:
+    model, every, notes = planned("qwen2_moe", tp=2), ((1,), (0,)), []
+    with pytest.raises(InputError, match="mixture of experts"):
+        recover(model, fitting=sequences(16), held_out=sequences(8), tiers=extreme(model),
+                heads=Affordable(1, every, None, Added(), 0.1), tick=notes.append)  # fmt: skip
+    assert not notes
