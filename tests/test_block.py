@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import NOTHING_DROPPED, Drop, Drops, Point, Strategy
 from spd_calib.models.predictor import Predictor
-from spd_calib.parallel.block import _a_cache_for_each_rank
+from spd_calib.parallel.block import _a_cache_for_each_rank, _branch
 from spd_calib.parallel.model import TensorParallelLM
 
 DROP = Strategy.BLOCK_DROP
@@ -55,6 +55,14 @@ def test_a_predictor_that_is_the_ranks_own_share_changes_nothing(family):
     low = logits({r: Predictor(zero, a=a, b=b) for r in (0, 1)})
     both = logits({r: Predictor(zero, w=w + a @ b) for r, w in enumerate(shares)})
     assert torch.allclose(both, low, atol=1e-4) and not torch.allclose(low, plain, atol=1e-3)
+
+
+def test_a_scalar_is_in_the_bias_where_there_is_no_norm():
+    """Behind a norm it multiplies what the norm gives."""
+    bias = torch.tensor([3.0, 5.0])
+    assert _branch(bias, None, 2.0).bias.tolist() == [6, 10] and _branch(bias, None, 1.0).bias is bias
+    behind = _branch(bias, torch.nn.Identity(), 2.0)
+    assert behind.bias is bias and behind(torch.ones(2)).tolist() == [8, 12]
 
 
 def test_predictors_that_do_not_fit_are_refused():

@@ -249,6 +249,13 @@ def test_fused_layers_that_lie_otherwise_are_refused():
         TensorParallelLM.simulated(model, 2)
 
 
+def test_a_model_without_an_output_head_is_refused(monkeypatch):
+    model = tiny.build("llama")
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
+    with pytest.raises(InputError, match=r"^LlamaForCausalLM has no plain output head; "):
+        TensorParallelLM.simulated(model, 2)
+
+
 def test_how_far_rounding_may_go():
     for value, dtype, expected in ((0.5, torch.float32, 1e-4), (-20.0, torch.float32, 2e-3), (20.0, torch.bfloat16, 2)):
         assert tolerance(torch.tensor([value, 0.1], dtype=dtype)) == pytest.approx(expected)

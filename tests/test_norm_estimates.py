@@ -18,6 +18,7 @@ from spd_calib.formats.drops import NOTHING_DROPPED, Drop, Drops, Point, Strateg
 from spd_calib.models.plan_files import load_plan
 from spd_calib.models.predictor import Predictor
 from spd_calib.parallel.model import TensorParallelLM
+from spd_calib.parallel.streams import in_full
 from spd_calib.planning.budget_options import BudgetOptions
 from spd_calib.sensitivity.measure import Subject, measure
 from spd_calib.sensitivity.norm_estimates import fit_estimates
@@ -106,6 +107,27 @@ def test_the_mlps_read_the_estimate_and_the_stream_gets_the_exact_sums():
     lm.estimates = NOTHING_DROPPED
     with lm.running(Drops.of({point: DROP})):
         assert torch.allclose(lm(ids), naive, atol=1e-6) and not torch.allclose(naive, explicit, atol=1e-3)
+
+
+def test_the_next_block_reads_the_estimate_of_an_mlp():
+    """Gemma 3, by hand: the ranks read x + A(a) + (s_i M(m_i) + c_i), where M(m_0 + m_1) is to join x + A(a)."""
+    model, ids = tiny.build("gemma3"), tiny.tokens(1, 7)
+    lm = TensorParallelLM.simulated(tiny.build("gemma3"), 2)
+    layer, seen = model.model.layers[0], seen_by(model, ids[0].tolist())
+    of_ranks = {r: Predictor(torch.full((64,), 0.5 + r), scale=torch.linspace(0, 1 + r, 64)) for r in range(2)}
+    with torch.no_grad():
+        x = model.model.embed_tokens(ids)[0] + layer.post_attention_layernorm(
+            seen[0, "attention"] @ layer.self_attn.o_proj.weight.T
+        )
+        act = seen[0, "mlp"]
+        m = [act[:, 64 * r : 64 * r + 64] @ layer.mlp.down_proj.weight[:, 64 * r : 64 * r + 64].T for r in range(2)]
+        norm = layer.post_feedforward_layernorm
+        read = [x + of_ranks[r].scale * norm(m[r]) + of_ranks[r].bias for r in range(2)]
+        whole = x + norm(m[0] + m[1])
+    with lm.running(Drops({Point(0, "mlp"): Drop(DROP, of_ranks)})):
+        behind = lm.record(ids).streams[1]
+    assert all(torch.allclose(behind.read(r)[0], read[r], atol=1e-5) for r in range(2))
+    assert torch.allclose(in_full(behind)[0], whole, atol=1e-5) and not torch.allclose(read[0], read[1], atol=1e-2)
 
 
 def test_predictors_of_an_mlp_without_a_norm_are_refused():
