@@ -16,6 +16,7 @@ from spd_calib.runtimes.planned import Planned
 from spd_calib.runtimes.projections import Projection
 from spd_calib.runtimes.vllm import forwards, norm_forwards
 from spd_calib.runtimes.vllm.forwards import Parts, fused
+from spd_calib.runtimes.vllm.mixtures import open_mixture
 from spd_calib.runtimes.vllm.norm_forwards import behind_norms, sandwich
 from spd_calib.runtimes.vllm.projections import ending_before
 
@@ -220,3 +221,47 @@ def test_sums_behind_norms_wait_side_by_side(plan):
         expected = layers.naive(plan, x)
         torch.testing.assert_close(layers(x), expected)
         torch.testing.assert_close(torch.compile(layers, fullgraph=True, backend="aot_eager")(x), expected)
+
+
+class Experts(nn.Module):
+    """What is used of vLLM's runner: two of three experts for each token, with biases, which rank 0 adds."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, D_MODEL, D_MODEL) / D_MODEL**0.5)
+        self.routed_experts = SimpleNamespace(w2_bias=torch.randn(3, D_MODEL))
+        self.router = SimpleNamespace(_compute_routing=lambda u, logits, _: logits.softmax(-1).topk(2))
+
+    def forward(self, u, logits):
+        weights, chosen = self.router._compute_routing(u, logits, None)
+        outs = torch.einsum("nkoi,ni->nko", self.weight[chosen], u) + self.routed_experts.w2_bias[chosen]
+        return (weights[..., None] * outs).sum(1)
+
+
+class LayerOfExperts(Layer):
+    def __init__(self):
+        super().__init__(bias=False)
+        self.router, self.experts = nn.Linear(D_MODEL, 3), Experts()
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_biases_of_experts_join_the_shared_stream_where_their_sum_waits(scale):
+    """Both sync points dropped, behind the last layer's norm: the debt is the partial sums alone, of each once."""
+    torch.manual_seed(0)
+    layer, (hidden, residual) = LayerOfExperts(), streams()
+    mixture = open_mixture(layer, gate="router", rank=0, scale=scale)
+    layer.o.forward = ending_before(layer.o)
+    forward = fused(layer, Parts(layer.norm1, layer.norm2, Projection(layer.o, rank=0), mixture), Planned(D, D))
+    with torch.no_grad():
+        debt, shared = torch.compile(forward, fullgraph=True, backend="aot_eager")(None, hidden, residual)
+        x = hidden + residual
+        a = attention(layer.norm1(x)) @ layer.o.weight.T
+        read, chooses = layer.norm2(x + a), layer.norm2(x)
+        experts = layer.experts
+        for token in range(TOKENS):
+            shares = layer.router(chooses[token]).softmax(-1)
+            best = sorted(range(3), key=lambda e: -shares[e])[:2]
+            partial = sum(shares[e] * (experts.weight[e] @ read[token]) for e in best)
+            bias = sum(shares[e] * experts.routed_experts.w2_bias[e] for e in best)
+            torch.testing.assert_close(debt[token], a[token] + scale * partial)
+            torch.testing.assert_close(shared[token], x[token] + scale * bias)

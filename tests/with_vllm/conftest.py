@@ -19,6 +19,25 @@ try:
 except PackageNotFoundError:
     collect_ignore_glob = ["test_*.py"]
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 32,
+}
+DEEPSEEK = {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.7}}
+AS_VLLM_READS_IT = {
+    "ernie4_5": {"use_bias": False},
+    "gpt_oss": {"swiglu_limit": 7.0, "rope_parameters": {**YARN, "truncate": False}},
+    "deepseek_v2": DEEPSEEK,
+    "deepseek_v3": {**DEEPSEEK, "attention_bias": False, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
+}
+"""What families' configurations must say, for vLLM reads nothing else."""
+LATENT = {"kv_heads": 4, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 64}
+"""The one shape of latents for which vLLM's CPU build has a kernel; heads as wide as their rotary part."""
+
 SHAPE = {"hidden": 128, "heads": 4, "kv_heads": 2, "intermediate": 256}  # vLLM's CPU attention wants heads of 32
 """As tiny's, but with heads that vLLM's attention on a CPU has a kernel for."""
 
@@ -26,8 +45,13 @@ SHAPE = {"hidden": 128, "heads": 4, "kv_heads": 2, "intermediate": 256}  # vLLM'
 def build(family: str, **overrides):
     """A tiny random model of a family, in a shape that vLLM can run on a CPU."""
     heads = {"head_dim": 32} if "head_dim" in {**tiny.FAMILIES, **tiny.MIXTURES}[family][1] else {}
-    as_vllm_reads_it = {"use_bias": False} if family == "ernie4_5" else {}
-    return tiny.build(family, **{**SHAPE, **heads, **as_vllm_reads_it, **overrides})
+    heads |= LATENT if family.startswith("deepseek") else {}
+    model = tiny.build(family, **{**SHAPE, **heads, **AS_VLLM_READS_IT.get(family, {}), **overrides})
+    if family == "ernie4_5_moe":  # vLLM's router on a CPU leaves the correction of the scores out
+        for name, tensor in model.state_dict().items():
+            if name.endswith("correction_bias"):
+                tensor.zero_()
+    return model
 
 
 def free_port() -> int:

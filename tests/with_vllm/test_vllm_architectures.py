@@ -39,10 +39,13 @@ AS_ON_A_GPU = ("llama_bias", "granite")
 """Run a second time with weights that lie open, as on a GPU: what is owed is then added to within the products."""
 JOBS = {**{name: (name, False) for name in FAMILIES}, **{f"{name}-in-place": (name, True) for name in AS_ON_A_GPU}}
 """Name -> family, and whether as on a GPU."""
-MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe")
+MIXTURES_BEHIND_DENSE = ("glm4_moe", "ernie4_5_moe", "deepseek_v2", "deepseek_v3")  # block 0 has no experts
+MIXTURES += (*MIXTURES_BEHIND_DENSE, "gpt_oss")
 OF_MIXTURES = {"attention": [D, K, D, D], "mlp": [D, D, K, K], "kinds": [None, None, "full", None]}
 """As many sync points; a dropped attention behind a dropped MLP and behind none, with and without predictors."""
 ROUTERS = ["low_rank", None, "zero", "full"]
+ROUTERS_BEHIND_DENSE = [None, None, "low_rank", "full"]
 QUANTISED = ("compressed float8", "compressed int8", "compressed w4a16", "gptq", "awq")
 """Of the schemes those that vLLM's CPU build has kernels for; each in bfloat16, the one dtype they all have."""
 FAULT = "each-rank-routes-by-itself"
@@ -67,7 +70,8 @@ def engines(folder_of, tmp_path_factory):
     for name in (*MIXTURES, FAULT):
         family = "qwen3_moe" if name == FAULT else name
         (place / name).mkdir()
-        plan = write_plan(place / name / "plan.json", folder_of(family), 2, **OF_MIXTURES, routers=ROUTERS)
+        routers = ROUTERS_BEHIND_DENSE if family in MIXTURES_BEHIND_DENSE else ROUTERS
+        plan = write_plan(place / name / "plan.json", folder_of(family), 2, **OF_MIXTURES, routers=routers)
         jobs[name] = {"folder": str(folder_of(family)), "plan": str(plan), "prompts": PROMPTS, "new": NEW}
         jobs[name] |= {"as_on_a_gpu": False, "route_apart": name == FAULT}
     for scheme in QUANTISED:

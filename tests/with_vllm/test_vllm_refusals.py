@@ -1,6 +1,7 @@
 """Where an engine is configured: no plan, no effect; a plan that cannot be run is refused with the reason."""
 
 import hashlib
+import importlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from spd_calib.models.predictor import Predictor
 from spd_calib.runtimes.engine_layers import fitted
 from spd_calib.runtimes.vllm.configure import not_as_measured
 from spd_calib.runtimes.vllm.layers import apply
+from spd_calib.runtimes.vllm.mixtures import check_mixture
 from spd_calib.runtimes.vllm.worker import _apply
 
 K, D = "keep_sync", "block_drop"
@@ -140,9 +142,14 @@ def test_the_generic_implementation_of_a_known_architecture(folder, plan):
     refused(folder, plan, "whose decoder layer spd-calib does not know", model_impl="transformers")
 
 
-def test_heads_that_no_kernel_on_a_cpu_runs(tmp_path):
-    folder = tiny.save(tiny.build("llama"), tmp_path / "narrow")
-    refused(folder, write_plan(tmp_path / "plan.json", folder, 2, [D, K, K, K]), "no kernel for heads of width 8")
+@pytest.mark.parametrize(
+    ("family", "words"), [("llama", "width 8, only of 32"), ("deepseek_v3", "width 24, only of 576")]
+)
+def test_heads_that_no_kernel_on_a_cpu_runs(tmp_path, family, words):
+    """Of latent attention what counts is the width of a latent and of the rotary part beside it."""
+    folder = tiny.save(tiny.build(family), tmp_path / "narrow")
+    plan = write_plan(tmp_path / "plan.json", folder, 2, [D, K, K, K])
+    refused(folder, plan, f"no kernel for heads of {words}")
 
 
 def test_pipeline_parallelism(folder, plan):
@@ -272,11 +279,13 @@ def test_weights_that_vllm_would_quantise(folder, plan):
     refused(folder, plan, "weights quantised as they are loaded (fp8)", dtype="bfloat16", quantization="fp8")
 
 
-def test_quantised_experts(folder_of, tmp_path):
-    copy = Path(shutil.copytree(folder_of("mixtral"), tmp_path / "copy"))
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_quantised_experts(folder_of, tmp_path, family):
+    copy = Path(shutil.copytree(folder_of(family), tmp_path / "copy"))
     plan = write_plan(tmp_path / "plan.json", copy, 2, [D, K, K, D])
     config = json.loads((copy / "config.json").read_text())
     said, _ = scheme_of("compressed int8", group=32, block=128)
+    said = {"quant_method": "mxfp4"} if family == "gpt_oss" else said
     (copy / "config.json").write_text(json.dumps({**config, "quantization_config": said}))
     refused(copy, plan, "quantised experts", dtype="bfloat16")
 
@@ -330,12 +339,26 @@ def unbuilt_llama(blocks: int):
     return unbuilt(LlamaForCausalLM, model=unbuilt(plain, layers=layers)), layers
 
 
-def test_biases_that_vllm_would_leave_out():
-    from vllm.model_executor.models.ernie45 import Ernie4_5ForCausalLM
-
-    model = unbuilt(Ernie4_5ForCausalLM, config=SimpleNamespace(use_bias=True))
-    with pytest.raises(InputError, match="use_bias = True"):
-        apply(model, NOTHING_DROPPED)
+@pytest.mark.parametrize(
+    ("place", "config", "words"),
+    [
+        ("ernie45.Ernie4_5ForCausalLM", {"use_bias": True}, "use_bias = True"),
+        ("gpt_oss.GptOssForCausalLM", {"swiglu_limit": 0.5}, "swiglu_limit = 0.5"),
+        (
+            "gpt_oss.GptOssForCausalLM",
+            {"num_hidden_layers": 2, "layer_types": 2 * ["full_attention"]},
+            "layer_types = ['full_attention', 'full_attention']",
+        ),
+        ("deepseek_v2.DeepseekV2ForCausalLM", {"n_group": 4, "topk_method": "greedy"}, "topk_method = greedy"),
+        ("deepseek_v2.DeepseekV3ForCausalLM", {"attention_bias": True}, "attention_bias = True"),
+    ],
+)
+def test_what_a_configuration_asks_for_that_vllm_would_leave_out(place, config, words):
+    module, name = place.split(".")
+    kind = getattr(importlib.import_module(f"vllm.model_executor.models.{module}"), name)
+    with pytest.raises(InputError) as e:
+        apply(unbuilt(kind, config=SimpleNamespace(**config)), NOTHING_DROPPED)
+    assert f"leave out what its configuration asks for by {words}: no plan." in str(e.value)
 
 
 def test_a_layer_whose_input_is_gathered_is_refused():
@@ -418,7 +441,10 @@ def unbuilt_mixtral(blocks: int):
                 moe_parallel_config=SimpleNamespace(use_ep=False),
                 is_sequence_parallel=False,
                 skip_final_all_reduce=False,
+                in_dtype=torch.float16,
             ),
+            router=router(),
+            routed_scaling_factor=1.0,
             routed_experts=SimpleNamespace(quant_method=SimpleNamespace(moe_kernel=None)),
             routed_output_transform=None,
         )
@@ -440,6 +466,19 @@ def test_experts_end_before_their_sum_where_something_is_dropped():
         assert [runner.gate for runner in runners] == [None if i in planned else g for i, g in enumerate(routers)]
 
 
+def router(correction=None):
+    """vLLM's own router on a CPU of three experts, of which it chooses one."""
+    from vllm.model_executor.layers.fused_moe.router.cpu_router import CPURouter
+
+    return CPURouter(top_k=1, global_num_experts=3, e_score_correction_bias=correction)
+
+
+def test_a_router_on_a_cpu_leaves_the_correction_of_scores_out():
+    """Which is why such models are refused there; once vLLM reads it, they need not be."""
+    logits, correction = torch.tensor([[0.1, 0.0, 0.2]]), torch.tensor([0.0, 1.0, 0.0])
+    assert router(correction)._compute_routing(logits, logits, None)[1].item() == 2
+
+
 @pytest.mark.parametrize(
     ("words", "change"),
     [
@@ -452,6 +491,8 @@ def test_experts_end_before_their_sum_where_something_is_dropped():
                 runner.routed_experts.quant_method, "moe_kernel", SimpleNamespace(output_is_reduced=lambda: True)
             ),
         ),
+        ("leaves the correction bias", lambda runner: setattr(runner, "router", router(torch.ones(3)))),
+        ("in float16", lambda runner: setattr(runner, "routed_scaling_factor", 1.5)),
         ("does not know", lambda runner: setattr(runner, "__class__", type("Other", (type(runner),), {}))),
     ],
 )
@@ -461,6 +502,15 @@ def test_experts_whose_sum_cannot_wait_are_refused(words, change):
     with pytest.raises(InputError, match=words) as e:
         apply(model, Drops.of_blocks([D, K]))
     assert "block 1" in str(e.value) and all("forward" not in vars(layer) for layer in layers)
+
+
+def test_a_router_that_scores_otherwise_than_the_model_is_refused():
+    """As DeepSeek V3's in vLLM, where the checkpoint's configuration does not say `scoring_func`."""
+    _, layers = unbuilt_mixtral(1)
+    mixture = layers[0].block_sparse_moe
+    check_mixture(mixture, block=0, routers=(("scoring_func", "softmax"),))
+    with pytest.raises(InputError, match="the router's scoring_func is softmax"):
+        check_mixture(mixture, block=0, routers=(("scoring_func", "sigmoid"),))
 
 
 def test_a_mixture_takes_no_plain_drop():

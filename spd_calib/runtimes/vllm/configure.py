@@ -6,6 +6,7 @@ in its key, so that code compiled for one plan never serves another.
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from spd_calib.errors import InputError
@@ -165,11 +166,14 @@ def _offloads(offload: Any) -> bool:
 def _check_head_width(config: Any) -> None:
     """Raise InputError for heads that vLLM's attention on a CPU has no kernel for; it would find out minutes later."""
     from vllm.platforms import current_platform
+    from vllm.utils.import_utils import resolve_obj_by_qualname
 
     if current_platform.is_cpu():
-        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-
-        width, known = config.model_config.get_head_size(), CPUAttentionBackend.get_supported_head_sizes()
+        model = config.model_config
+        asked = SimpleNamespace(use_mla=model.use_mla, use_sparse=False)
+        chosen = current_platform.get_attn_backend_cls(config.attention_config.backend, asked)
+        backend: Any = resolve_obj_by_qualname(chosen)
+        width, known = model.get_head_size(), backend.get_supported_head_sizes()
         if width not in known:
             raise InputError(
                 f"vLLM's attention on a CPU has no kernel for heads of width {width}, only of "

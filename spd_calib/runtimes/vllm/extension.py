@@ -11,7 +11,8 @@ from typing import Any
 
 from .collectives import time_all_reduces
 from .forms import find
-from .layers import apply
+from .layers import apply, share
+from .mixtures import logits_of
 from .worker import drops_of_this_rank
 
 TRACED: dict[str, list[int]] = {"vllm": [], "torch": []}
@@ -27,6 +28,7 @@ class CheckExtension:
         try:
             drops = drops_of_this_rank(rows, Path(predictors_of) if predictors_of else None)
             apply(self.model_runner.get_model(), drops)
+            share(self.model_runner.get_model())
         except Exception as e:
             return f"{type(e).__name__}: {e}"
         return None
@@ -115,19 +117,20 @@ def _count(model: Any, counts: list[int]) -> None:
 
 
 def _watch_routers(model: Any, chosen: list[Any]) -> None:
-    """Have each router of an eager model add the experts that it prefers to its digest in `chosen`."""
+    """Have each router of an eager model add the experts that it chooses to its digest in `chosen`."""
     form, layers = find(model)
     found = [mixture for layer in layers if (mixture := form.mixture_of(layer)) is not None]
     if not getattr(model, "do_not_compile", True):
         return
     chosen += [hashlib.sha256() for _ in found]
     for i, mixture in enumerate(found):
-        experts: Any = mixture.experts
+        runner: Any = mixture.experts
 
-        def add(gate: Any, args: Any, given: Any, i: int = i, k: int = experts.moe_config.experts_per_token) -> None:
-            chosen[i].update(given[0].topk(k).indices.contiguous().cpu().numpy().tobytes())
+        def add(gate: Any, args: Any, given: Any, i: int = i, router: Any = runner.router) -> None:
+            _, experts = router._compute_routing(args[0], logits_of(given), None)
+            chosen[i].update(experts.sort(-1).values.cpu().numpy().tobytes())
 
-        mixture.gate.register_forward_hook(add)  # type: ignore[union-attr]
+        mixture.get_submodule(form.gate).register_forward_hook(add)
 
 
 def _count_traced() -> None:

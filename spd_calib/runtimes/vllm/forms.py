@@ -13,8 +13,8 @@ from torch import nn
 from spd_calib.errors import InputError
 from spd_calib.models.layer_names import LAYERS
 
-from .forwards import Parts, fused, granite, opt, transformers_layer, unfused, with_unused_residual
-from .mixtures import Mixture, check_mixture, is_mixture
+from .forwards import Parts, deepseek, fused, gpt_oss, granite, opt, transformers_layer, unfused, with_unused_residual
+from .mixtures import check_mixture, is_mixture, open_mixture
 from .norm_forwards import behind_norms, post_norm, sandwich
 from .projections import open_projection
 
@@ -40,16 +40,22 @@ class LayerForm:
     o: str = "self_attn.o_proj"
     down: str = "mlp.down_proj"
     mixture: str = ""  # the layer's module, if any, that may be a mixture of experts; else its MLP ends in `down`
+    gate: str = "gate"  # its router
     scale: str = ""  # the layer's attribute, if any, by which it multiplies both branches
     switches: tuple[tuple[str, Any], ...] = ()  # attributes of the layer that must have these values
     configured: tuple[tuple[str, Any], ...] = ()  # and of the model's configuration, where vLLM reads no others
+    routers: tuple[tuple[str, Any], ...] = ()  # and of the routers of its experts, which vLLM configures otherwise
 
     def parts(self, layer: nn.Module) -> Parts:
         """Return the parts of a layer of this form."""
         scale = float(getattr(layer, self.scale)) if self.scale else 1.0
         mixture = self.mixture_of(layer)
         o = open_projection(layer.get_submodule(self.o), scale)
-        down = Mixture(mixture) if mixture else open_projection(layer.get_submodule(self.down), scale)
+        down = (
+            open_mixture(mixture, gate=self.gate, rank=o.rank, scale=scale)
+            if mixture
+            else open_projection(layer.get_submodule(self.down), scale)
+        )
         norms = (self.norm1, self.norm2, self.attention_out_norm, self.mlp_out_norm)
         norm1, norm2, *out_norms = (layer.get_submodule(path) if path else nn.Identity() for path in norms)
         return Parts(norm1, norm2, o, down, *out_norms)
@@ -63,10 +69,26 @@ class LayerForm:
         """Return the layer's row-parallel projections, behind each of which there is a sync point."""
         return [layer.get_submodule(path) for path in (self.o, *([] if self.mixture_of(layer) else [self.down]))]
 
+    def called(self, layer: nn.Module) -> list[nn.Module]:
+        """Return the modules whose own forward a planned layer calls, or puts another in the place of."""
+        mixture: Any = self.mixture_of(layer)
+        of_mixture = [] if mixture is None else [mixture, mixture.get_submodule(self.gate), mixture.experts]
+        return [layer, *self.linears(layer), *of_mixture]
+
 
 def _form(model: str, layer: str, planned: Callable[..., Callable], **names: Any) -> LayerForm:
     """Return the form of classes of vLLM's own, given by their places below vllm.model_executor.models."""
     return LayerForm(f"vllm.model_executor.models.{model}", f"vllm.model_executor.models.{layer}", planned, **names)
+
+
+def _every_second_slides(config: Any) -> list[str]:
+    """Return the kinds of GPT-OSS's layers: vLLM gives every second one, from the first on, a window."""
+    return [("sliding_attention", "full_attention")[i % 2] for i in range(config.num_hidden_layers)]
+
+
+def _choice_by_groups(config: Any) -> str:
+    """Return the name of how vLLM chooses DeepSeek V2's experts: by the best of each group, where there are several."""
+    return "greedy" if config.n_group == 1 else "group_limited_greedy"
 
 
 FORMS = {
@@ -98,6 +120,57 @@ FORMS = {
         fused,
         mixture="mlp",
         configured=(("rms_norm_eps", 1e-5), ("clip_qkv", None)),
+    ),
+    "GraniteMoeForCausalLM": _form(
+        "granitemoe.GraniteMoeForCausalLM",
+        "granitemoe.GraniteMoeDecoderLayer",
+        unfused(granite),
+        mixture="block_sparse_moe",
+        scale="residual_multiplier",
+    ),
+    "Glm4MoeForCausalLM": _form("glm4_moe.Glm4MoeForCausalLM", "glm4_moe.Glm4MoeDecoderLayer", fused, mixture="mlp"),
+    "Ernie4_5_MoeForCausalLM": _form(
+        "ernie45_moe.Ernie4_5_MoeForCausalLM",
+        "ernie45_moe.Ernie4_5_MoeDecoderLayer",
+        fused,
+        mixture="mlp",
+        configured=(("use_bias", False),),
+    ),
+    "GptOssForCausalLM": _form(
+        "gpt_oss.GptOssForCausalLM",
+        "gpt_oss.TransformerBlock",
+        gpt_oss,
+        o="attn.o_proj",
+        mixture="mlp",
+        gate="router",
+        configured=(
+            ("rms_norm_eps", 1e-5),
+            ("swiglu_alpha", 1.702),
+            ("swiglu_limit", 7.0),
+            ("attention_bias", True),
+            ("layer_types", _every_second_slides),
+        ),
+    ),
+    "DeepseekV2ForCausalLM": _form(
+        "deepseek_v2.DeepseekV2ForCausalLM",
+        "deepseek_v2.DeepseekV2DecoderLayer",
+        deepseek,
+        mixture="mlp",
+        configured=(
+            ("attention_bias", False),
+            ("mlp_bias", False),
+            ("rms_norm_eps", 1e-6),
+            ("topk_method", _choice_by_groups),
+        ),
+        routers=(("scoring_func", "softmax"), ("renormalize", False)),
+    ),
+    "DeepseekV3ForCausalLM": _form(
+        "deepseek_v2.DeepseekV3ForCausalLM",
+        "deepseek_v2.DeepseekV2DecoderLayer",
+        deepseek,
+        mixture="mlp",
+        configured=(("attention_bias", False), ("rms_norm_eps", 1e-6)),
+        routers=(("scoring_func", "sigmoid"),),
     ),
     "GemmaForCausalLM": _form("gemma.GemmaForCausalLM", "gemma.GemmaDecoderLayer", fused),
     "NemotronForCausalLM": _form("nemotron.NemotronForCausalLM", "nemotron.NemotronDecoderLayer", fused),
@@ -184,7 +257,8 @@ def find(model: nn.Module) -> tuple[LayerForm, list[Any]]:
     Raises InputError unless the very classes are those of the list.
     """
     form = _form_of(model)
-    for name, value in form.configured:
+    for name, read in form.configured:
+        value = read(model.config) if callable(read) else read
         if (found := getattr(model.config, name, value)) != value:
             raise InputError(f"vLLM would leave out what its configuration asks for by {name} = {found}: no plan.")
     layers = list(model.get_submodule(form.layers).children())
@@ -202,7 +276,7 @@ def find(model: nn.Module) -> tuple[LayerForm, list[Any]]:
             if not linear.input_is_parallel:
                 raise InputError(f"vLLM gathers what the layer's {path} reads, so that no rank has a share of its own.")
         if (mixture := form.mixture_of(layer)) is not None:
-            check_mixture(mixture, block=layers.index(layer))
+            check_mixture(mixture, block=layers.index(layer), routers=form.routers)
     return form, layers
 
 

@@ -38,14 +38,17 @@ class Parts:
     mlp_out_norm: Any = None
 
 
-def fused(layer: Any, parts: Parts, planned: Planned) -> Callable[..., Pair]:
+def fused(
+    layer: Any, parts: Parts, planned: Planned, *, attend: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> Callable[..., Pair]:
     """Return a forward of Llama's kind: it takes and gives (hidden, residual), which norms add up as they go.
 
     Between two layers, hidden is the sum of the MLP before; where that owes its all-reduce, it is the debt p.
+    `attend(positions, u)` gives what enters o_proj, where it is not `self_attn` called by these names.
     """
+    attend = attend or _attention(layer)
     norm1, norm2, o, down = parts.norm1, parts.norm2, parts.o, parts.down
-    at_attention, at_mlp = planned.attention.strategy, planned.mlp.strategy
-    router, owes = planned.router, planned.owes
+    at_attention, at_mlp, owes = planned.attention.strategy, planned.mlp.strategy, planned.owes
 
     def forward(positions: Tensor, hidden_states: Tensor, residual: Tensor | None, **_: Any) -> Pair:
         p = None
@@ -56,12 +59,8 @@ def fused(layer: Any, parts: Parts, planned: Planned) -> Callable[..., Pair]:
         else:
             u, x = norm1(hidden_states, residual)
 
-        if router is not None:
-            shared = u if p is None else norm1(x)
-            expected = router(shared, torch.zeros_like(shared))
-        else:
-            expected = None
-        heads = layer.self_attn(positions=positions, hidden_states=u)
+        expected = _expected(planned, norm1, x=x, p=p, u=u)
+        heads = attend(positions, u)
         if at_attention == KEEP:
             (u, x), p = norm2(all_reduced(o.addend(p, heads)), x), None
         elif planned.writes_off and p is None:
@@ -70,15 +69,63 @@ def fused(layer: Any, parts: Parts, planned: Planned) -> Callable[..., Pair]:
             x, p, read = at_dropped_attention(planned, o, x=x, p=p, heads=heads)
             u = norm2(read)
 
-        if isinstance(down, Mixture):
-            neurons = down.partial(u, u if at_attention == KEEP else norm2(add(x, expected)))
-        else:
-            neurons = layer.mlp(u)
+        neurons = _neurons(parts, planned, u=u, x=x, expected=expected, feed=lambda v: layer.mlp(v))
         if at_mlp == KEEP:
             return all_reduced(down.addend(p, neurons)), x
-        return down.onto(p, neurons), add(x, down.bias)
+        return down.onto(p, neurons), add(x, _bias(down, neurons))
 
     return forward
+
+
+def _attention(layer: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda positions, u: layer.self_attn(positions=positions, hidden_states=u)
+
+
+def deepseek(layer: Any, parts: Parts, planned: Planned) -> Callable[..., Pair]:
+    """Return the forward of vLLM's DeepSeek layer; what it is given last is None in all models on the list."""
+    step = fused(layer, parts, planned, attend=lambda positions, u: layer.self_attn(positions, u, None))
+
+    def forward(positions: Tensor, hidden_states: Tensor, residual: Tensor | None, _: None = None) -> Pair:
+        return step(positions, hidden_states, residual)
+
+    return forward
+
+
+def gpt_oss(layer: Any, parts: Parts, planned: Planned) -> Callable[..., Pair]:
+    """Return the forward of vLLM's GPT-OSS layer, which takes its arguments in another order."""
+    step = fused(layer, parts, planned, attend=lambda positions, u: layer.attn(u, positions))
+
+    def forward(hidden_states: Tensor, positions: Tensor, residual: Tensor | None) -> Pair:
+        return step(positions, hidden_states, residual)
+
+    return forward
+
+
+def _expected(planned: Planned, norm1: Any, *, x: Tensor, p: Tensor | None, u: Tensor) -> Tensor | None:
+    """Return what the router's predictor expects the attention to add to x [..., d]; None where there is no such one.
+
+    It reads norm1(x), which is the u that the attention reads where nothing is owed.
+    """
+    if planned.router is None:
+        return None
+    shared = u if p is None else norm1(x)
+    return planned.router(shared, torch.zeros_like(shared))
+
+
+def _neurons(parts: Parts, planned: Planned, *, u: Tensor, x: Tensor, expected: Tensor | None, feed: Any) -> Any:
+    """Return what enters down_proj: what `feed` gives where it reads u, or what a mixture of experts gives.
+
+    Its router reads what all ranks share behind the attention, x and what is `expected` beside it.
+    """
+    if not isinstance(parts.down, Mixture):
+        return feed(u)
+    shared = u if planned.attention.strategy == KEEP else parts.norm2(add(x, expected))
+    return parts.down.fed(u, shared, deferred=planned.mlp.strategy != KEEP)
+
+
+def _bias(down: Projection | Mixture, neurons: Any) -> Tensor | None:
+    """Return the bias [d] behind the MLP, or that of the experts chosen for each token [N, d]; None without one."""
+    return neurons.bias if isinstance(down, Mixture) else down.bias
 
 
 def unfused(call: Callable[..., Callable]) -> Callable[..., Callable]:
@@ -89,22 +136,24 @@ def unfused(call: Callable[..., Callable]) -> Callable[..., Callable]:
     """
 
     def forward_of(layer: Any, parts: Parts, planned: Planned) -> Callable:
-        o, down = parts.o, parts.down
+        norm1, norm2, o, down = parts.norm1, parts.norm2, parts.o, parts.down
         at_attention, at_mlp = planned.attention.strategy, planned.mlp.strategy
 
         def block(stream: Stream, attend: Callable[[Tensor], Tensor], feed: Callable[[Tensor], Tensor]) -> Stream:
             x, p = stream if isinstance(stream, tuple) else (stream, None)
-            heads = attend(parts.norm1(add(x, p)))
+            u = norm1(add(x, p))
+            expected = _expected(planned, norm1, x=x, p=p, u=u)
+            heads = attend(u)
             if at_attention == KEEP:
                 x, p = x + all_reduced(o.addend(p, heads)), None
                 read = x
             else:
                 x, p, read = at_dropped_attention(planned, o, x=x, p=p, heads=heads)
 
-            neurons = feed(parts.norm2(read))
+            neurons = _neurons(parts, planned, u=norm2(read), x=x, expected=expected, feed=feed)
             if at_mlp == KEEP:
                 return x + all_reduced(down.addend(p, neurons))
-            return add(x, down.bias), down.onto(p, neurons)
+            return add(x, _bias(down, neurons)), down.onto(p, neurons)
 
         return call(layer, block)
 
@@ -125,10 +174,11 @@ def opt(layer: Any, block: Callable[..., Stream]) -> Callable[[Stream], Stream]:
 
 
 def granite(layer: Any, block: Callable[..., Stream]) -> Callable[..., Stream]:
-    """Return the forward of vLLM's Granite layer."""
+    """Return the forward of vLLM's Granite layers, dense and with experts; the latter have no `mlp`."""
 
     def forward(positions: Tensor, hidden_states: Stream) -> Stream:
-        return block(hidden_states, lambda u: layer.self_attn(positions=positions, hidden_states=u), layer.mlp)
+        attend = lambda u: layer.self_attn(positions=positions, hidden_states=u)  # noqa: E731
+        return block(hidden_states, attend, lambda u: layer.mlp(u))
 
     return forward
 

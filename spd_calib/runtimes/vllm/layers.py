@@ -16,7 +16,7 @@ from spd_calib.runtimes.engine_layers import (
 from spd_calib.runtimes.planned import KEEP, Planned
 
 from .forms import find
-from .mixtures import end_before_sum
+from .mixtures import end_before_sum, share_biases
 from .projections import ending_before
 
 
@@ -33,7 +33,7 @@ def apply(model: nn.Module, drops: Drops) -> None:
     if drops.streams_differ and any(mixtures):
         raise InputError("Ranks whose streams differ for good (plain_drop) would choose different experts: no plan.")
     for i, layer in enumerate(layers):
-        for module in (layer, *form.linears(layer), *((m, m.gate, m.experts) if (m := mixtures[i]) else ())):
+        for module in form.called(layer):
             refuse_foreign_forward(module, block=i, engine="vLLM")
     o_projs: list[Any] = [layer.get_submodule(form.o) for layer in layers]
     predictors = {
@@ -70,6 +70,15 @@ def apply(model: nn.Module, drops: Drops) -> None:
         )
         set_forward(layer, None if dense else form.planned(layer, form.parts(layer), planned))
         owes = mlp.strategy != KEEP
+
+
+def share(model: nn.Module) -> None:
+    """Tell every rank what the layers of a model to which drops were applied must know of the other ranks' weights.
+
+    To be called by all ranks, once all have applied the same drops.
+    """
+    form, layers = find(model)
+    share_biases(mixture for layer in layers if (mixture := form.mixture_of(layer)) is not None)
 
 
 def count_layers(model: nn.Module) -> int:

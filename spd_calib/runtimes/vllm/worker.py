@@ -14,7 +14,7 @@ from spd_calib.runtimes.agreement import check_agreement
 from spd_calib.runtimes.engine_layers import applied
 
 from .configure import PLAN, RESOLVED
-from .layers import apply, count_layers
+from .layers import apply, count_layers, share
 from .rows import from_rows
 
 NEEDS = "vLLM with spd-calib's plugin, the same plan, and --worker-cls where a node might lack either"
@@ -76,6 +76,7 @@ def apply_plan(worker: Any) -> None:
     from vllm.distributed import get_tp_group
 
     check_agreement(get_tp_group().cpu_group, applied=digest, error=error, needs=NEEDS)
+    share(worker.model_runner.get_model())
 
 
 def _apply(worker: Any) -> str:
