@@ -111,9 +111,12 @@ llm: $(READY)
 	$(BIN)/python benchmarks/quantised_syncs.py $(LLMS)/smollm2-135m --tp 3 --data ../shared/data/wikitext2-a.txt \
 		-o results/llm/quantised_syncs.json
 
-# What dropped sync points save over a link with a delay; needs root, ip and /dev/net/tun, else loopback only.
+# What plans save over a link with a delay, or of a limited rate, and what a choice for each phase could: needs root, ip,
+# tc and /dev/net/tun; the first without them on loopback only.
 latency: $(READY)
 	$(BIN)/python benchmarks/link.py
+	$(BIN)/python benchmarks/limited_link.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/two_phases.py
 
 # What the tool itself costs, kept in results/benchmarks/.
 bench: $(READY)

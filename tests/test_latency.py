@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -517,6 +518,8 @@ def test_quantised_syncs_that_were_timed_are_priced_as_timed():
     with_rows = measured.model_copy(update={"collectives": [*measured.collectives, *timed], "steps": steps})
     again = as_measured(with_rows, sizes, phase="prefill", name="h")
     assert again.quantised[8].kept == pytest.approx(2e-6 * 8 * 64 * 4) and again.quantised[4] == model.quantised[4]
+    wider = as_measured(with_rows, replace(sizes, width=65), phase="prefill", name="h")
+    assert wider.quantised[8].kept == pytest.approx(2 * again.quantised[8].kept), "65 values are sent as 128"
     assert again.all_reduce == model.all_reduce, "which no quantised sync stands for"
     predicted, _ = held_against(with_rows, again)["every_block_dropped"]
     assert predicted == again.seconds(sizes.blocks, {8: 2}) != again.seconds(sizes.blocks)

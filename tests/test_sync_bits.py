@@ -1,6 +1,7 @@
 """Choosing treatments of sync points within a number of bytes, or seconds: against every combination there is."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from profiles import a, budget, comparison, m, make_profile, recovered
@@ -161,6 +162,17 @@ def test_a_share_of_time_is_saved_at_a_cost_near_the_least_of_all_combinations(p
         us = 1e6 * (drop.bits or left)
         assert choice.reasons[point].endswith(f", {us:.1f} us in place of 16000000.0 us")
     assert set(choice.reasons) == set(choice.drops.by_point)
+
+
+def test_just_what_a_model_says_of_a_plan_can_be_asked_for():
+    """Every attention dropped and every MLP's sync at 4 bits is the most there is, in numbers that no float holds."""
+    quantised = {bits: Sync(0.1 * bits, 0.0) for bits in (8, 6, 4)}
+    model = LatencyModel("h", Step("prefill", 1, 8, 2), 3, 0.7, 1.1, quantised=quantised)
+    for compute in (0.7, 0.3, 1.3, 2.1):
+        model = replace(model, compute=compute)
+        most = model.saved(3, {4: 3})
+        choice = chosen(most, world(), limit=limit_of_seconds(most, model))
+        assert (len(choice.drops), choice.drops.counted_bits) == (3, {4: 3})
 
 
 def test_bits_that_take_longer_than_they_save_are_not_taken():

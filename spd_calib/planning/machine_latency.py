@@ -9,7 +9,7 @@ from spd_calib.errors import InputError
 from spd_calib.formats.drops import BITS
 from spd_calib.formats.hardware import Hardware
 from spd_calib.formats.machine import Machine
-from spd_calib.parallel.quantised_sync import in_two_shots, packed_bytes
+from spd_calib.parallel.quantised_sync import GROUP, in_two_shots, packed_bytes
 
 from .latency import LatencyModel, Phase, Step, Sync
 from .machine_tables import interpolate
@@ -124,7 +124,8 @@ def as_measured(
 
     def quantised(bits: int, width: int) -> float:
         if measured := hardware.quantised_sync_seconds(bits):
-            return interpolate(measured, step.new_tokens * width * step.itemsize)
+            filled_up = GROUP * -(-width // GROUP)  # as what was timed is
+            return interpolate(measured, step.new_tokens * filled_up * step.itemsize)
         return interpolate(times, packed_bytes(torch.Size([step.new_tokens, width]), bits))
 
     one = as_it_is(sizes.width)

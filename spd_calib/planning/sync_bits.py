@@ -55,7 +55,8 @@ def limit_of_bytes(share: float, *, num_blocks: int) -> Limit:
 
 def limit_of_seconds(saving: float, model: LatencyModel) -> Limit:
     """Return the limit on the syncs' seconds that leaves a step this share shorter than the dense one."""
-    most = (1 - saving) * model.seconds(0) - model.compute - model.added
+    dense = model.seconds(0)
+    most = (1 - saving) * dense - model.compute - model.added + 1e-12 * dense  # that rounding asks for nothing more
     return Limit(most, model.of, lambda price: f"{1e6 * price:.1f} us")
 
 
