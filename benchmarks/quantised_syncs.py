@@ -19,7 +19,7 @@ from spd_calib.formats.drops import BITS, KEPT, SUBLAYERS, Drop, Drops, Point, S
 from spd_calib.formats.profile import Comparison
 from spd_calib.parallel.quantised_sync import bytes_a_value
 from spd_calib.parallel.session import open_session
-from spd_calib.planning.sync_bits import Option, at_bits, within_bytes
+from spd_calib.planning.sync_bits import Option, at_bits, within
 from spd_calib.sensitivity.measure import Subject, measure
 from spd_calib.sensitivity.text import TextOptions, load_text
 
@@ -73,7 +73,9 @@ def main() -> None:
     plans |= {f"{name}, 4 bits": every(4, [p for p in points if p.sync_point == name]) for name in SUBLAYERS}
     for b in BITS:
         budget = len(points) * bytes_of(Drop(Strategy.KEEP_SYNC, bits=b))
-        plans[f"mixed, the bytes of {b} bits"] = within_bytes({p: options(p) for p in points}, budget)
+        mixed = within({p: options(p) for p in points}, budget)
+        assert mixed is not None, "as few bytes as one of the options has at every sync"
+        plans[f"mixed, the bytes of {b} bits"] = Drops({p: option.treatment for p, option in mixed.items()})
     _, whole = measure(subject, text.verification, plans=list(plans.values()), batch_size=8)
 
     def row(drops: Drops, c: Comparison) -> dict:
