@@ -45,9 +45,13 @@ test-vllm: $(VENV)-vllm/.ready
 
 .venv-vllm: $(VENV)-vllm/.ready
 
+# Beside the environment: its Linux build wants CUDA's torch (tests/with_vllm/torchvision_on_a_cpu.py).
+TORCHVISION := torchvision==0.28.0
+
 $(VENV)-vllm/.ready: pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VENV)-vllm
 	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps -r constraints-vllm.txt
+	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps --target $(VENV)-vllm/torchvision $(TORCHVISION)
 	$(VENV)-vllm/bin/python -m pip install --quiet --no-deps -e .
 	touch $@
 

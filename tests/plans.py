@@ -90,9 +90,14 @@ def _write_predictors(path: Path, folder: Path, tp: int, kinds, routers, mlp_kin
     from spd_calib.formats.files import sha256_of
     from spd_calib.formats.plan import CompensationFile
 
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder).get_text_config()
     d, heads = config.hidden_size, config.num_attention_heads
-    d_rank = heads * (getattr(config, "head_dim", None) or d // heads) // tp
+
+    def d_rank(block: int) -> int:
+        if (getattr(config, "layer_types", None) or {block: ""})[block] == "linear_attention":
+            return config.linear_num_value_heads * config.linear_value_head_dim // tp
+        own = config.per_layer_config[block] if config.model_type == "gemma4_text" else config
+        return heads * (getattr(own, "head_dim", None) or d // heads) // tp
 
     def shapes(kind: str, width: int) -> dict[str, tuple[int, ...]]:
         of = {
@@ -105,10 +110,10 @@ def _write_predictors(path: Path, folder: Path, tp: int, kinds, routers, mlp_kin
     generator = torch.Generator().manual_seed(0)
     tensors = {
         f"blocks.{block}.{point}ranks.{rank}.{part}": 0.3 * torch.randn(shape, generator=generator)
-        for point, read, of_point in (("", d_rank, kinds), ("mlp.", d, mlp_kinds))
+        for point, read, of_point in (("", d_rank, kinds), ("mlp.", lambda _: d, mlp_kinds))
         for block, kind in enumerate(of_point)
         for rank in range(tp)
-        for part, shape in shapes(kind or "", read).items()
+        for part, shape in shapes(kind or "", read(block)).items()
     }
     tensors |= {
         f"blocks.{block}.router.{part}": 0.3 * torch.randn(shape, generator=generator)

@@ -15,6 +15,7 @@ from spd_calib.models.load import load_dense, locate, read_config
 from spd_calib.models.shard_load import load_sharded
 from spd_calib.models.text_part import WITH_TEXT_PART
 from spd_calib.parallel.session import open_session
+from spd_calib.runtimes.plan_checks import check_same_model
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -87,3 +88,7 @@ def test_a_recovered_text_part_lies_in_the_whole(kind, text, tmp_path):
         expected = whole(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     torch.testing.assert_close(open_session(str(out), 2).load()(ids), expected, rtol=1e-5, atol=1e-4)
     assert check(out / "plan.json").ok
+    named = {"architecture": type(whole).__name__, "blocks": 2, "revision": None}
+    check_same_model(made, out / "plan.json", model=str(out), **named)  # as an engine's plugin does
+    with pytest.raises(InputError, match="other weights"):
+        check_same_model(made, out / "plan.json", model=str(folder), **named)

@@ -40,11 +40,14 @@ LATENT = {"kv_heads": 4, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_h
 
 SHAPE = {"hidden": 128, "heads": 4, "kv_heads": 2, "intermediate": 256}  # vLLM's CPU attention wants heads of 32
 """As tiny's, but with heads that vLLM's attention on a CPU has a kernel for."""
+WIDTHS = {"head_dim": 32, "global_head_dim": 64, "linear_key_head_dim": 32, "linear_value_head_dim": 32}
+"""Of heads, where a family says them itself."""
 
 
 def build(family: str, **overrides):
     """A tiny random model of a family, in a shape that vLLM can run on a CPU."""
-    heads = {"head_dim": 32} if "head_dim" in {**tiny.FAMILIES, **tiny.MIXTURES}[family][1] else {}
+    said = {**tiny.FAMILIES, **tiny.MIXTURES}[family][1]
+    heads = {name: width for name, width in WIDTHS.items() if name in said}
     heads |= LATENT if family.startswith("deepseek") else {}
     model = tiny.build(family, **{**SHAPE, **heads, **AS_VLLM_READS_IT.get(family, {}), **overrides})
     if family == "ernie4_5_moe":  # vLLM's router on a CPU leaves the correction of the scores out
@@ -52,6 +55,11 @@ def build(family: str, **overrides):
             if name.endswith("correction_bias"):
                 tensor.zero_()
     return model
+
+
+def as_configured(shape: dict) -> dict:
+    """A shape by the names of transformers' configurations."""
+    return {tiny.ALIASES[name]: value for name, value in shape.items()}
 
 
 def free_port() -> int:

@@ -11,6 +11,10 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
+import torchvision_on_a_cpu  # noqa: F401  # before vLLM
+
+# isort: split
+import delta_in_float32
 from vllm.model_executor.layers import linear
 from vllm.model_executor.layers.utils import default_unquantized_gemm
 from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
@@ -47,6 +51,7 @@ def routing_apart():
 
 
 def main(jobs: Path, out: Path) -> None:
+    delta_in_float32.install()
     found = {}
     for name, job in json.loads(jobs.read_text()).items():
         # vLLM names its shared memory after this, and "env://" would be the same for every engine on this machine

@@ -10,7 +10,8 @@ from uuid import uuid4
 
 import pytest
 import tiny
-from conftest import build, free_port
+from conftest import SHAPE, WIDTHS, as_configured, build, free_port
+from multimodal import save as save_multimodal
 from plans import write_plan
 from quantised_copies import quantise
 
@@ -33,23 +34,29 @@ NORM_KINDS, MLP_KINDS = ["scaled low_rank", None, None, "scaled full"], ["scaled
 ALL_REDUCES = 4  # of 9: three attention sync points are dropped, and two MLPs'
 FAMILIES = ("ernie4_5", "phi3", "nemotron", "granite", "hyperclovax", "stablelm")
 FAMILIES += ("smollm3", "seed_oss", "hunyuan", "cwm", "starcoder2", "arcee")
-NORMS = ("gemma2", "gemma3", "glm4", "exaone4")  # whose branches go through one
-FAMILIES += NORMS
+NORMS = ("gemma2", "gemma3", "gemma4", "glm4", "exaone4")  # whose branches go through one
+FAMILIES += (*NORMS, "qwen3_5")
+WHOLES = {f"{kind} whole": kind for kind in ("llava", "gemma3", "mistral3", "qwen3_5")}
+"""Name -> kind of a model of text and images, which runs the plan of its language model."""
 AS_ON_A_GPU = ("llama_bias", "granite")
 """Run a second time with weights that lie open, as on a GPU: what is owed is then added to within the products."""
 JOBS = {**{name: (name, False) for name in FAMILIES}, **{f"{name}-in-place": (name, True) for name in AS_ON_A_GPU}}
 """Name -> family, and whether as on a GPU."""
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe")
 MIXTURES_BEHIND_DENSE = ("glm4_moe", "ernie4_5_moe", "deepseek_v2", "deepseek_v3")  # block 0 has no experts
-MIXTURES += (*MIXTURES_BEHIND_DENSE, "gpt_oss")
+MIXTURES += (*MIXTURES_BEHIND_DENSE, "gpt_oss", "qwen3_next", "qwen3_5_moe")
 OF_MIXTURES = {"attention": [D, K, D, D], "mlp": [D, D, K, K], "kinds": [None, None, "full", None]}
 """As many sync points; a dropped attention behind a dropped MLP and behind none, with and without predictors."""
 ROUTERS = ["low_rank", None, "zero", "full"]
 ROUTERS_BEHIND_DENSE = [None, None, "low_rank", "full"]
 QUANTISED = ("compressed float8", "compressed int8", "compressed w4a16", "gptq", "awq")
 """Of the schemes those that vLLM's CPU build has kernels for; each in bfloat16, the one dtype they all have."""
+ROUNDED = dict.fromkeys(QUANTISED, "llama")
+"""Name -> family."""
 FAULT = "each-rank-routes-by-itself"
 PROMPTS = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (21, 9)]
+OF_TEXT = [tiny.tokens(1, n, seed=n, vocab=90)[0].tolist() for n in (21, 9)]
+"""Without the tokens that stand for images."""
 NEW = 4
 ROUNDS = 4
 """Of samples of a quantised model, which only many tokens tell from a plan that is almost the same."""
@@ -74,12 +81,19 @@ def engines(folder_of, tmp_path_factory):
         plan = write_plan(place / name / "plan.json", folder_of(family), 2, **OF_MIXTURES, routers=routers)
         jobs[name] = {"folder": str(folder_of(family)), "plan": str(plan), "prompts": PROMPTS, "new": NEW}
         jobs[name] |= {"as_on_a_gpu": False, "route_apart": name == FAULT}
-    for scheme in QUANTISED:
-        copy = Path(shutil.copytree(folder_of("llama"), place / scheme / "model"))
-        quantise(copy, scheme, group=32)
-        plan = write_plan(place / scheme / "plan.json", copy, 2, ATTENTION, MLP, kinds=KINDS)
-        jobs[scheme] = {"folder": str(copy), "plan": str(plan), "prompts": PROMPTS, "new": NEW, "rounds": ROUNDS}
-        jobs[scheme] |= {"as_on_a_gpu": False, "options": {"dtype": "bfloat16"}}
+    for name, kind in WHOLES.items():
+        folder = place / name / "model"
+        save_multimodal(folder, kind, num_hidden_layers=4, **as_configured(SHAPE), **WIDTHS)
+        plan = write_plan(place / name / "plan.json", folder, 2, ATTENTION, MLP)
+        jobs[name] = {"folder": str(folder), "plan": str(plan), "prompts": OF_TEXT, "new": NEW, "as_on_a_gpu": False}
+        jobs[name]["options"] = {"language_model_only": True}
+    for name, family in ROUNDED.items():
+        copy = Path(shutil.copytree(folder_of(family), place / name / "model"))
+        if name in QUANTISED:
+            quantise(copy, name, group=32)
+        plan = write_plan(place / name / "plan.json", copy, 2, ATTENTION, MLP, kinds=KINDS)
+        jobs[name] = {"folder": str(copy), "plan": str(plan), "prompts": PROMPTS, "new": NEW, "rounds": ROUNDS}
+        jobs[name] |= {"as_on_a_gpu": False, "options": {"dtype": "bfloat16"}}
     (place / "jobs.json").write_text(json.dumps(jobs))
     script = Path(__file__).with_name("rank_of_engines.py")
     with vllm_environment(2), (place / "log").open("w") as log:
@@ -94,7 +108,7 @@ def engines(folder_of, tmp_path_factory):
             for rank in range(2)
         ]
     try:
-        codes = [process.wait(600) for process in processes]
+        codes = [process.wait(1200) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -127,10 +141,10 @@ def test_a_mixture_runs_its_plan(engines, family):
     assert sum(row.what.endswith("experts the ranks chose") for row in rows) == 2
 
 
-@pytest.mark.parametrize("scheme", QUANTISED)
-def test_a_quantised_model_runs_its_plan(engines, scheme):
+@pytest.mark.parametrize("name", ROUNDED)
+def test_an_engine_that_rounds_runs_its_plan(engines, name):
     """Judged as it is served, and with half of the plan's drops taken away it does not pass."""
-    path, ranks = engines[scheme]
+    path, ranks = engines[name]
     assert all("error" not in rank for rank in ranks), ranks
     session, drops = open_session(str(Path(path).parent / "model"), 2), load_plan(Path(path))[1]
     lm, narrow = (session.load("cpu", dtype) for dtype in ("float32", "bfloat16"))
@@ -138,14 +152,26 @@ def test_a_quantised_model_runs_its_plan(engines, scheme):
         model.head.cut_at([slice(*rank["vocabulary"][0]) for rank in ranks])
     round_weights(lm, "bfloat16")
     samples = [Observed(**sample) for sample in ranks[0]["samples"]]
-    reads = scheme_of(session.config).reads
+    reads = scheme.reads if (scheme := scheme_of(session.config)) else ""
     with reading_rounded(narrow, reads):
         rounded = [log_probs(narrow, drops, PROMPTS, sample) for sample in samples]
-    assert bool(reads) == (scheme in ("compressed float8", "compressed int8"))
+    assert bool(reads) == (name in ("compressed float8", "compressed int8"))
     told = {"prompts": PROMPTS, "samples": samples, "rounded": rounded, "dtype": "bfloat16"}
     assert not [row for row in judge(lm, drops, **told) if not row.ok]
     assert [row for row in judge(lm, drops.only(list(drops)[::2]), **told) if not row.ok]
     assert {count for rank in ranks for counts in rank["planned"]["all_reduces"] for count in counts} == {ALL_REDUCES}
+
+
+@pytest.mark.parametrize("name", WHOLES)
+def test_a_model_of_text_and_images_runs_the_plan_of_its_language_model(engines, name):
+    path, ranks = engines[name]
+    assert all("error" not in rank for rank in ranks), ranks
+    lm = open_session(str(Path(path).parent / "model"), 2).load()
+    lm.head.cut_at([slice(*rank["vocabulary"][0]) for rank in ranks])
+    planned, dense = (_observed(ranks, kind) for kind in ("planned", "dense"))
+    rows = compare(lm, load_plan(Path(path))[1], prompts=OF_TEXT, planned=planned, dense=dense)
+    assert not [row for row in rows if not row.ok]
+    assert {count for rank in planned.all_reduces for count in rank} == {ALL_REDUCES}
 
 
 def test_ranks_that_each_route_by_their_own_stream_are_caught(engines):

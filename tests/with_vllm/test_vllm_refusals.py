@@ -152,6 +152,13 @@ def test_heads_that_no_kernel_on_a_cpu_runs(tmp_path, family, words):
     refused(folder, plan, f"no kernel for heads of {words}")
 
 
+def test_a_dtype_that_no_kernel_for_linear_attention_on_a_cpu_knows(folder_of, tmp_path):
+    folder = folder_of("qwen3_next")
+    plan = write_plan(tmp_path / "plan.json", folder, 2, [D, K, K, D])
+    refused(folder, plan, "a kernel for bfloat16 alone, not for float32")
+    assert configured(folder, plan, dtype="bfloat16").additional_config["spd_calib"]["drops"]
+
+
 def test_pipeline_parallelism(folder, plan):
     refused(folder, plan, "pipeline parallelism", pipeline_parallel_size=2)
 
@@ -236,6 +243,7 @@ def test_a_plan_that_is_not_named(folder):
         ({"offload_group_size": 2}, "weights offloaded to the CPU"),
         ({"kv_cache_dtype": "fp8_e5m2"}, "a KV cache in fp8_e5m2"),
         ({"kv_cache_dtype": "bfloat16"}, "a KV cache in bfloat16"),  # the model is in float32
+        ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
         ({"data_parallel_size": 2}, "data parallelism"),
         ({"speculative_config": {"method": "eagle", "model": "", "num_speculative_tokens": 2}}, "reads hidden states"),
         (
@@ -296,6 +304,9 @@ def test_what_needs_more_than_a_cpu_to_configure(folder):
     fields += ("load_config", "kv_transfer_config", "weight_transfer_config")
     likeness = {name: getattr(config, name) for name in fields}
     assert not_as_measured(SimpleNamespace(**likeness, quant_config=None)) is None
+    narrow = {**vars(config.cache_config), "mamba_ssm_cache_dtype": "float16"}  # a CPU's is always float32
+    of_state = {**likeness, "cache_config": SimpleNamespace(**narrow)}
+    assert "linear attention in float16" in not_as_measured(SimpleNamespace(**of_state, quant_config=None))
     asks = SimpleNamespace(kv_cache_scheme={"num_bits": 8, "type": "float"})
     assert "which the checkpoint asks for" in not_as_measured(SimpleNamespace(**likeness, quant_config=asks))
 
@@ -511,6 +522,14 @@ def test_a_router_that_scores_otherwise_than_the_model_is_refused():
     check_mixture(mixture, block=0, routers=(("scoring_func", "softmax"),))
     with pytest.raises(InputError, match="the router's scoring_func is softmax"):
         check_mixture(mixture, block=0, routers=(("scoring_func", "sigmoid"),))
+
+
+@pytest.mark.parametrize("how", ["replicate_shared_expert", "is_fused_shared_expert_enabled"])
+def test_a_shared_expert_that_is_not_cut_over_the_ranks_is_refused(how):
+    model, layers = unbuilt_mixtral(2)
+    setattr(layers[1].block_sparse_moe, how, True)
+    with pytest.raises(InputError, match="The experts' sum of block 1 cannot wait in vLLM: its shared expert"):
+        apply(model, Drops.of_blocks([D, K]))
 
 
 def test_a_mixture_takes_no_plain_drop():

@@ -22,7 +22,7 @@ from spd_calib.runtimes.plan_checks import (
 )
 
 from .forms import SUPPORTED as ARCHITECTURES
-from .forms import has_mixture, is_supported
+from .forms import is_supported
 from .rows import to_rows
 
 PLAN, RESOLVED = "spd_plan", "spd_calib"
@@ -103,11 +103,11 @@ def check(plan: Plan, path: Path, *, config: Any) -> None:
     if parallel.worker_cls not in (*WORKERS, *WORKERS.values()):
         raise InputError(f"vLLM would use the worker {parallel.worker_cls}, which spd-calib does not know: no plan.")
     check_tp(plan, path, engine="vLLM", tp=parallel.tensor_parallel_size, flag="--tensor-parallel-size")
-    if config.quant_config is not None and has_mixture(model.architecture):
+    if config.quant_config is not None and model.is_moe:
         raise InputError(f"{path} cannot be run with quantised experts: what vLLM makes of them has not been tested.")
     if what := not_as_measured(config):
         raise InputError(f"{path} cannot be run with {what}: the vLLM runtime of spd-calib does not support it.")
-    _check_head_width(config)
+    check_cpu_kernels(config)
     check_same_model(
         plan,
         path,
@@ -122,6 +122,8 @@ def not_as_measured(config: Any) -> str | None:
     """Return what of a VllmConfig would make the engine compute something else than was measured; None for nothing."""
     parallel, model, speculative = config.parallel_config, config.model_config, config.speculative_config
     cache, load = config.cache_config.cache_dtype, config.load_config.load_format
+    state, shares_keys = config.cache_config.mamba_ssm_cache_dtype, config.cache_config.kv_sharing_fast_prefill
+    dtype = str(model.dtype).removeprefix("torch.")
     found = (
         ("pipeline parallelism", parallel.pipeline_parallel_size > 1),
         ("data parallelism", parallel.data_parallel_size > 1),
@@ -136,7 +138,9 @@ def not_as_measured(config: Any) -> str | None:
         ),
         ("weights offloaded to the CPU", _offloads(config.offload_config)),
         ("a quantised KV cache, which the checkpoint asks for", _asks_for_a_quantised_cache(config)),
-        (f"a KV cache in {cache}", cache not in ("auto", str(model.dtype).removeprefix("torch."))),
+        (f"a KV cache in {cache}", cache not in ("auto", dtype)),
+        (f"a state of linear attention in {state}", state not in ("auto", "float32", dtype)),
+        ("keys and values that the last layers share (--kv-sharing-fast-prefill)", shares_keys),
         ("a KV cache that is kept or filled elsewhere", config.kv_transfer_config is not None),
         ("weights transferred into the engine", config.weight_transfer_config is not None),
         (f"weights by --load-format {load}", load not in CHECKPOINTS),
@@ -163,8 +167,8 @@ def _offloads(offload: Any) -> bool:
     return prefetches or offload.uva.cpu_offload_gb > 0
 
 
-def _check_head_width(config: Any) -> None:
-    """Raise InputError for heads that vLLM's attention on a CPU has no kernel for; it would find out minutes later."""
+def check_cpu_kernels(config: Any) -> None:
+    """Raise InputError for attention that vLLM has no kernel for on a CPU; it would find out minutes later."""
     from vllm.platforms import current_platform
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
@@ -178,6 +182,12 @@ def _check_head_width(config: Any) -> None:
             raise InputError(
                 f"vLLM's attention on a CPU has no kernel for heads of width {width}, only of "
                 f"{', '.join(map(str, known))}; run the plan on a GPU, or under torchrun."
+            )
+        dtype = str(model.dtype).removeprefix("torch.")
+        if dtype != "bfloat16" and "linear_attention" in (getattr(model.hf_text_config, "layer_types", None) or ()):
+            raise InputError(
+                f"vLLM's linear attention on a CPU has a kernel for bfloat16 alone, not for {dtype}: start it with "
+                "--dtype bfloat16, and check it with --as-served '--dtype bfloat16'."
             )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .collectives import time_all_reduces
-from .forms import find
+from .forms import find, language_model_of
 from .layers import apply, share
 from .mixtures import logits_of
 from .worker import drops_of_this_rank
@@ -79,7 +79,7 @@ class CheckExtension:
     def spd_vocabulary(self: Any) -> list[int] | str:
         """Return the first token id, and the one behind the last, that this rank's part of the output head computes."""
         try:
-            model = self.model_runner.get_model()
+            model = language_model_of(self.model_runner.get_model())
             head = model.lm_head if hasattr(model, "lm_head") else model.model.embed_tokens  # where they are tied
             part = head.shard_indices
         except Exception as e:
@@ -101,7 +101,8 @@ def _count(model: Any, counts: list[int]) -> None:
     communicator = get_tp_group().device_communicator
     if communicator is None or not getattr(model, "do_not_compile", True):  # there is none with one rank
         return
-    reduce, forward = communicator.all_reduce, model.forward
+    reduce, forward, embed = communicator.all_reduce, model.forward, model.embed_input_ids
+    embedded = False
 
     def all_reduce(*args: Any, **kwargs: Any) -> Any:
         if counts:
@@ -110,10 +111,22 @@ def _count(model: Any, counts: list[int]) -> None:
 
     @functools.wraps(forward)  # vLLM looks at its parameters
     def counting(*args: Any, **kwargs: Any) -> Any:
-        counts.append(0)
+        nonlocal embedded
+        if not embedded:
+            counts.append(0)
+        embedded = False
         return forward(*args, **kwargs)
 
+    @functools.wraps(embed)
+    def embedding(*args: Any, **kwargs: Any) -> Any:
+        nonlocal embedded
+        counts.append(0)
+        embedded = True
+        return embed(*args, **kwargs)
+
     communicator.all_reduce, model.forward = all_reduce, counting
+    if language_model_of(model) is not model:  # the embedding is then called in front of the forward
+        model.embed_input_ids = embedding
 
 
 def _watch_routers(model: Any, chosen: list[Any]) -> None:

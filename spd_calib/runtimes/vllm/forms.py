@@ -15,7 +15,7 @@ from spd_calib.models.layer_names import LAYERS
 
 from .forwards import Parts, deepseek, fused, gpt_oss, granite, opt, transformers_layer, unfused, with_unused_residual
 from .mixtures import check_mixture, is_mixture, open_mixture
-from .norm_forwards import behind_norms, post_norm, sandwich
+from .norm_forwards import behind_norms, sandwich, stream_alone
 from .projections import open_projection
 
 BACKEND = "TransformersForCausalLM"
@@ -38,10 +38,12 @@ class LayerForm:
     attention_out_norm: str = ""
     mlp_out_norm: str = ""
     o: str = "self_attn.o_proj"
+    linear_o: str = ""  # the same of a layer with linear attention, where a model has such beside others
     down: str = "mlp.down_proj"
     mixture: str = ""  # the layer's module, if any, that may be a mixture of experts; else its MLP ends in `down`
     gate: str = "gate"  # its router
     scale: str = ""  # the layer's attribute, if any, by which it multiplies both branches
+    stream_scale: str = ""  # the layer's buffer, if any, by which it multiplies the whole stream in the end
     switches: tuple[tuple[str, Any], ...] = ()  # attributes of the layer that must have these values
     configured: tuple[tuple[str, Any], ...] = ()  # and of the model's configuration, where vLLM reads no others
     routers: tuple[tuple[str, Any], ...] = ()  # and of the routers of its experts, which vLLM configures otherwise
@@ -50,15 +52,21 @@ class LayerForm:
         """Return the parts of a layer of this form."""
         scale = float(getattr(layer, self.scale)) if self.scale else 1.0
         mixture = self.mixture_of(layer)
-        o = open_projection(layer.get_submodule(self.o), scale)
+        o = open_projection(self.o_proj(layer), scale)
         down = (
             open_mixture(mixture, gate=self.gate, rank=o.rank, scale=scale)
             if mixture
             else open_projection(layer.get_submodule(self.down), scale)
         )
         norms = (self.norm1, self.norm2, self.attention_out_norm, self.mlp_out_norm)
-        norm1, norm2, *out_norms = (layer.get_submodule(path) if path else nn.Identity() for path in norms)
-        return Parts(norm1, norm2, o, down, *out_norms)
+        norm1, norm2, a, m = (layer.get_submodule(path) if path else nn.Identity() for path in norms)
+        stream_scale = layer.get_buffer(self.stream_scale) if self.stream_scale else None
+        return Parts(norm1, norm2, o, down, a, m, stream_scale)
+
+    def o_proj(self, layer: nn.Module) -> Any:
+        """Return the projection behind a layer's attention."""
+        linear = self.linear_o and hasattr(layer, self.linear_o.partition(".")[0])
+        return layer.get_submodule(self.linear_o if linear else self.o)
 
     def mixture_of(self, layer: nn.Module) -> nn.Module | None:
         """Return a layer's mixture of experts; None where it has a dense MLP."""
@@ -67,7 +75,8 @@ class LayerForm:
 
     def linears(self, layer: nn.Module) -> list[Any]:
         """Return the layer's row-parallel projections, behind each of which there is a sync point."""
-        return [layer.get_submodule(path) for path in (self.o, *([] if self.mixture_of(layer) else [self.down]))]
+        down = [] if self.mixture_of(layer) else [layer.get_submodule(self.down)]
+        return [self.o_proj(layer), *down]
 
     def called(self, layer: nn.Module) -> list[nn.Module]:
         """Return the modules whose own forward a planned layer calls, or puts another in the place of."""
@@ -172,6 +181,21 @@ FORMS = {
         configured=(("attention_bias", False), ("rms_norm_eps", 1e-6)),
         routers=(("scoring_func", "sigmoid"),),
     ),
+    **{
+        f"{name}ForCausalLM": _form(
+            f"{module}.{name}ForCausalLM",
+            f"{module}.{layer}DecoderLayer",
+            fused,
+            linear_o="linear_attn.out_proj",
+            mixture="" if name == "Qwen3_5" else "mlp",
+            switches=(("layer_scale", False), ("use_attn_reduce_scatter_for_moe", False)),
+        )
+        for name, module, layer in (
+            ("Qwen3_5", "qwen3_5", "Qwen3_5"),
+            ("Qwen3_5Moe", "qwen3_5", "Qwen3_5"),
+            ("Qwen3Next", "qwen3_next", "Qwen3Next"),
+        )
+    },
     "GemmaForCausalLM": _form("gemma.GemmaForCausalLM", "gemma.GemmaDecoderLayer", fused),
     "NemotronForCausalLM": _form("nemotron.NemotronForCausalLM", "nemotron.NemotronDecoderLayer", fused),
     "GraniteForCausalLM": _form(
@@ -198,6 +222,16 @@ FORMS = {
         )
         for name, module in (("Gemma2", "gemma2"), ("Gemma3", "gemma3"))
     },
+    "Gemma4ForCausalLM": _form(
+        "gemma4.Gemma4ForCausalLM",
+        "gemma4.Gemma4DecoderLayer",
+        behind_norms(stream_alone),
+        attention_out_norm="post_attention_layernorm",
+        norm2="pre_feedforward_layernorm",
+        mlp_out_norm="post_feedforward_layernorm",
+        stream_scale="layer_scalar",
+        switches=(("enable_moe_block", False), ("per_layer_input_gate", None)),
+    ),
     "Glm4ForCausalLM": _form(
         "glm4.Glm4ForCausalLM",
         "glm4.Glm4DecoderLayer",
@@ -208,7 +242,7 @@ FORMS = {
     "Exaone4ForCausalLM": _form(
         "exaone4.Exaone4ForCausalLM",
         "exaone4.Exaone4DecoderLayer",
-        behind_norms(post_norm),
+        behind_norms(stream_alone),
         norm1="",
         norm2="",
         attention_out_norm="post_attention_layernorm",
@@ -238,7 +272,15 @@ BY_TRANSFORMERS = (
 )
 """The allow-list of architectures that vLLM runs by transformers' own layers."""
 
-SUPPORTED = (*FORMS, *BY_TRANSFORMERS)
+WITH_LANGUAGE_MODEL = {
+    "Gemma3ForConditionalGeneration": "gemma3_mm.Gemma3ForConditionalGeneration",
+    "LlavaForConditionalGeneration": "llava.LlavaForConditionalGeneration",
+    "Mistral3ForConditionalGeneration": "mistral3.Mistral3ForConditionalGeneration",
+    "Qwen3_5ForConditionalGeneration": "qwen3_5.Qwen3_5ForConditionalGeneration",
+}
+"""Models of text and images -> their class below vllm.model_executor.models, whose `language_model` is one of FORMS."""
+
+SUPPORTED = (*FORMS, *BY_TRANSFORMERS, *WITH_LANGUAGE_MODEL)
 
 
 def is_supported(runs: str, architecture: str) -> bool:
@@ -246,16 +288,12 @@ def is_supported(runs: str, architecture: str) -> bool:
     return architecture in (BY_TRANSFORMERS if runs == BACKEND else SUPPORTED) and runs in (BACKEND, architecture)
 
 
-def has_mixture(runs: str) -> bool:
-    """Say whether layers of the class that vLLM names `runs` may have a mixture of experts."""
-    return runs in FORMS and bool(FORMS[runs].mixture)
-
-
 def find(model: nn.Module) -> tuple[LayerForm, list[Any]]:
     """Return the form of a loaded vLLM model's layers, and the layers.
 
     Raises InputError unless the very classes are those of the list.
     """
+    model = language_model_of(model)
     form = _form_of(model)
     for name, read in form.configured:
         value = read(model.config) if callable(read) else read
@@ -278,6 +316,12 @@ def find(model: nn.Module) -> tuple[LayerForm, list[Any]]:
         if (mixture := form.mixture_of(layer)) is not None:
             check_mixture(mixture, block=layers.index(layer), routers=form.routers)
     return form, layers
+
+
+def language_model_of(model: Any) -> Any:
+    """Return the language model in a loaded vLLM model of text and images; any other model itself."""
+    inside = _place(model).removeprefix("vllm.model_executor.models.") in WITH_LANGUAGE_MODEL.values()
+    return model.language_model if inside else model
 
 
 def _form_of(model: Any) -> LayerForm:

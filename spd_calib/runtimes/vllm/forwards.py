@@ -27,7 +27,8 @@ Stream = Tensor | Pair
 class Parts:
     """The parts of a layer that its planned forward calls.
 
-    The last two are the norms that a branch goes through before it is added, where there are any.
+    The out norms are those that a branch goes through before it is added, `stream_scale` [1] the number by which the
+    layer multiplies the whole stream in the end, where there are any.
     """
 
     norm1: Any
@@ -36,6 +37,7 @@ class Parts:
     down: Projection | Mixture
     attention_out_norm: Any = None
     mlp_out_norm: Any = None
+    stream_scale: Tensor | None = None
 
 
 def fused(
@@ -78,6 +80,9 @@ def fused(
 
 
 def _attention(layer: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the layer's attention, of positions and what it reads; a linear one has no use for positions."""
+    if hasattr(layer, "linear_attn"):
+        return lambda positions, u: layer.linear_attn(hidden_states=u)
     return lambda positions, u: layer.self_attn(positions=positions, hidden_states=u)
 
 

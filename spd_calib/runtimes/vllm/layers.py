@@ -35,7 +35,7 @@ def apply(model: nn.Module, drops: Drops) -> None:
     for i, layer in enumerate(layers):
         for module in form.called(layer):
             refuse_foreign_forward(module, block=i, engine="vLLM")
-    o_projs: list[Any] = [layer.get_submodule(form.o) for layer in layers]
+    o_projs: list[Any] = [form.o_proj(layer) for layer in layers]
     predictors = {
         point: fitted_at(point, drops.at(point), o_proj=o_projs[point.block], rank=o_projs[point.block].tp_rank)
         for point in drops

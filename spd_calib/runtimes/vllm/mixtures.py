@@ -111,6 +111,8 @@ def check_mixture(module: Any, *, block: int, routers: Iterable[tuple[str, Any]]
         ("each rank has tokens of its own (sequence parallel)", config.is_sequence_parallel),
         ("its kernel sums over the ranks itself", runner._fused_output_is_reduced),
         ("what the experts give is transformed", runner.routed_output_transform is not None),
+        ("its shared expert lies whole on every rank", getattr(module, "replicate_shared_expert", False)),
+        ("its shared expert is one of the others", getattr(module, "is_fused_shared_expert_enabled", False)),
     )
     of_router = [(name, value, getattr(runner.router, name, None)) for name, value in routers]
     computed = (

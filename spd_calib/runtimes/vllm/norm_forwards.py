@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spd_calib.formats.drops import Drop, Strategy
 from spd_calib.models.predictor import Predictor
-from spd_calib.parallel.streams import Branch, Streams, defer, keep, write_off
+from spd_calib.parallel.streams import Branch, Streams, defer, keep, times, write_off
 from spd_calib.runtimes.planned import Planned
 from spd_calib.runtimes.projections import Projection
 
@@ -46,7 +46,8 @@ def behind_norms(call: Callable[..., Callable]) -> Callable[..., Callable]:
             a = o.partial(heads)
             s = _sync_point(planned.attention, s, a, attention, predictor=planned.predictor, z=heads)
             m = down.partial(feed(parts.norm2(s.read(0))))
-            return _sync_point(planned.mlp, s, m, mlp, predictor=planned.mlp_predictor, z=m)
+            s = _sync_point(planned.mlp, s, m, mlp, predictor=planned.mlp_predictor, z=m)
+            return s if parts.stream_scale is None else times(s, parts.stream_scale)
 
         return call(layer, block, planned.last)
 
@@ -85,10 +86,10 @@ def sandwich(layer: Any, block: Callable[..., Streams], last: bool) -> Callable[
     return forward
 
 
-def post_norm(layer: Any, block: Callable[..., Streams], last: bool) -> Callable[..., tuple[Any, None]]:
-    """Return the forward of vLLM's Exaone 4 layer: the stream alone, and beside it what nobody reads."""
+def stream_alone(layer: Any, block: Callable[..., Streams], last: bool) -> Callable[..., tuple[Any, None]]:
+    """Return the forward of vLLM's Exaone 4 and Gemma 4 layers: the stream alone, and beside it what nobody reads."""
 
-    def forward(positions: Tensor, hidden_states: Any, residual: Tensor | None) -> tuple[Any, None]:
+    def forward(positions: Tensor, hidden_states: Any, residual: Tensor | None, *_: Any, **__: Any) -> tuple[Any, None]:
         attend = lambda u: layer.self_attn(positions=positions, hidden_states=u)  # noqa: E731
         return _own(block(Streams.of(hidden_states), attend, layer.mlp)), None
 
