@@ -1,6 +1,7 @@
 """Training a block on the dense one: the error falls, a killed training goes on, replicas share the text."""
 
 import copy
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -8,10 +9,14 @@ import tiny
 import torch
 from planned_models import planned, sequences
 
+from spd_calib.models.predictor import Predictor
 from spd_calib.recovery import distillation
 from spd_calib.recovery.distillation import Schedule, TrainingHooks, distil_block, distil_together
-from spd_calib.recovery.feed import Feed
+from spd_calib.recovery.feed import Batch, Feed
 from spd_calib.recovery.held_out import HeldOut
+from spd_calib.recovery.planned_model import PlannedModel
+from spd_calib.recovery.routing_error import ROUTING
+from spd_calib.recovery.student import Student
 
 
 def test_distillation_lessens_the_error_and_goes_on_after_a_kill() -> None:
@@ -44,6 +49,89 @@ def test_a_step_on_some_positions_of_a_large_vocabulary_still_learns(monkeypatch
     assert all(len(set(at.tolist())) == 3 for at in drawn) and not torch.equal(*drawn)
     outcome = distil_together(students, feed, schedule=Schedule(steps=20, check_every=10), hooks=TrainingHooks())
     assert outcome.before == pytest.approx(kl, rel=1e-4) and outcome.after < 0.9 * outcome.before
+
+
+def with_routers(model: PlannedModel) -> list[Student]:
+    """Copies of the model's students, which it has from then on; what their routers read is far off."""
+    for block, student in list(model.students.items()):
+        generator = torch.Generator().manual_seed(block)
+        router = Predictor(torch.randn(student.block.width, generator=generator))
+        model.put(student.copy().with_router(router if student.parts.experts else None))
+    return list(model.students.values())
+
+
+def naive_router_kl(model: PlannedModel, batch: Batch, block: int, of_dense: torch.Tensor) -> float:
+    """KL(dense || planned) of what a block's routers say, per token: token by token, expert by expert.
+
+    `of_dense` are the dense model's logits, of transformers; the planned model's are what its router reads times its
+    weight.
+    """
+    router, read = model.blocks[block].experts.router, []
+    hook = router.register_forward_pre_hook(lambda m, args: read.append(args[0]))
+    s = batch.planned
+    for index in range(model.lm.num_blocks):
+        s = model.run_block(index, s, **batch.kwargs[index])
+    hook.remove()
+    total = 0.0
+    for p, u in zip(of_dense, read[0].flatten(0, -2), strict=True):
+        q = [float(row @ u) for row in router.weight]
+        of_p, of_q = (sum(math.exp(float(v)) for v in values) for values in (p, q))
+        for a, b in zip(p.tolist(), q, strict=True):
+            total += math.exp(a) / of_p * ((a - math.log(of_p)) - (b - math.log(of_q)))
+    return total / len(of_dense)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "granitemoe"])  # whose routers give logits first, and last
+def test_routers_learn_the_dense_models_choice(family: str) -> None:
+    model = planned(family, tp=4, layers=2)
+    feed = Feed(model, sequences(32), batch_size=4)
+    students = with_routers(model)
+    (batch,) = feed.choosing
+    ids = torch.tensor(sequences(32)[-4:])
+    with torch.no_grad():
+        dense = tiny.build(family, layers=2)(ids, output_router_logits=True).router_logits
+
+    def apart() -> float:
+        return sum(naive_router_kl(model, batch, block, of_dense) for block, of_dense in enumerate(dense)) / 2
+
+    text, naive = HeldOut(model, [[*t, 0] for t in ids.tolist()]), apart()
+    before = text.measure().comparison()
+    states: list[dict] = []
+    schedule, keeping = (
+        Schedule(steps=20, check_every=10),
+        TrainingHooks(save=lambda t: states.append(copy.deepcopy(t))),
+    )
+    outcome = distil_together(students, feed, schedule=schedule, hooks=keeping)
+    assert outcome.before == pytest.approx(before.kl + ROUTING * naive, rel=1e-4)
+    assert naive > 0.1 and apart() < 0.5 * naive
+    after = text.measure().comparison()
+    assert after.kl < before.kl and after.routed_as_dense > before.routed_as_dense
+    again = with_routers(model)  # killed after ten steps
+    distil_together(again, feed, schedule=schedule, hooks=TrainingHooks(saved=states[0]))
+    for student, through in zip(again, students, strict=True):
+        for name, tensor in student.state().items():
+            assert torch.allclose(tensor, through.state()[name], atol=1e-6), name
+
+
+def test_a_blocks_router_learns_besides_what_its_block_gives() -> None:
+    """The error of a block is its output's, as a share of what the block adds, and its router's if it has one."""
+    model = planned("qwen2_moe", tp=2, layers=2)  # block 1 is dense
+    feed, ids = Feed(model, sequences(32), batch_size=4), torch.tensor(sequences(32)[-4:])
+    with torch.no_grad():
+        dense = tiny.build("qwen2_moe", layers=2)(ids, output_router_logits=True, output_hidden_states=True)
+    for student in with_routers(model):
+        feed.move_to(student.index)
+        (batch,) = feed.choosing
+        y = student.run(batch.planned, **batch.kwargs[student.index]).shared
+        x, target = batch.dense, feed.dense_output(batch)
+        assert torch.allclose(x, dense.hidden_states[student.index], atol=1e-5)
+        error = float((y - target).square().sum() / (target - x).square().sum())
+        if student.index == 0:
+            error += ROUTING * naive_router_kl(model, batch, 0, dense.router_logits[0])
+        router = None if student.router is None else student.router.bias.clone()
+        outcome = distil_block(student, feed, schedule=Schedule(steps=10, check_every=5))
+        assert outcome.before == pytest.approx(error, rel=1e-4) and outcome.after < outcome.before
+        assert router is None or not torch.equal(router, student.router.bias)
 
 
 def test_replicas_share_every_batch() -> None:

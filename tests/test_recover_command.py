@@ -46,6 +46,26 @@ def test_the_command(spd, tmp_path, profile_file, text) -> None:
     assert not bad.exists() and not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob(".bad*"))
 
 
+def test_a_plan_that_drops_mlps_alone_is_trained(spd, tmp_path, llama, text) -> None:
+    kept = ["keep_sync"] * 4
+    plan = write_plan(tmp_path / "plan.json", llama, 4, kept, ["keep_sync", "block_drop", "block_drop", "keep_sync"])
+    given = ("--data", text, "--seq-len", 24, "--max-samples", 24, "--verify-samples", 8, "--device", "cpu")
+    run = spd("recover", plan, *given, "-o", tmp_path / "out")
+    assert run.code == 2 and "add distillation" in run.err
+    methods = ("--methods", "grouping,compensation,refit,distillation", "--steps", 10, "--final-steps", 20, "--tau1", 0)
+    run = spd("recover", plan, *given, "-o", tmp_path / "out", *methods)
+    assert run.code == 0, run.err
+    report = json.loads((tmp_path / "out" / "recovery.json").read_text())
+    assert [(a["block"], a["treatment"]) for a in report["attempts"]] == [
+        (1, "distillation"), (2, "distillation"), (None, "distillation end to end")]  # fmt: skip
+    (first, _), second, whole = [(a["detail"]["error_before"], a["detail"]["error_after"]) for a in report["attempts"]]
+    assert first < 1e-9, "what the first block owes is not lost: the second is the first that reads less than it should"
+    assert second[1] < second[0] and whole[1] < whole[0] and report["kl"] <= report["kl_as_is"]
+    assert set(report["tiers"]) == {"1", "2"}
+    recovered = read(Plan, tmp_path / "out" / "plan.json")
+    assert recovered.requires == ["mlp_drop"] and recovered.drops == read(Plan, plan).drops
+
+
 def test_from_python_the_plan_comes_back_and_progress_is_told(llama, text, tmp_path) -> None:
     plan = write_plan(tmp_path / "plan.json", llama, 4, ["keep_sync", "block_drop", "keep_sync", "keep_sync"])
     said, expected, steps = [], [], []

@@ -127,8 +127,8 @@ def test_a_mixture_from_its_profile_to_a_recovered_plan(tmp_path: Path, spd, tex
     plan = read(Plan, tmp_path / "plan.json")
     assert plan.requires == ["mlp_drop", "router_predictor"]
     assert [b.router for b in plan.blocks] == [RouterPredictor(kind="zero", rank=0)] * 4
-    run = spd("recover", tmp_path / "plan.json", *given, "--max-samples", 24, "--methods", "compensation",
-              "--tau1", 0, "--tau2", 0, "-o", tmp_path / "out")  # fmt: skip
+    run = spd("recover", tmp_path / "plan.json", *given, "--max-samples", 24, "--methods", "compensation,distillation",
+              "--steps", 5, "--final-steps", 10, "--tau1", 0, "--tau2", 0, "-o", tmp_path / "out")  # fmt: skip
     assert run.code == 0, run.err
     recovered, drops = load_plan(tmp_path / "out" / "plan.json")
     assert recovered.verified.routed_as_dense is not None

@@ -110,6 +110,11 @@ def recover(
     if replicate is not None and document.drops.replicated:
         raise InputError("The plan replicates heads already; leave `replicate` out, or plan without.")
     tiers, whence = tiers_of(document, tau1=tau1, tau2=tau2)
+    if "distillation" not in options.methods and not drops_to_recover(document).blocks("attention"):
+        raise InputError(
+            "The plan drops MLPs' sync points alone, which nothing but training wins back; add distillation to the "
+            "methods, or plan with attentions' sync points, too."
+        )
     checkpoint.check_output(output)
     session = open_model_of(document, path=path, model=model, replicas=True)
     if (source := session.source) is None:

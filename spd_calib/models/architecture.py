@@ -66,7 +66,7 @@ def _experts(layer: nn.Module, names: ExpertNames) -> ExpertParts | None:
     gate = _find(layer, names.shared_gate)
     if None in shared or not (gate is None or isinstance(gate, nn.Linear)):
         return None
-    parts = ExpertParts(router, experts, shared[0] if shared else None, gate, names.weights, names.chosen)
+    parts = ExpertParts(router, experts, shared[0] if shared else None, gate, names)
     if (parts.transposed or parts.has_bias) and not parts.interleaved:
         return None  # a rank's share of gate and up would lie in two ranges of columns
     return parts

@@ -6,6 +6,7 @@ two dimensions change places; where it says `has_bias` both have a bias. The mod
 neurons, and who chooses is the model's own router.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +20,17 @@ from .shard import ALL, ALL_ROWS, RankMLP, RankSlices, Rows, of_ranges, times
 
 @dataclass(frozen=True)
 class Routing:
-    """The experts chosen for N tokens, and their weights: both [N, k]."""
+    """The experts chosen for N tokens, and their weights, both [N, k]; the logits of all experts, [N, E]."""
 
     weights: Tensor
     chosen: Tensor
+    logits: Tensor
+
+    @classmethod
+    def of(cls, parts: ExpertParts, given: Sequence[Tensor]) -> "Routing":
+        """Return what the model's own router says with what it gives."""
+        names = parts.names
+        return cls(given[names.weights], given[names.chosen], given[names.logits])
 
     def bias(self, parts: ExpertParts, like: Tensor) -> Tensor | None:
         """Return what the chosen experts' biases add to `like` [B, T, d], which all ranks know; None without any."""
@@ -34,8 +42,7 @@ class Routing:
 
 def route(parts: ExpertParts, u: Tensor) -> Routing:
     """Return what the model's own router chooses where it reads u [B, T, d]."""
-    given = parts.router(u.flatten(0, -2))
-    return Routing(given[parts.weights], given[parts.chosen])
+    return Routing.of(parts, parts.router(u.flatten(0, -2)))
 
 
 def expert_slices(parts: ExpertParts, slices: RankSlices) -> dict[str, tuple[Rows, slice]]:

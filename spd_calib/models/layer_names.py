@@ -13,13 +13,15 @@ class ExpertNames:
 
     `experts` holds all experts' weights, stacked. `shared` names, in any of the spellings, the MLP that every token
     goes through besides, and `shared_gate` the linear layer by whose sigmoid it is multiplied; a layer may lack them.
-    `weights` and `chosen` are the places, in what the router returns, of the weights and the indices of the experts.
+    `logits`, `weights` and `chosen` are the places, in what the router returns, of the logits of all experts, before
+    softmax or sigmoid, and of the weights and the indices of those that it chooses.
     """
 
     router: str
     experts: str
     shared: tuple[str, ...] = ("mlp.shared_expert", "mlp.shared_experts")
     shared_gate: str = "mlp.shared_expert_gate"
+    logits: int = 0
     weights: int = 1
     chosen: int = 2
 
@@ -239,7 +241,12 @@ LAYERS = {  # the first row that fits is taken: those that name more parts come 
         **_SELF_ATTENTION,
         scale="residual_multiplier",
         experts=ExpertNames(
-            router="block_sparse_moe.router", experts="block_sparse_moe.experts", shared=(), weights=1, chosen=0
+            router="block_sparse_moe.router",
+            experts="block_sparse_moe.experts",
+            shared=(),
+            logits=2,
+            weights=1,
+            chosen=0,
         ),
     ),
     "Mixtral": LayerNames(

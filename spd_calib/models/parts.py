@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .layer_names import LayerNames
+from .layer_names import ExpertNames, LayerNames
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,14 @@ class MLPParts:
 class ExpertParts:
     """The parts of a mixture of experts. `experts` is transformers' module of all experts, their weights stacked.
 
-    `weights` and `chosen` are the places of the experts' weights and indices in what the router returns.
+    `names` is the row that they were found by; it says what the router returns.
     """
 
     router: nn.Module
     experts: nn.Module
     shared: MLPParts | None
     shared_gate: nn.Linear | None
-    weights: int
-    chosen: int
+    names: ExpertNames
 
     @property
     def neurons(self) -> int:

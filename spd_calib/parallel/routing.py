@@ -1,12 +1,14 @@
-"""Watching which experts a model's routers choose."""
+"""Watching what a model's routers say, and which experts they choose."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from spd_calib.models.experts import Routing
 
 from .block import Block
 
@@ -22,9 +24,14 @@ def watching_routers(blocks: Sequence[Block]) -> Iterator[dict[int, Tensor]]:
         yield chosen
 
 
-@contextmanager
-def telling_choices(blocks: Sequence[Block], tell: Callable[[int, Tensor], None]) -> Iterator[None]:
+def telling_choices(blocks: Sequence[Block], tell: Callable[[int, Tensor], None]) -> AbstractContextManager[None]:
     """Call `tell`, while this lasts, with every choice of a router: its block, and the experts chosen [B * T, k]."""
+    return telling_routers(blocks, lambda block, routing: tell(block, routing.chosen))
+
+
+@contextmanager
+def telling_routers(blocks: Sequence[Block], tell: Callable[[int, Routing], None]) -> Iterator[None]:
+    """Call `tell`, while this lasts, with all that a router says whenever it is asked, and before that its block."""
     hooks = [
         block.experts.router.register_forward_hook(partial(_tell, tell, block))
         for block in blocks
@@ -37,9 +44,9 @@ def telling_choices(blocks: Sequence[Block], tell: Callable[[int, Tensor], None]
             hook.remove()
 
 
-def _tell(tell: Callable[[int, Tensor], None], block: Block, router: nn.Module, args: tuple, given: Any) -> None:
+def _tell(tell: Callable[[int, Routing], None], block: Block, router: nn.Module, args: tuple, given: Any) -> None:
     assert block.experts is not None
-    tell(block.index, given[block.experts.chosen])
+    tell(block.index, Routing.of(block.experts, given))
 
 
 def tokens_routed_alike(dense: Chosen, planned: Chosen, counted: Tensor) -> list[float]:

@@ -21,20 +21,24 @@ def drops_to_recover(plan: Plan) -> Drops:
 def tiers_of(plan: Plan, *, tau1: float | None = None, tau2: float | None = None) -> tuple[dict[int, Tier], str]:
     """Return the tier of each block whose attention's sync point is dropped, and a sentence on where it comes from.
 
-    A plan made by the paper's rule holds the tiers; for any other, the block's own KL is compared with tau1 and tau2
-    (sensitivity.tiers). Raises InputError for a plan that drops no attention's, or that was recovered before.
+    Of a plan that drops MLPs' alone, those blocks'. A plan made by the paper's rule holds the tiers; for any other, the
+    block's own KL is compared with tau1 and tau2 (sensitivity.tiers). Raises InputError for a plan that drops nothing,
+    or that was recovered before.
     """
     if plan.recovered_from is not None:
         raise InputError(f"{plan.model.id} was recovered already; recover the plan it was made from instead.")
-    blocks = drops_to_recover(plan).blocks("attention")
+    drops = drops_to_recover(plan)
+    attention = drops.blocks("attention")
+    blocks = attention or drops.blocks("mlp")
     if not blocks:
-        raise InputError("The plan drops no attention's sync point, so there is nothing to recover; raise its budget.")
+        raise InputError("The plan drops nothing, so there is nothing to recover; raise its budget.")
     dropped = [plan.blocks[i] for i in blocks]
     if plan.budget.kind == "tau" and tau1 is None and tau2 is None:
         return {b.index: PAPER[b.recovery] for b in dropped}, (
             f"tiers by the plan's own thresholds, perplexity +{plan.budget.value:.4g} and +{plan.budget.tau2 or 0:.4g}"
         )
-    kl = {b.index: b.kl if b.kl is not None else float("inf") for b in dropped}
+    own = {b.index: b.kl if attention else b.mlp_kl for b in dropped}
+    kl = {index: float("inf") if value is None else value for index, value in own.items()}
     known = {index: value for index, value in kl.items() if value != float("inf")}
     low, high = thresholds(known, tau1, tau2)
     whence = "given" if tau1 is not None else "a quarter of the dropped blocks' mean KL, and the mean"

@@ -2,9 +2,10 @@
 
 Block by block: the student block (its own weights, and the predictors) learns the dense block's output by mean
 squared error, from the dense block's input or from the planned model's own. Then, shortly, all treated blocks
-together on KL(dense || planned). AdamW, linear warm-up, cosine decay, early stop on the text to choose by. What is
-held: one block (or, at the end, the treated ones), its optimizer's state, and the feed. Logits are held of LOGITS
-numbers at once: with a large vocabulary each step learns from some positions of its batch.
+together on KL(dense || planned). Routers of experts learn the dense model's choice besides (routing_error.py). AdamW,
+linear warm-up, cosine decay, early stop on the text to choose by. What is held: one block (or, at the end, the treated
+ones), its optimizer's state, and the feed. Logits are held of LOGITS numbers at once: with a large vocabulary each step
+learns from some positions of its batch.
 """
 
 import math
@@ -14,10 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from spd_calib.models.experts import Routing
 from spd_calib.parallel.comm import Comm
+from spd_calib.parallel.routing import telling_routers
 from spd_calib.parallel.streams import in_full
 
 from .feed import Batch, Feed
+from .routing_error import routed_in_dense_block, routed_in_dense_model, routing_error
 from .student import Student
 
 LOGITS = 2**25  # float32, 128 MiB a tensor
@@ -83,9 +87,12 @@ def distil_block(
         scale = tokens / max(size, 1e-30)  # the error is a share of what the block adds
 
     def loss(batch: Batch, _: int | None) -> Tensor:
-        y = student.run(feed.inputs(batch), **feed.kwargs(batch))
+        routed: dict[int, Routing] = {}
+        with telling_routers([student.block], routed.__setitem__):
+            y = student.run(feed.inputs(batch), **feed.kwargs(batch))
         difference = (in_full(y) - targets[id(batch)])[batch.mask]  # a deferred MLP is settled later
-        return _total(difference.square().sum(-1) * scale)
+        of_routers = routing_error(routed_in_dense_block(feed, batch), routed, batch.mask)[batch.mask]
+        return _total(difference.square().sum(-1) * scale + of_routers)
 
     return _train([student], feed, loss=loss, schedule=schedule, hooks=hooks)
 
@@ -93,28 +100,31 @@ def distil_block(
 def distil_together(
     students: Sequence[Student], feed: Feed, *, schedule: Schedule, hooks: TrainingHooks = TrainingHooks()
 ) -> Outcome:
-    """Train students that stand in the planned model together, on the KL of the whole.
+    """Train students that stand in the planned model together, on the KL of the whole and the error of their routers.
 
     The feed must not have moved yet.
     """
     model = feed.model
 
     def loss(batch: Batch, step: int | None) -> Tensor:
-        s = batch.planned
-        for index, kwargs in enumerate(batch.kwargs):
-            s = model.run_block(index, s, **kwargs)
+        s, routed = batch.planned, dict[int, Routing]()
+        with telling_routers([student.block for student in students], routed.__setitem__):
+            for index, kwargs in enumerate(batch.kwargs):
+                s = model.run_block(index, s, **kwargs)
+        dense = routed_in_dense_model(feed, batch, last=max(routed, default=-1))
+        of_routers = routing_error(dense, routed, batch.mask)
         final = model.lm.final_norm(s)
         pieces = _positions(batch.mask, model.lm.head.vocab_size)
         if step is not None and len(pieces) > 1:
             pieces = [_draw(batch.mask.shape[1], len(pieces[0]), step)]
-        return sum((kl(batch, final, at) for at in pieces), torch.zeros(2, device=final.device))
+        return sum((error(batch, final, of_routers, at) for at in pieces), torch.zeros(2, device=final.device))
 
-    def kl(batch: Batch, final: Tensor, at: Tensor) -> Tensor:
+    def error(batch: Batch, final: Tensor, of_routers: Tensor, at: Tensor) -> Tensor:
         mask = batch.mask[:, at]
         with torch.no_grad():
             log_p = model.lm.logits_with_gradients(batch.final[:, at])[mask].float().log_softmax(-1)
         log_q = model.lm.logits_with_gradients(final[:, at])[mask].float().log_softmax(-1)
-        return _total((log_p.exp() * (log_p - log_q)).sum(-1))
+        return _total((log_p.exp() * (log_p - log_q)).sum(-1) + of_routers[:, at][mask])
 
     return _train(students, feed, loss=loss, schedule=schedule, hooks=hooks)
 

@@ -76,7 +76,8 @@ def recover(
     judge = Judge(model, text, tick=tick or _ignore)
     before = judge.tally.kl() if is_main else 0.0
     treatments = {i: t for i, tier in dropped.items() if (t := _closed_form(options, tier))}
-    trained = [i for i, tier in dropped.items() if tier != "insensitive"]
+    only_mlps = all(s.strategy == Strategy.KEEP_SYNC for s in model.students.values())  # nothing is fitted to those
+    trained = [i for i in (sorted(tiers) if only_mlps else dropped) if tiers.get(i) != "insensitive"]
     run = _Run(model, fitting, options, FinishedSteps(model, judge, journal, replicas))
     if is_main and treatments:
         run.treat_in_closed_form(treatments)

@@ -109,8 +109,8 @@ class Student:
 
     def trainable(self) -> list[nn.Parameter]:
         """Return the parameters that training changes: the layer's weights, each once, and the predictors'."""
-        of_ranks = (self.predictors or {}).values()  # a router's predictor stays as it was fitted
-        return [*self.layer.parameters(), *(parameter for p in of_ranks for parameter in p.parameters())]
+        predictors = [*(self.predictors or {}).values(), *([] if self.router is None else [self.router])]
+        return [*self.layer.parameters(), *(parameter for p in predictors for parameter in p.parameters())]
 
     def state(self) -> dict[str, Tensor]:
         """Return weights and predictors by name, on the CPU; `with_state` takes them back."""
