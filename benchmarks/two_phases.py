@@ -7,10 +7,10 @@ the second half goes token by token (in one forward, which computes the same) th
 cache. The choices: no drop, a third, two thirds and all of the attentions' syncs, cheapest first by their single cost,
 each with the other syncs as they are, at 8 and at 4 bits. KL(dense || served) is of the tokens of the second half; the
 first of them is predicted by the prefill. The time of a request is modelled, for the model's own sizes: one prefill of
-`PROMPT` tokens and some decoded ones; without any, it is the time to the first token. For every KL that one plan
-reaches, the fastest single plan and the fastest pair of at most that KL are set side by side; what exceeds it by less
-than two standard errors of the difference, sequence by sequence, is taken to be no more. Links by formula: an
-all-reduce takes a fixed time, and the bytes at the rate.
+`PROMPT` tokens and some decoded ones; without any, it is the time to the first token. For every KL that a single plan
+which drops or quantises something reaches, the fastest single plan and the fastest pair of at most that KL are set side
+by side; what exceeds it by less than two standard errors of the difference, sequence by sequence, is taken to be no
+more. Links by formula: an all-reduce takes a fixed time, and the bytes at the rate.
 """
 
 import argparse
@@ -129,7 +129,7 @@ def side_by_side(
         return prefill + new * decode
 
     rows = []
-    for budget in sorted((kl[name, name] for name in drops), key=lambda k: float(k.mean())):
+    for budget in sorted((kl[name, name] for name in drops if drops[name]), key=lambda k: float(k.mean())):
         within = [pair for pair, k in kl.items() if no_more(k, budget)]
         one, two = min((p for p in within if p[0] == p[1]), key=seconds), min(within, key=seconds)
         row = {
