@@ -171,7 +171,7 @@ def test_nothing_is_asked_of_a_network_and_nothing_left_at_home(tmp_path, monkey
         ("l.csv", b"text,n\na,1\nb,c,2\n", "line 3"),
         ("m.csv", b"text\ncaf\xe9\n", "no UTF-8"),
         ("n.txt.gz", b"not compressed", "cannot be read as .txt"),
-        ("o.jsonl.gz", gzip.compress(LINES)[:40], "cannot be read as .jsonl"),
+        ("o.jsonl.gz", gzip.compress(LINES, mtime=0)[:40], "cannot be read as .jsonl"),
         ("p.jsonl.zst", b"\x28\xb5\x2f\xfd1234", "cannot be read as .jsonl"),
         ("q.parquet", b"PAR1 no", "cannot be read as .parquet"),
         ("r.parquet.gz", b"", "cannot be read as .parquet"),

@@ -139,7 +139,7 @@ def recover(
     if heads:
         identity |= {"heads": repr(heads)}
         progress.say(f"heads to replicate in {heads.blocks} blocks: {100 * heads.share:.1f} % more weights to read")
-    progress.expect(_steps_at_most(tiers, options))
+    progress.expect(_steps_at_most(tiers, options, choices=(heads is not None) + (budget is not None)))
     made: Plan | None = None
     with TensorJournal(output.absolute().parent / f"{output.name}.partial", identity) as journal:
         report = treat(
@@ -228,8 +228,11 @@ def _announce(progress: Progress, text: Text, *, judged: int, tiers: Mapping[int
     )
 
 
-def _steps_at_most(tiers: Mapping[int, Tier], options: RecoveryOptions) -> int:
-    """Return how many steps there will be: training may end early, and treatments that do nothing are left out."""
+def _steps_at_most(tiers: Mapping[int, Tier], options: RecoveryOptions, *, choices: int) -> int:
+    """Return how many steps there will be: training may end early, and treatments that do nothing are left out.
+
+    Each of `choices` among the blocks, of those to replicate and of those to give back, looks at every one alone.
+    """
     treated = sum(tier != "insensitive" for tier in tiers.values())
     steps, end = (-(-s.steps // s.check_every) + 1 for s in (options.block_schedule, options.whole_schedule))
     trained = (
@@ -240,4 +243,5 @@ def _steps_at_most(tiers: Mapping[int, Tier], options: RecoveryOptions) -> int:
     dropped = len(tiers) if "refit" in options.methods else treated
     without_training = [m for m in options.methods if m != "distillation"]
     per_block = len(without_training) + (len(options.refit_parts) - 1 if "refit" in options.methods else 0)
-    return dropped * per_block + (dropped.bit_length() + 1 if dropped and without_training else 0) + trained
+    judged = dropped.bit_length() + 1 if dropped and without_training else 0
+    return dropped * per_block + judged + trained + choices * (len(tiers) + len(tiers).bit_length())
