@@ -66,10 +66,12 @@ def whole_blocks_for(plan: Plan, *, session: Session, share: Amount) -> Affordab
     """
     dropped = [point for point, drop in plan.drops.by_point.items() if drop.strategy == Strategy.BLOCK_DROP]
     most = sum(point.sync_point == "attention" for point in dropped)
-    heads = affordable(sizes_of(session), fraction(share, "replicate"), tp=session.tp, most=most)
+    sizes = sizes_of(session)
+    heads = affordable(sizes, fraction(share, "replicate"), tp=session.tp, most=most)
     if not heads.blocks:
+        one = affordable(sizes, 1.0, tp=session.tp, most=1).share
         raise InputError(
-            f"`replicate` {share} of the weights is less than all heads of other ranks take in one block; allow "
-            "more, or replicate some of them before recovery, by `plan --replicate`."
+            f"`replicate` {share} of the weights is less than all heads of other ranks take in one block, "
+            f"{100 * one:.3g} %; allow more, or replicate some of them before recovery, by `plan --replicate`."
         )
     return heads
