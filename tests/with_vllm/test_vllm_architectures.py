@@ -14,6 +14,7 @@ from conftest import SHAPE, WIDTHS, as_configured, build, free_port
 from multimodal import save as save_multimodal
 from plans import write_plan
 from quantised_copies import quantise
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from spd_calib.formats.drops import NOTHING_DROPPED
 from spd_calib.models.layer_names import LAYERS
@@ -25,7 +26,7 @@ from spd_calib.runtimes.observed import Observed
 from spd_calib.runtimes.rounding import reading_rounded
 from spd_calib.runtimes.vllm.as_served import judge, log_probs, round_weights
 from spd_calib.runtimes.vllm.check import compare
-from spd_calib.runtimes.vllm.forms import BACKEND, BY_TRANSFORMERS, FORMS, is_supported
+from spd_calib.runtimes.vllm.forms import BACKEND, BY_TRANSFORMERS, FORMS, WITH_LANGUAGE_MODEL, is_supported
 from spd_calib.runtimes.vllm.processes import vllm_environment
 
 K, D, P = "keep_sync", "block_drop", "plain_drop"
@@ -51,8 +52,10 @@ ROUTERS = ["low_rank", None, "zero", "full"]
 ROUTERS_BEHIND_DENSE = [None, None, "low_rank", "full"]
 QUANTISED = ("compressed float8", "compressed int8", "compressed w4a16", "gptq", "awq")
 """Of the schemes those that vLLM's CPU build has kernels for; each in bfloat16, the one dtype they all have."""
-ROUNDED = dict.fromkeys(QUANTISED, "llama")
-"""Name -> family."""
+ROUNDED = {**dict.fromkeys(QUANTISED, "llama"), "delta-kernel": "qwen3_5"}
+"""Name -> family; the last by vLLM's own kernel for linear attention, which has no float32 (delta_in_float32.py)."""
+KERNEL = {"linear_key_head_dim": 64, "linear_value_head_dim": 64, "linear_num_value_heads": 4}
+"""Heads of a width that this kernel knows."""
 FAULT = "each-rank-routes-by-itself"
 PROMPTS = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (21, 9)]
 OF_TEXT = [tiny.tokens(1, n, seed=n, vocab=90)[0].tolist() for n in (21, 9)]
@@ -88,9 +91,11 @@ def engines(folder_of, tmp_path_factory):
         jobs[name] = {"folder": str(folder), "plan": str(plan), "prompts": OF_TEXT, "new": NEW, "as_on_a_gpu": False}
         jobs[name]["options"] = {"language_model_only": True}
     for name, family in ROUNDED.items():
-        copy = Path(shutil.copytree(folder_of(family), place / name / "model"))
+        copy = place / name / "model"
         if name in QUANTISED:
-            quantise(copy, name, group=32)
+            quantise(Path(shutil.copytree(folder_of(family), copy)), name, group=32)
+        else:
+            tiny.save(build(family, **KERNEL), copy)
         plan = write_plan(place / name / "plan.json", copy, 2, ATTENTION, MLP, kinds=KINDS)
         jobs[name] = {"folder": str(copy), "plan": str(plan), "prompts": PROMPTS, "new": NEW, "rounds": ROUNDS}
         jobs[name] |= {"as_on_a_gpu": False, "options": {"dtype": "bfloat16"}}
@@ -202,4 +207,5 @@ def test_every_architecture_is_tested_here_or_with_the_plans():
     here = {type(build(family)).__name__ for family in (*FAMILIES, *MIXTURES)}
     assert here | {f"{name}ForCausalLM" for name in with_the_plans} == {*FORMS, *BY_TRANSFORMERS}
     assert {name for row in LAYERS.values() for name in row.classes} >= {*BY_TRANSFORMERS}
+    assert {MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind] for kind in WHOLES.values()} == {*WITH_LANGUAGE_MODEL}
     assert is_supported(BACKEND, "ArceeForCausalLM") and not is_supported(BACKEND, "LlamaForCausalLM")
