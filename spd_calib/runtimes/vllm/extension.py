@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .collectives import time_all_reduces
-from .forms import find, language_model_of
+from .find import find, language_model_of
 from .layers import apply, share
 from .mixtures import logits_of
 from .worker import drops_of_this_rank

@@ -15,7 +15,7 @@ from spd_calib.runtimes.engine_layers import (
 )
 from spd_calib.runtimes.planned import KEEP, Planned
 
-from .forms import find
+from .find import find
 from .mixtures import end_before_sum, share_biases
 from .projections import ending_before
 
