@@ -10,6 +10,8 @@ from planned_models import extreme, planned, sequences
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import Drops, Point, Strategy
 from spd_calib.models.load import load_dense, load_tokenizer, locate, read_config
+from spd_calib.planning.model_sizes import Added
+from spd_calib.planning.replication import Affordable
 from spd_calib.recovery import closed_form
 from spd_calib.recovery import recover as recover_module
 from spd_calib.recovery.distillation import Schedule
@@ -128,14 +130,16 @@ def test_what_makes_the_whole_worse_is_taken_back_block_by_block(monkeypatch: py
     assert not report.kept(2) and not report.kept(3) and report.kept(1)
 
 
-@pytest.mark.parametrize("max_rank", [64, 3])
-def test_a_killed_recovery_goes_on_where_it_was(tmp_path: Path, max_rank: int) -> None:
-    """To the same bits, with full predictors and with low-rank ones."""
+@pytest.mark.parametrize(("max_rank", "exact"), [(64, 0), (3, 0), (0, 1)])
+def test_a_killed_recovery_goes_on_where_it_was(tmp_path: Path, max_rank: int, exact: int) -> None:
+    """To the same bits, with full predictors, with low-rank ones, and where one block replicates all heads."""
     schedule = Schedule(steps=6, check_every=2)
     options = RecoveryOptions(
         methods=METHODS, exchange=0.0, max_rank=max_rank, block_schedule=schedule, whole_schedule=schedule
     )
-    text = {"fitting": sequences(16), "held_out": sequences(4, seed=1)}
+    every = tuple(tuple(g for g in range(4) if g != rank) for rank in range(4))
+    heads = Affordable(exact, every, None, Added(), 0.1) if exact else None
+    text = {"fitting": sequences(16), "held_out": sequences(4, seed=1), "heads": heads}
     whole = planned(layers=2)
     expected = recover(whole, **text, tiers=extreme(whole), options=options)
 

@@ -12,7 +12,7 @@ from spd_calib.recovery.held_out import HeldOut
 from spd_calib.recovery.options import RecoveryOptions
 from spd_calib.recovery.recover import recover
 from spd_calib.recovery.replicate import with_every_head, worth_replicating
-from spd_calib.recovery.report import REPLICATED
+from spd_calib.recovery.report import REPLICATED, TOGETHER
 
 EVERY = tuple(tuple(g for g in range(4) if g != rank) for rank in range(4))  # of the other three of four ranks
 
@@ -63,3 +63,18 @@ def test_a_mixture_of_experts_is_refused_before_anything_is_fitted() -> None:
         recover(model, fitting=sequences(16), held_out=sequences(8), tiers=extreme(model),
                 heads=Affordable(1, every, None, Added(), 0.1), tick=notes.append)  # fmt: skip
     assert not notes
+
+
+def test_the_other_blocks_are_treated_anew_behind_those_that_are_exact() -> None:
+    """What they made up for is gone; where that wins nothing the first treatments stay."""
+    options = RecoveryOptions(methods=("compensation", "refit"), max_rank=0)
+    model, text = planned(layers=3), sequences(8, seed=1)
+    report = recover(model, fitting=sequences(16), held_out=text, tiers=extreme(model), options=options, heads=heads(1))
+    (exact,) = model.drops.replicated
+    whole = [a for a in report.attempts if a.treatment == TOGETHER]
+    assert len(whole) == 2 and set(whole[1].detail["anew"]) == {0, 1, 2} - {exact}
+    assert report.kl == pytest.approx(whole[1].kl_after if whole[1].kept else whole[1].kl_before)
+    other = next(b for b in (0, 1, 2) if b != exact)
+    cut = [a.treatment for a in report.attempts].index(REPLICATED)
+    first, second = ([a for a in part if a.block == other] for part in (report.attempts[:cut], report.attempts[cut:]))
+    assert first and second and not any(a.kept for a in (first if whole[1].kept else second))

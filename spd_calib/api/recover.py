@@ -139,7 +139,7 @@ def recover(
     if heads:
         identity |= {"heads": repr(heads)}
         progress.say(f"heads to replicate in {heads.blocks} blocks: {100 * heads.share:.1f} % more weights to read")
-    progress.expect(_steps_at_most(tiers, options, choices=(heads is not None) + (budget is not None)))
+    progress.expect(_steps_at_most(tiers, options, passes=2 if heads else 1, choices=bool(heads) + bool(budget)))
     made: Plan | None = None
     with TensorJournal(output.absolute().parent / f"{output.name}.partial", identity) as journal:
         report = treat(
@@ -228,10 +228,11 @@ def _announce(progress: Progress, text: Text, *, judged: int, tiers: Mapping[int
     )
 
 
-def _steps_at_most(tiers: Mapping[int, Tier], options: RecoveryOptions, *, choices: int) -> int:
+def _steps_at_most(tiers: Mapping[int, Tier], options: RecoveryOptions, *, passes: int, choices: int) -> int:
     """Return how many steps there will be: training may end early, and treatments that do nothing are left out.
 
-    Each of `choices` among the blocks, of those to replicate and of those to give back, looks at every one alone.
+    There are as many `passes` over the blocks. Each of `choices` among them, of those to replicate and of those to give
+    back, looks at every one alone.
     """
     treated = sum(tier != "insensitive" for tier in tiers.values())
     steps, end = (-(-s.steps // s.check_every) + 1 for s in (options.block_schedule, options.whole_schedule))
@@ -244,4 +245,4 @@ def _steps_at_most(tiers: Mapping[int, Tier], options: RecoveryOptions, *, choic
     without_training = [m for m in options.methods if m != "distillation"]
     per_block = len(without_training) + (len(options.refit_parts) - 1 if "refit" in options.methods else 0)
     judged = dropped.bit_length() + 1 if dropped and without_training else 0
-    return dropped * per_block + judged + trained + choices * (len(tiers) + len(tiers).bit_length())
+    return passes * (dropped * per_block + judged) + trained + choices * (len(tiers) + len(tiers).bit_length())

@@ -70,7 +70,7 @@ class Judge:
         """Give the model these students in place of what was treated, for reasons that `attempts` write down."""
         self.undo(students)
         self.attempts.extend(attempts)
-        self._tally = None
+        self._tally = self.held_out.measure()
 
     def go_on_from(self, attempts: Sequence[Attempt], *, measured: bool) -> None:
         """Take over the attempts of an interrupted run, whose students the model has by now.

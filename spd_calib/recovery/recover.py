@@ -2,8 +2,8 @@
 
 Without training, block after block in one pass over the text: a treatment stays where the error at its block's output
 falls (closed_form.py). Then, never worse: all of that, and each training, stays only where the KL of the whole plan, on
-text that nothing was fitted on, falls by more than the standard error of that fall. Everything tried stands in the
-report.
+text that nothing was fitted on, falls by more than the standard error of that fall. Where heads are replicated afterwards (replicate.py), there is a
+second pass. Everything tried stands in the report.
 """
 
 import time
@@ -78,12 +78,16 @@ def recover(
     treatments = {i: t for i, tier in dropped.items() if (t := _closed_form(options, tier))}
     only_mlps = all(s.strategy == Strategy.KEEP_SYNC for s in model.students.values())  # nothing is fitted to those
     trained = [i for i in (sorted(tiers) if only_mlps else dropped) if tiers.get(i) != "insensitive"]
-    run = _Run(model, fitting, options, FinishedSteps(model, judge, journal, replicas))
+    run, as_is = _Run(model, fitting, options, FinishedSteps(model, judge, journal, replicas)), dict(model.students)
     if is_main and treatments:
-        run.treat_in_closed_form(treatments)
+        run.treat_in_closed_form(treatments, as_is)
     run.finished.share(list(treatments))
     if heads:
-        run.replicate(heads, text)
+        exact = run.replicate(heads, text)
+        others = {i: t for i, t in treatments.items() if i not in exact}
+        if is_main and exact and others:
+            run.treat_anew(others, as_is)
+        run.finished.share(list(others))
     if "distillation" in options.methods and trained:
         run.distil(trained)
     given_back: list[Attempt] = []
@@ -121,24 +125,44 @@ class _Run:
     options: RecoveryOptions
     finished: FinishedSteps
 
-    def treat_in_closed_form(self, treatments: Mapping[int, ClosedForm]) -> None:
+    def treat_in_closed_form(self, treatments: Mapping[int, ClosedForm], as_is: Mapping[int, Student]) -> None:
         """Treat one block after the other without training, then judge the whole; on the main replica alone."""
-        steps, as_is = self.finished, dict(self.model.students)
-        if steps.take_over(steps.saved("closed-form")):
+        name, began = "closed-form", time.monotonic()
+        if self.finished.take_over(self.finished.saved(name)):
             return
-        began, feed, costs = time.monotonic(), self._feed(SimulatedComm(1)), None
+        self._pass_over_blocks(treatments, name)
+        self._keep_as_far_as_it_helps(as_is, began=began)
+        self.finished.keep(name, list(treatments))
+
+    def treat_anew(self, treatments: Mapping[int, ClosedForm], as_is: Mapping[int, Student]) -> None:
+        """Treat blocks once more from what they were, behind others that are the dense model's by now.
+
+        What they were fitted to before made up for what those others cost. The first treatments stay where the whole is
+        no better with the second.
+        """
+        name, steps, began = "closed-form-anew", self.finished, time.monotonic()
+        if steps.take_over(steps.saved(name)):
+            return
+        judge, first = steps.judge, [self.model.students[block] for block in treatments]
+        attempts = list(judge.attempts)
+        judge.undo([as_is[block] for block in treatments])
+        self._pass_over_blocks(treatments, name)
+        if not judge.decide(None, TOGETHER, began=began, detail={"anew": list(treatments)}):
+            judge.undo(first)
+            judge.attempts[: len(attempts)] = attempts
+        steps.keep(name, list(treatments))
+
+    def _pass_over_blocks(self, treatments: Mapping[int, ClosedForm], name: str) -> None:
+        """Treat one block after the other; each is kept in the journal by the name of the pass."""
+        steps, feed, costs = self.finished, self._feed(SimulatedComm(1)), None
         if fits_in_memory(feed):
             costs = error_costs(feed, feed.some(COST_TOKENS), seed=self.options.seed)
         for block, treatment in treatments.items():
             feed.move_to(block)
-            name = f"closed-form-{block}"
-            if steps.take_over(steps.saved(name), measured=False):
+            if steps.take_over(steps.saved(f"{name}-{block}"), measured=False):
                 continue
             treat_block(block, treatment, feed=feed, judge=steps.judge, options=self.options, costs=costs)
-            steps.keep(name, [block])
-        del feed  # the judgement needs room of its own
-        self._keep_as_far_as_it_helps(as_is, began=began)
-        steps.keep("closed-form", list(treatments))
+            steps.keep(f"{name}-{block}", [block])
 
     def _keep_as_far_as_it_helps(self, as_is: Mapping[int, Student], *, began: float) -> None:
         """Judge the whole, and where it is no better, keep the treatments of as many of the first blocks as are.
@@ -162,12 +186,13 @@ class _Run:
             self.model.put(student)
         judge.undo([as_is[student.index] for student in made[good:]])
 
-    def replicate(self, heads: Affordable, text: HeldOut) -> None:
-        """Replicate heads where the whole wins most by it; all replicas call this at once."""
+    def replicate(self, heads: Affordable, text: HeldOut) -> list[int]:
+        """Replicate heads where the whole wins most by it, and return these blocks; all replicas call this at once."""
         judge = self.finished.judge
         chosen = self.finished.agreed(lambda: worth_replicating(self.model, text, blocks=heads.blocks, tick=judge.tick))
         blocks = [attempt.block for attempt in chosen or [] if attempt.block is not None]
         judge.replaced(with_every_head(self.model, blocks, heads.every), chosen or [])
+        return blocks
 
     def distil(self, blocks: Sequence[int]) -> None:
         """Train one block after the other, then all together; all replicas call this at once."""
