@@ -2,8 +2,8 @@
 
 Without training, block after block in one pass over the text: a treatment stays where the error at its block's output
 falls (closed_form.py). Then, never worse: all of that, and each training, stays only where the KL of the whole plan, on
-text that nothing was fitted on, falls by more than the standard error of that fall. Where heads are replicated afterwards (replicate.py), there is a
-second pass. Everything tried stands in the report.
+text that nothing was fitted on, falls by more than the standard error of that fall. Where heads are replicated
+afterwards (replicate.py), there is a second pass. Everything tried stands in the report.
 """
 
 import time
