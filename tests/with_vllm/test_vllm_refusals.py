@@ -264,6 +264,11 @@ def test_an_engine_that_would_compute_something_else(folder, plan, options, word
     refused(folder, plan, words, **options)
 
 
+def test_experts_that_no_router_has_chosen(folder, plan, monkeypatch):
+    monkeypatch.setenv("VLLM_MOE_ROUTING_SIMULATION_STRATEGY", "uniform_random")
+    refused(folder, plan, "experts chosen at random")
+
+
 def test_a_kv_cache_in_the_dtype_of_the_model(folder, plan):
     configured(folder, plan, dtype="bfloat16", kv_cache_dtype="bfloat16")
 

@@ -5,6 +5,7 @@ predictors, from the file whose hash they got. All of it stands in `additional_c
 in its key, so that code compiled for one plan never serves another.
 """
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,6 +47,8 @@ SPECULATION = ("ngram", "draft_model")
 
 Others (EAGLE, MTP) read its hidden states, which lack what is owed, and after a plain drop differ from rank to rank.
 """
+
+RANDOM_EXPERTS = "VLLM_MOE_ROUTING_SIMULATION_STRATEGY"  # in the environment: experts that no router has chosen
 
 CHECKPOINTS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer")
 """The values of --load-format that read the very files whose weights were fingerprinted."""
@@ -146,6 +149,7 @@ def not_as_measured(config: Any) -> str | None:
         (f"weights by --load-format {load}", load not in CHECKPOINTS),
         ("a configuration changed by --hf-overrides", bool(model.hf_overrides)),
         (f"the runner {model.runner_type!r}", model.runner_type != "generate"),
+        (f"experts chosen at random ({RANDOM_EXPERTS})", bool(os.environ.get(RANDOM_EXPERTS))),
     )
     return next((what for what, used in found if used), None)
 
