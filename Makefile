@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/spd-calib demo -o runs/demo
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/with_vllm
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile tests --ignore tests/with_vllm
 
 # Lines of spd_calib that the tests run, in processes they start, too; fails below 90 %.
 coverage: $(READY)
