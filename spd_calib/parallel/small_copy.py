@@ -74,7 +74,7 @@ def narrowed(config: Any) -> Any:
         "pad_token_id": 0,
         "max_position_embeddings": min(config.max_position_embeddings, MAX_POSITIONS),
     }.items():
-        if name in said or hasattr(narrow, name):
+        if name in said:
             setattr(narrow, name, value)
     if of_blocks := said.get("per_layer_config"):
         for own in of_blocks.values():
