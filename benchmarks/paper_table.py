@@ -228,8 +228,8 @@ def report(path: Path, command: str) -> str:
         f"nothing was fitted on, as many of {document['second']}, and the first {document['limit']} documents of each "
         "task. Accuracy in points, the paired difference to the dense model. CPU seconds of one thread on a shared "
         "machine; of a distilled row those of the training alone, and with heads replicated (a rank reads up to "
-        f"{100 * MORE:.0f} % more of the weights) those of the choice alone, "
-        "where what comes before had a row of its own.",
+        f"{100 * MORE:.0f} % more of the weights) those of the choice and the second "
+        "pass alone, where what comes before had a row of its own.",
         "",
         "| dropped | method | KL | perplexity | KL, second text | perplexity, second text | "
         + " | ".join(t.removesuffix("_part") for t in tasks)
