@@ -428,6 +428,7 @@ def _model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     Livelier than this, the blocks enlarge float32's rounding until it passes 1e-5 in the logits (here: 5e-6 at most).
     """
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # some of what transformers draws stays, such as GPT-OSS's sinks
         # PyTorch's own attention leaves a soft cap out without a word
         how = {} if getattr(config, "attn_logit_softcapping", None) is None else {"attn_implementation": "eager"}
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **how)
