@@ -3,7 +3,17 @@
 import tiny
 
 from spd_calib.formats.drops import Drops, Point, Strategy
+from spd_calib.planning.model_sizes import Added
+from spd_calib.planning.replication import Affordable
 from spd_calib.recovery.planned_model import PlannedModel
+
+EVERY = tuple(tuple(g for g in range(4) if g != rank) for rank in range(4))
+"""The KV groups of the other three of four ranks, by rank."""
+
+
+def heads(blocks: int) -> Affordable:
+    """All heads of other ranks, on four ranks, in so many blocks."""
+    return Affordable(blocks, EVERY, None, Added(), 0.1)
 
 
 def sequences(n: int, length: int = 24, seed: int = 0) -> list[list[int]]:

@@ -5,13 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from planned_models import extreme, planned, sequences
+from planned_models import extreme, heads, planned, sequences
 
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import Drops, Point, Strategy
 from spd_calib.models.load import load_dense, load_tokenizer, locate, read_config
-from spd_calib.planning.model_sizes import Added
-from spd_calib.planning.replication import Affordable
 from spd_calib.recovery import closed_form
 from spd_calib.recovery import recover as recover_module
 from spd_calib.recovery.distillation import Schedule
@@ -137,9 +135,7 @@ def test_a_killed_recovery_goes_on_where_it_was(tmp_path: Path, max_rank: int, e
     options = RecoveryOptions(
         methods=METHODS, exchange=0.0, max_rank=max_rank, block_schedule=schedule, whole_schedule=schedule
     )
-    every = tuple(tuple(g for g in range(4) if g != rank) for rank in range(4))
-    heads = Affordable(exact, every, None, Added(), 0.1) if exact else None
-    text = {"fitting": sequences(16), "held_out": sequences(4, seed=1), "heads": heads}
+    text = {"fitting": sequences(16), "held_out": sequences(4, seed=1), "heads": heads(exact) if exact else None}
     whole = planned(layers=2)
     expected = recover(whole, **text, tiers=extreme(whole), options=options)
 

@@ -4,6 +4,7 @@ import json
 
 import tiny
 import torch
+from planned_models import EVERY
 from plans import write_plan
 from safetensors.torch import load_file
 
@@ -135,9 +136,8 @@ def test_heads_are_replicated_where_the_recovered_model_costs_most(spd, llama, t
     run = spd("recover", *said, "--methods", "compensation", "-o", tmp_path / "out", "--replicate", "40%")
     assert run.code == 0, run.err
     made = read(Plan, tmp_path / "out" / "plan.json")
-    every = tuple(tuple(g for g in range(4) if g != rank) for rank in range(4))
     chosen = [b.index for b in made.blocks if b.replicated]
-    assert made.drops.replicated == dict.fromkeys(chosen, every) and 0 < len(chosen) < 4
+    assert made.drops.replicated == dict.fromkeys(chosen, EVERY) and 0 < len(chosen) < 4
     assert {"replicated_heads", "compensation"} <= set(made.requires) and len(made.drops) == 4
     for block in made.blocks:
         assert ("all heads of other ranks replicated: KL" in block.reason) == (block.index in chosen)
@@ -150,8 +150,22 @@ def test_heads_are_replicated_where_the_recovered_model_costs_most(spd, llama, t
     ):
         run = spd("recover", *said, "-o", tmp_path / "none", "--replicate", share)
         assert run.code in (1, 2) and why in run.err and not (tmp_path / "none").exists(), run.err
+    of_mlps = write_plan(tmp_path / "mlps.json", llama, 4, ["keep_sync"] * 4, mlp=["block_drop"] * 3 + ["keep_sync"])
+    run = spd("recover", of_mlps, *said[1:], "-o", tmp_path / "none", "--replicate", "40%", "--methods", "distillation")
+    assert run.code == 2 and "no heads can be replicated" in run.err and not (tmp_path / "none").exists()
     again = spd("recover", tmp_path / "out" / "plan.json", *said[1:], "-o", tmp_path / "none", "--replicate", "40%")
     assert again.code == 2 and "replicates heads already" in again.err
+
+
+def test_blocks_that_wait_for_recovery_may_replicate_heads(spd, profile_file, text, tmp_path) -> None:
+    """Of the paper's rule: the plan keeps their syncs until they are treated."""
+    plan = tmp_path / "plan.json"
+    made = spd("plan", profile_file, "--tau1", 0, "--tau2", 0, "-o", plan, "--device", "cpu")
+    assert made.code == 0 and not read(Plan, plan).drops and all(b.recovery for b in read(Plan, plan).blocks), made.err
+    run = spd("recover", plan, "--data", text, "--seq-len", 24, "--max-samples", 24, "--verify-samples", 8, "--device",
+              "cpu", "--methods", "compensation", "-o", tmp_path / "out", "--replicate", "40%")  # fmt: skip
+    assert run.code == 0, run.err
+    assert set(read(Plan, tmp_path / "out" / "plan.json").drops.replicated.values()) == {EVERY}
 
 
 def test_two_budgets_are_refused(spd, llama, text, tmp_path) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from planned_models import extreme, planned, sequences
+from planned_models import EVERY, extreme, heads, planned, sequences
 
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import Point
@@ -13,12 +13,6 @@ from spd_calib.recovery.options import RecoveryOptions
 from spd_calib.recovery.recover import recover
 from spd_calib.recovery.replicate import with_every_head, worth_replicating
 from spd_calib.recovery.report import REPLICATED, TOGETHER
-
-EVERY = tuple(tuple(g for g in range(4) if g != rank) for rank in range(4))  # of the other three of four ranks
-
-
-def heads(blocks: int) -> Affordable:
-    return Affordable(blocks, EVERY, None, Added(), 0.1)
 
 
 def test_the_blocks_that_cost_most_after_recovery_are_the_dense_models() -> None:
@@ -54,7 +48,7 @@ def test_a_block_with_every_head_is_the_dense_block_with_its_sync_dropped() -> N
     recording = model.lm.record(ids)
     assert (model.lm.logits(model.run(recording)) - model.lm.logits(recording.final)).abs().max() < 1e-5
     assert set(model.drops) == {Point(0, "attention"), Point(1, "attention")}  # dropped, all the same
-    assert worth_replicating(model, HeldOut(model, sequences(4)), blocks=0, tick=lambda note: None) == []
+    assert worth_replicating(model, HeldOut(model, sequences(4)), [0, 1], most=0, tick=lambda note: None) == []
 
 
 def test_a_mixture_of_experts_is_refused_before_anything_is_fitted() -> None:

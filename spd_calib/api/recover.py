@@ -109,8 +109,8 @@ def recover(
         )
     if replicate is not None and document.drops.replicated:
         raise InputError("The plan replicates heads already; leave `replicate` out, or plan without.")
-    tiers, whence = tiers_of(document, tau1=tau1, tau2=tau2)
-    if "distillation" not in options.methods and not drops_to_recover(document).blocks("attention"):
+    (tiers, whence), drops = tiers_of(document, tau1=tau1, tau2=tau2), drops_to_recover(document)
+    if "distillation" not in options.methods and not drops.blocks("attention"):
         raise InputError(
             "The plan drops MLPs' sync points alone, which nothing but training wins back; add distillation to the "
             "methods, or plan with attentions' sync points, too."
@@ -120,7 +120,7 @@ def recover(
     if (source := session.source) is None:
         raise InputError("Recovery writes a folder like the one the model came from; give that folder as `model`.")
     check_writable(source, session.config)
-    heads = None if replicate is None else whole_blocks_for(document, session=session, share=replicate)
+    heads = None if replicate is None else whole_blocks_for(drops, session=session, share=replicate)
     run = resolved_for(session, run, dtype=document.provenance.dtype)
     run = replace(run, device=local_device(run.device))
     found = load_texts_for(session, [data], _like_the_plans(text, document), spread=SPREAD)[0]
@@ -128,7 +128,7 @@ def recover(
     fitting, judging = found.calibration[:-judged], found.calibration[-judged:]
     _announce(progress, found, judged=judged, tiers=tiers, whence=whence)
     dense = load_dense(source, session.config, device=run.device, dtype=str(run.dtype))
-    planned = PlannedModel(dense, session.tp, drops_to_recover(document) | load_drops(document, path))
+    planned = PlannedModel(dense, session.tp, drops | load_drops(document, path))
     identity = {
         "plan": sha256_of(path) if path else sha256_as_written(document),
         "text": found.calibration_ref().sha256,

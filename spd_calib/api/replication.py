@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import Drop, Drops, Point, Strategy
-from spd_calib.formats.plan import Budget, Plan
+from spd_calib.formats.plan import Budget
 from spd_calib.formats.profile import Profile
 from spd_calib.parallel.session import Session
 from spd_calib.planning.budget_options import Amount, fraction
@@ -59,13 +59,15 @@ def replicated_heads(
     return found
 
 
-def whole_blocks_for(plan: Plan, *, session: Session, share: Amount) -> Affordable:
-    """Return in how many blocks that the plan drops a rank may have all heads, for this share of the weights more.
+def whole_blocks_for(drops: Drops, *, session: Session, share: Amount) -> Affordable:
+    """Return in how many of the blocks dropped a rank may have all heads, for this share of the weights more.
 
     Raises InputError where it is none, SpdError where it is less than one KV group in one block.
     """
-    dropped = [point for point, drop in plan.drops.by_point.items() if drop.strategy == Strategy.BLOCK_DROP]
-    most = sum(point.sync_point == "attention" for point in dropped)
+    points = [Point(block, "attention") for block in drops.blocks("attention")]
+    most = sum(drops.strategy(point) == Strategy.BLOCK_DROP for point in points)
+    if not most:
+        raise InputError("No attention's sync point is dropped by block_drop, so no heads can be replicated.")
     sizes = sizes_of(session)
     heads = affordable(sizes, fraction(share, "replicate"), tp=session.tp, most=most)
     if not heads.blocks:

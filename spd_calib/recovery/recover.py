@@ -83,7 +83,7 @@ def recover(
         run.treat_in_closed_form(treatments, as_is)
     run.finished.share(list(treatments))
     if heads:
-        exact = run.replicate(heads, text)
+        exact = run.replicate(heads, text, list(dropped))
         others = {i: t for i, t in treatments.items() if i not in exact}
         if is_main and exact and others:
             run.treat_anew(others, as_is)
@@ -186,13 +186,15 @@ class _Run:
             self.model.put(student)
         judge.undo([as_is[student.index] for student in made[good:]])
 
-    def replicate(self, heads: Affordable, text: HeldOut) -> list[int]:
+    def replicate(self, heads: Affordable, text: HeldOut, blocks: Sequence[int]) -> list[int]:
         """Replicate heads where the whole wins most by it, and return these blocks; all replicas call this at once."""
         judge = self.finished.judge
-        chosen = self.finished.agreed(lambda: worth_replicating(self.model, text, blocks=heads.blocks, tick=judge.tick))
-        blocks = [attempt.block for attempt in chosen or [] if attempt.block is not None]
-        judge.replaced(with_every_head(self.model, blocks, heads.every), chosen or [])
-        return blocks
+        chosen = self.finished.agreed(
+            lambda: worth_replicating(self.model, text, blocks, most=heads.blocks, tick=judge.tick)
+        )
+        exact = [attempt.block for attempt in chosen or [] if attempt.block is not None]
+        judge.replaced(with_every_head(self.model, exact, heads.every), chosen or [])
+        return exact
 
     def distil(self, blocks: Sequence[int]) -> None:
         """Train one block after the other, then all together; all replicas call this at once."""

@@ -16,15 +16,14 @@ from .report import REPLICATED, Attempt
 from .student import Student
 
 
-def worth_replicating(model: PlannedModel, text: HeldOut, *, blocks: int, tick: Callable[[str], None]) -> list[Attempt]:
-    """Return an attempt for each of `blocks` blocks, or fewer, where all heads replicated win most.
+def worth_replicating(
+    model: PlannedModel, text: HeldOut, blocks: Sequence[int], *, most: int, tick: Callable[[str], None]
+) -> list[Attempt]:
+    """Return an attempt for each of those of `blocks`, at most `most`, where all heads replicated win most.
 
     None of them wins nothing. The model stays as it was.
     """
-    dropped = [i for i, s in sorted(model.students.items()) if s.strategy == Strategy.BLOCK_DROP]
-    best = [
-        attempt for attempt in ranked(model, text, dropped, tick=tick)[:blocks] if attempt.fell and attempt.fell > 0
-    ]
+    best = [attempt for attempt in ranked(model, text, blocks, tick=tick)[:most] if attempt.fell and attempt.fell > 0]
     return [replace(attempt, treatment=REPLICATED) for attempt in best]
 
 
