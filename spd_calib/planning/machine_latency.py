@@ -1,6 +1,6 @@
 """The latency model of a machine: from its rates, or from the steps that `spd-calib bench` timed on it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
@@ -34,12 +34,10 @@ def on_machine(
     dense = _busy(machine, sizes, tp=tp, step=step, added=NOTHING_ADDED)
     message = step.new_tokens * sizes.width * step.itemsize
     times = {r.bytes: r.seconds for r in machine.all_reduces}
-    all_reduce = interpolate(times, message)
+    as_it_is = _as_it_is(times, step)
+    all_reduce = as_it_is(sizes.width)
     fused = machine.fused_norm if machine.fused_norm and message <= machine.fused_norm.max_bytes else None
     after_norm = min(fused.left_seconds, all_reduce) if fused else 0.0
-
-    def as_it_is(width: int) -> float:
-        return interpolate(times, step.new_tokens * width * step.itemsize)
 
     def quantised(bits: int, width: int) -> float:
         sent = packed_bytes(torch.Size([step.new_tokens, width]), bits)
@@ -56,6 +54,11 @@ def on_machine(
         added=_busy(machine, sizes, tp=tp, step=step, added=added) - dense,
         quantised=_quantised_syncs(quantised, sizes, fused=after_norm),
     )
+
+
+def _as_it_is(times: Mapping[int, float], step: Step) -> Callable[[int], float]:
+    """Return what tells how long an all-reduce takes of so many values a token, from `times` by bytes."""
+    return lambda width: interpolate(times, step.new_tokens * width * step.itemsize)
 
 
 def _left(seconds: Callable[[int], float], sizes: ModelSizes, *, fused: float = 0.0) -> float:
@@ -118,9 +121,7 @@ def as_measured(
         raise InputError(f"{name} holds steps of {timed}; leave out `batch` and `context`, or bench others.")
     step = Step(phase, row.batch, row.tokens, ITEMSIZE[hardware.provenance.dtype])
     times = hardware.all_reduce_seconds()
-
-    def as_it_is(width: int) -> float:
-        return interpolate(times, step.new_tokens * width * step.itemsize)
+    as_it_is = _as_it_is(times, step)
 
     def quantised(bits: int, width: int) -> float:
         if measured := hardware.quantised_sync_seconds(bits):
