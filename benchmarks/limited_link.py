@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def limited_link(rate: str) -> Iterator[list[int]]:
         pids = [holder.pid for holder in holders]
         own = os.readlink("/proc/self/ns/net")
         while any(os.readlink(f"/proc/{pid}/ns/net") == own for pid in pids):
-            pass  # until `unshare` has made them
+            time.sleep(0.01)  # until `unshare` has made them
         inside(pids[0], f"ip link add rank0 type veth peer name rank1 netns {pids[1]}")
         for i, (pid, address) in enumerate(zip(pids, ADDRESSES, strict=True)):
             inside(pid, "ip link set lo up")

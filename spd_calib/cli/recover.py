@@ -28,7 +28,7 @@ def recover(
     ],
     methods: Annotated[
         str,
-        typer.Option(metavar="NAMES", help="And distillation."),
+        typer.Option(metavar="NAMES", help="Also: distillation."),
     ] = "grouping,compensation,refit",
     max_rank: Annotated[
         int | None,

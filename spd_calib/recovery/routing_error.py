@@ -1,4 +1,4 @@
-"""What a mixture of experts adds to the error that training lessens: routers that choose not as the dense model's do.
+"""Adding to the error that training lessens what a mixture's routers say otherwise than the dense model's do.
 
 A choice has no gradient, and the model's output tells nothing of experts that were not chosen. So each dropped block's
 router is held to what the dense model's says of every expert at the same token: KL(dense || planned) of the softmax of
@@ -20,7 +20,7 @@ from .feed import Batch, Feed
 ROUTING = 0.1  # of a router's KL, to one of the model's own error
 
 Routings = Mapping[int, Routing]
-"""What the routers say of a batch's tokens, by the block of the mixture of experts."""
+"""The sayings of the routers on a batch's tokens, by the block of the mixture of experts."""
 
 
 def routing_error(dense: Routings, planned: Routings, mask: Tensor) -> Tensor:
