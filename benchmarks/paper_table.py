@@ -57,6 +57,7 @@ from spd_calib.sensitivity.text import TextOptions, evenly, load_text
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "llm"
 ANY_RANK = 10**6
+DISTILLED_REPLICATED = "distilled, with heads replicated"
 REPLICATED, MORE = "with heads replicated", 0.07  # of other ranks: a rank reads so many more of the weights at most
 MAX_RANK = {
     "free at run time": 0,
@@ -64,6 +65,7 @@ MAX_RANK = {
     "with predictors": ANY_RANK,
     "distilled": 0,
     "distilled, with predictors": ANY_RANK,
+    DISTILLED_REPLICATED: 0,
 }
 METHODS = ("as is", *MAX_RANK)
 PUBLISHED = (
@@ -148,7 +150,7 @@ class Table:
         """Treat the model's blocks by the method; one that trains takes over what was made without training."""
         args = self.args
         max_rank, distilled, heads = MAX_RANK[method], method.startswith("distilled"), None
-        if method == REPLICATED:
+        if method in (REPLICATED, DISTILLED_REPLICATED):
             sizes = ModelSizes.of(self.load())
             heads = affordable(sizes, MORE, tp=args.tp, most=len(model.students))
         run = {"model": args.model.name, "share": share, "sequences": args.sequences, "max_rank": max_rank}
@@ -165,7 +167,7 @@ class Table:
                     exchange=0.0,
                     batch_size=args.batch,
                     block_schedule=Schedule(steps=0),
-                    whole_schedule=Schedule(steps=args.steps, rate=args.rate),
+                    whole_schedule=Schedule(steps=args.steps, rate=args.rate, mixed=True),
                 ),
                 heads=heads,
                 journal=journal,

@@ -51,6 +51,22 @@ def test_a_step_on_some_positions_of_a_large_vocabulary_still_learns(monkeypatch
     assert outcome.before == pytest.approx(kl, rel=1e-4) and outcome.after < 0.9 * outcome.before
 
 
+def test_a_mixed_training_multiplies_in_bfloat16_and_keeps_float32_weights() -> None:
+    schedule, model = Schedule(steps=20, check_every=10, mixed=True), planned("llama", tp=4, layers=2)
+    kl = HeldOut(model, [[*t, 0] for t in sequences(32)[-4:]]).measure().kl()  # no next token of the last is counted
+    products = list[torch.dtype]()
+    students = [model.students[i].copy() for i in (0, 1)]
+    for student in students:
+        model.put(student)
+        student.block.mlps[0].register_forward_hook(lambda _mlp, _read, partial: products.append(partial.dtype))
+    outcome = distil_together(students, Feed(model, sequences(32), batch_size=4), schedule=schedule)
+    assert outcome.before == pytest.approx(kl, rel=0.05) and outcome.after < 0.9 * outcome.before
+    assert {p.dtype for s in students for p in s.trainable()} == {torch.float32}
+    assert set(products) == {torch.bfloat16}
+    left = HeldOut(model, [[*t, 0] for t in sequences(32)[-4:]]).measure().kl()
+    assert products[-1] == torch.float32 and left == pytest.approx(outcome.after, rel=0.05), "judged in float32"
+
+
 def with_routers(model: PlannedModel) -> list[Student]:
     """Copies of the model's students, which it has from then on; what their routers read is far off."""
     for block, student in list(model.students.items()):

@@ -55,6 +55,7 @@ def recover(
     steps: int = 200,
     final_steps: int = 200,
     rate: float = 0.01,
+    mixed: bool = False,
     replicate: Amount | None = None,
     max_kl: Amount | None = None,
     max_ppl_increase: Amount | None = None,
@@ -81,6 +82,7 @@ def recover(
         steps, final_steps: of training a block (0: none is trained alone), and of training all treated blocks together
             at the end.
         rate: of training, relative to each weight's size.
+        mixed: train with bfloat16 matrix products in the blocks; weights, the loss and every judgement are as ever.
         replicate: share of the weights a rank reads that it may read more, '7%': all heads of other ranks are
             replicated in as many blocks as that pays for, those that cost most after recovery.
         max_kl, max_ppl_increase: a budget for the recovered plan, one of them: as many blocks are given back to the
@@ -96,8 +98,8 @@ def recover(
         exchange=exchange,
         batch_size=run.batch_size,
         seed=run.seed,
-        block_schedule=Schedule(steps=steps, rate=rate, seed=run.seed),
-        whole_schedule=Schedule(steps=final_steps, rate=rate, seed=run.seed),
+        block_schedule=Schedule(steps=steps, rate=rate, mixed=mixed, seed=run.seed),
+        whole_schedule=Schedule(steps=final_steps, rate=rate, mixed=mixed, seed=run.seed),
     )
     budget = _budget(max_kl, max_ppl_increase)
     output = Path(output)

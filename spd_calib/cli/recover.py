@@ -70,6 +70,9 @@ def recover(
     rate: Annotated[
         float, typer.Option(min=0, help="Of training, relative to each weight's size.", rich_help_panel=TREAT)
     ] = 0.01,
+    mixed: Annotated[
+        bool, typer.Option("--mixed", help="Train with bfloat16 products, float32 weights.", rich_help_panel=TREAT)
+    ] = False,
     replicate: Annotated[
         str | None,
         typer.Option(metavar="X", help="Weights a rank reads more, of others' heads, e.g. 7%.", rich_help_panel=TREAT),
@@ -88,10 +91,7 @@ def recover(
     json: Json = False,
     recipe: Recipe = None,
 ) -> None:
-    """Regroup, compensate, refit, distil dropped blocks; keep what helps.
-
-    A killed run goes on when given again; torchrun's processes train together.
-    """
+    """Regroup, compensate, refit, distil dropped blocks; a killed run goes on; torchrun's processes train together."""
     from spd_calib.api.options import RunOptions
     from spd_calib.api.recover import recover as run
     from spd_calib.api.text import TextSelection
@@ -117,6 +117,7 @@ def recover(
             steps=steps,
             final_steps=final_steps,
             rate=rate,
+            mixed=mixed,
             replicate=replicate,
             max_kl=max_kl,
             max_ppl_increase=max_ppl_increase,

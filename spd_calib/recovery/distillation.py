@@ -32,7 +32,11 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Schedule:
-    """The length and the learning rates of a training."""
+    """The length, the learning rates and the precision of a training.
+
+    With `mixed` the blocks' matrix products are bfloat16; weights, gradients, the residual stream, the vocabulary and
+    the loss stay what they are.
+    """
 
     steps: int = 200
     rate: float = 0.01  # of AdamW, relative to each tensor's root mean square: the same for any width
@@ -41,6 +45,7 @@ class Schedule:
     check_every: int = 25  # steps between looks at the text to choose by, and between saved states
     patience: int = 4  # looks without progress before it stops
     seed: int = 0
+    mixed: bool = False
 
     def at(self, step: int) -> float:
         """Return the factor on the rate at a step: linear up, then half a cosine down to a twentieth."""
@@ -88,7 +93,7 @@ def distil_block(
 
     def loss(batch: Batch, _: int | None) -> Tensor:
         routed: dict[int, Routing] = {}
-        with telling_routers([student.block], routed.__setitem__):
+        with telling_routers([student.block], routed.__setitem__), _products(schedule, feed.model.lm.device):
             y = student.run(feed.inputs(batch), **feed.kwargs(batch))
         difference = (in_full(y) - targets[id(batch)])[batch.mask]  # a deferred MLP is settled later
         of_routers = routing_error(routed_in_dense_block(feed, batch), routed, batch.mask)[batch.mask]
@@ -108,7 +113,8 @@ def distil_together(
 
     def loss(batch: Batch, step: int | None) -> Tensor:
         s, routed = batch.planned, dict[int, Routing]()
-        with telling_routers([student.block for student in students], routed.__setitem__):
+        blocks = [student.block for student in students]
+        with telling_routers(blocks, routed.__setitem__), _products(schedule, model.lm.device):
             for index, kwargs in enumerate(batch.kwargs):
                 s = model.run_block(index, s, **kwargs)
         dense = routed_in_dense_model(feed, batch, last=max(routed, default=-1))
@@ -197,6 +203,11 @@ def _descend(
         p.grad = replicas.all_reduce([torch.zeros_like(p) if p.grad is None else p.grad])
     nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
+
+
+def _products(schedule: Schedule, device: torch.device) -> torch.autocast:
+    """Return the context in which the matrix products are those of the schedule's precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=schedule.mixed)
 
 
 def _total(of_tokens: Tensor) -> Tensor:
