@@ -3,8 +3,8 @@
     python benchmarks/quantised_syncs.py build/llms/smollm2-135m --tp 3 --data ../shared/data/wikitext2-a.txt \
         --seq-len 96 --choose 2 --verify 8 -o results/llm/quantised_syncs.json
 
-Each sync point alone is measured at 4 bits and, behind an attention, dropped, on `--choose` sequences. What 6 and 8
-bits cost follows from the former. Of these a mixed plan is chosen (spd_calib/planning/sync_bits.py) whose messages have
+Each sync point alone is measured at 4 bits, at 8 and, behind an attention, dropped, on `--choose` sequences. What 6
+bits cost follows. Of these a mixed plan is chosen (spd_calib/planning/sync_bits.py) whose messages have
 the bytes of every sync at 4, 6 or 8 bits; all are then measured on `--verify` other sequences. A value that is not
 quantised counts 2 bytes, as in bfloat16. The messages are large: on three ranks and more they take two shots.
 """
@@ -19,7 +19,7 @@ from spd_calib.formats.drops import BITS, KEPT, SUBLAYERS, Drop, Drops, Point, S
 from spd_calib.formats.profile import Comparison
 from spd_calib.parallel.quantised_sync import bytes_a_value
 from spd_calib.parallel.session import open_session
-from spd_calib.planning.sync_bits import Option, at_bits, within
+from spd_calib.planning.sync_bits import FEW, MANY, Option, at_each, within
 from spd_calib.sensitivity.measure import Subject, measure
 from spd_calib.sensitivity.text import TextOptions, load_text
 
@@ -55,14 +55,16 @@ def main() -> None:
 
     points = [Point(i, sublayer) for i in range(lm.num_blocks) for sublayer in SUBLAYERS]
     attentions = [p for p in points if p.sync_point == "attention"]
-    singles = [Drops.of_bits({p: 4}) for p in points] + [Drops({p: DROP}) for p in attentions]
+    singles = [Drops.of_bits({p: b}) for b in (FEW, MANY) for p in points] + [Drops({p: DROP}) for p in attentions]
     _, measured = measure(subject, text.calibration, plans=singles, batch_size=8)
-    at_four = dict(zip(points, (c.kl for c in measured), strict=False))
-    dropped = dict(zip(attentions, (c.kl for c in measured[len(points) :]), strict=True))
+    alone = dict(zip(singles, (c.kl for c in measured), strict=True))
+    at_few, at_many = ({p: alone[Drops.of_bits({p: b})] for p in points} for b in (FEW, MANY))
+    dropped = {p: alone[Drops({p: DROP})] for p in attentions}
 
     def options(point: Point) -> list[Option]:
         found = [(KEPT, 0.0)]
-        found += [(Drop(Strategy.KEEP_SYNC, bits=b), at_bits(max(at_four[point], 0.0), 4, b)) for b in BITS]
+        of_bits = at_each(at_few[point], at_many[point])
+        found += [(Drop(Strategy.KEEP_SYNC, bits=b), kl) for b, kl in of_bits.items()]
         found += [(DROP, dropped[point])] if point in dropped else []
         return [Option(treatment, kl, bytes_of(treatment)) for treatment, kl in found]
 
@@ -94,7 +96,7 @@ def main() -> None:
         "text": {"file": given.data.name, "seq_len": n, "choose": given.choose, "verify": given.verify},
         "whole_plans": {name: row(drops, c) for (name, drops), c in zip(plans.items(), whole, strict=True)},
         "alone": [
-            {"point": str(p), "kl_at_4_bits": float(f"{at_four[p]:.4g}"),
+            {"point": str(p), "kl_at_4_bits": float(f"{at_few[p]:.4g}"), "kl_at_8_bits": float(f"{at_many[p]:.4g}"),
              **({"kl_dropped": float(f"{dropped[p]:.4g}")} if p in dropped else {})}
             for p in points
         ],

@@ -9,11 +9,16 @@ from profiles import a, budget, comparison, m, make_profile, recovered
 from spd_calib.errors import SpdError
 from spd_calib.formats.drops import KEPT, Drop, Drops, Point, Strategy
 from spd_calib.planning.latency import LatencyModel, Step, Sync
-from spd_calib.planning.sync_bits import Limit, Option, at_bits, choose_within, limit_of_bytes, limit_of_seconds, within
+from spd_calib.planning.sync_bits import Limit, Option, at_each, choose_within, limit_of_bytes, limit_of_seconds, within
 from spd_calib.planning.whole_plans import Calibration
 
 POINTS = [Point(block, sublayer) for block in range(2) for sublayer in ("attention", "mlp")]
 KL_AT_FOUR = dict(zip(POINTS, (0.2, 0.001, 0.03, 0.004), strict=True))
+
+
+def at_bits(kl_at_four: float, bits: int, power: float = 2) -> float:
+    """What a sync costs whose KL goes as a power of the step, of 2**bits - 1 there are."""
+    return kl_at_four * (15 / (2**bits - 1)) ** power
 
 
 def drops_within(every, most: float) -> Drops:
@@ -24,7 +29,7 @@ def options(point: Point) -> list[Option]:
     kl = KL_AT_FOUR[point]
     found = [
         Option(KEPT, 0.0, 16.0),
-        *(Option(Drop(Strategy.KEEP_SYNC, bits=b), at_bits(kl, 4, b), b) for b in (8, 6, 4)),
+        *(Option(Drop(Strategy.KEEP_SYNC, bits=b), at_bits(kl, b), b) for b in (8, 6, 4)),
     ]
     return [*found, Option(Drop(Strategy.BLOCK_DROP), 0.05, 0.0)] if point.sync_point == "attention" else found
 
@@ -62,9 +67,11 @@ def test_the_change_taken_first_saves_its_bytes_at_the_least_cost():
     assert drops_within(equal, 15) == Drops({p: eight}) and drops_within(equal, 7) == Drops({p: four})
 
 
-def test_fewer_bits_cost_as_the_square_of_their_step():
-    assert at_bits(0.5, 4, 4) == 0.5
-    assert at_bits(0.5, 4, 8) == pytest.approx(0.5 / 17**2)
+@pytest.mark.parametrize("power", [1.5, 2, 3])
+def test_what_six_bits_cost_follows_from_four_and_eight(power):
+    expected = {bits: pytest.approx(at_bits(0.5, bits, power)) for bits in (8, 6, 4)}
+    assert at_each(0.5, at_bits(0.5, 8, power)) == expected
+    assert at_each(0.5, -1e-9) == {8: 0, 6: 0, 4: 0.5}, "no more than the noise"
 
 
 AT_FOUR = {a(0): 0.2, m(0): 0.001, a(1): 0.03, m(1): 0.004, a(2): 0.002, m(2): 0.3}
@@ -75,7 +82,7 @@ def world(more_for_drops: float = 0.0, always: float = 0.0):
     """Costs add up, and any drop may cost more than the profile says; `always` is what a checkpoint costs as it is."""
 
     def cost(drops: Drops) -> float:
-        quantised = sum(at_bits(AT_FOUR[p], 4, bits) for p, bits in drops.bits.items())
+        quantised = sum(at_bits(AT_FOUR[p], bits) for p, bits in drops.bits.items())
         return always + quantised + sum(DROPPED[p] + more_for_drops for p in drops)
 
     return lambda sets: [comparison(cost(drops)) for drops in sets]
@@ -103,6 +110,17 @@ def test_a_harmless_attention_is_dropped_and_what_carries_the_cost_gets_more_bit
     assert choice.drops.bits[a(0)] > choice.drops.bits[m(0)] == 4
     assert choice.predicted_kl == pytest.approx(choice.verified.kl)
     assert choice.verified.kl < 0.5 * world()([Drops.of_bits(dict.fromkeys(AT_FOUR, 4))])[0].kl
+
+
+def test_a_sync_that_costs_much_at_eight_bits_is_kept_whole():
+    """Its cost goes as the root of the step, so that 8 bits hardly help it."""
+    worst, others = m(2), [p for p in AT_FOUR if p != m(2)]
+
+    def cost(drops: Drops) -> float:
+        return sum(at_bits(0.3, bits, 0.5 if p == worst else 2) for p, bits in drops.bits.items()) + 9.0 * len(drops)
+
+    choice = chosen((8 / 8 + 3 / 64) / 2, lambda sets: [comparison(cost(drops)) for drops in sets])
+    assert choice.drops.bits.get(worst) is None and set(choice.drops.bits) >= set(others) - {a(0), a(1)}
 
 
 def test_where_drops_cost_more_together_none_is_taken():
@@ -153,7 +171,7 @@ def test_a_share_of_time_is_saved_at_a_cost_near_the_least_of_all_combinations(p
     assert (
         took <= (1 - saving) * 106 + 1e-9 and model.saved(len(choice.drops), choice.drops.counted_bits) >= saving - 1e-9
     )
-    each = [[(0.0, 16.0), *((at_bits(kl, 4, b), b) for b in (8, 6, 4))] for kl in AT_FOUR.values()]
+    each = [[(0.0, 16.0), *((at_bits(kl, b), b) for b in (8, 6, 4))] for kl in AT_FOUR.values()]
     for own, point in zip(each, AT_FOUR, strict=True):
         own += [(DROPPED[point], left)] if point in DROPPED else []
     found = [(sum(k for k, _ in c), 10 + sum(s for _, s in c)) for c in itertools.product(*each)]

@@ -6,6 +6,7 @@ independent; that neighbouring drops cost more than their sum is not in it, so w
 whole.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ from .search import Choice, Verify
 from .whole_plans import Calibration
 
 ANY_BITS = "any"  # of `sync_bits`: the planner chooses
-MEASURED_BITS = 4  # of these each sync is measured alone; what more bits cost follows
+FEW, MANY = min(BITS), max(BITS)  # of these each sync is measured alone; what the bits between cost follows
 AT_BITS = {bits: Drop(Strategy.KEEP_SYNC, bits=bits) for bits in BITS}
 
 
@@ -60,9 +61,18 @@ def limit_of_seconds(saving: float, model: LatencyModel) -> Limit:
     return Limit(most, model.of, lambda price: f"{1e6 * price:.1f} us")
 
 
-def at_bits(kl: float, measured_bits: int, bits: int) -> float:
-    """Return the KL of a quantised sync of so many bits, given that of another: it goes as the square of the step."""
-    return kl * ((2**measured_bits - 1) / (2**bits - 1)) ** 2
+def at_each(at_few: float, at_many: float) -> dict[int, float]:
+    """Return the KL of a quantised sync by its bits, given that of the fewest and of the most.
+
+    It goes as a power of the step: the square where errors are small, less where they are not.
+    """
+    low, high = max(at_few, 0.0), max(at_many, 0.0)
+
+    def at(bits: int) -> float:
+        share = math.log((2**bits - 1) / (2**FEW - 1)) / math.log((2**MANY - 1) / (2**FEW - 1))
+        return low ** (1 - share) * high**share
+
+    return {bits: at(bits) for bits in BITS}
 
 
 def within(options: Mapping[Point, Sequence[Option]], most: float) -> dict[Point, Option] | None:
@@ -97,14 +107,14 @@ def choose_within(
     """
     points = [Point(b, s) for b in range(num_blocks) for s in SUBLAYERS if Point(b, s) not in profile.settled]
     most = limit.most - sum(limit.price(Drop(Strategy.BLOCK_DROP)) for _ in profile.settled)
-    alone = {point: Drops.of_bits({point: MEASURED_BITS}) for point in points}
+    alone = {(point, bits): Drops.of_bits({point: bits}) for point in points for bits in (FEW, MANY)}
     measured = calibration.measure_on_part([*alone.values(), Drops()])
     base = measured[Drops()].kl  # above 0 for a recovered checkpoint
-    quantised = {p: max(measured[drops].kl - base, 0.0) for p, drops in alone.items()}
+    extra = {key: measured[drops].kl - base for key, drops in alone.items()}
+    quantised = {p: at_each(extra[p, FEW], extra[p, MANY]) for p in points}
     price = {drop: limit.price(drop) for drop in (KEPT, *AT_BITS.values())}
     kept = {
-        p: [Option(KEPT, 0.0, price[KEPT])]
-        + [Option(drop, at_bits(kl, MEASURED_BITS, bits), price[drop]) for bits, drop in AT_BITS.items()]
+        p: [Option(KEPT, 0.0, price[KEPT])] + [Option(drop, kl[bits], price[drop]) for bits, drop in AT_BITS.items()]
         for p, kl in quantised.items()
     }
     dropped = {
