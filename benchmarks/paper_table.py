@@ -44,11 +44,11 @@ from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.session import versions
 from spd_calib.planning.candidates import candidates, interactions_of
 from spd_calib.planning.model_sizes import ModelSizes
-from spd_calib.planning.replication import affordable
+from spd_calib.planning.replication import Affordable, affordable
 from spd_calib.recovery.distillation import Schedule
 from spd_calib.recovery.held_out import HeldOut
 from spd_calib.recovery.journal import TensorJournal
-from spd_calib.recovery.options import WITHOUT_TRAINING, RecoveryOptions
+from spd_calib.recovery.options import WITHOUT_TRAINING, RecoveryMethod, RecoveryOptions
 from spd_calib.recovery.planned_model import PlannedModel
 from spd_calib.recovery.recover import recover
 from spd_calib.sensitivity.norm_estimates import fit_estimates
@@ -86,6 +86,8 @@ class Table:
         found = load_text(whole, self.tokenizer).calibration
         kept_apart = 3 * len(found) // 4  # sequences that follow one another are of the same few documents
         self.sequences = evenly(found[:kept_apart], args.sequences + args.judged)
+        judging = self.sequences[-args.judged :]
+        self.trained = [s for s in evenly(found[:kept_apart], args.trained + args.judged) if s not in judging]
         self.measured = evenly(found[kept_apart:], args.measured)
         second = TextOptions(str(args.second), args.seq_len, args.seq_len, args.measured, 1, pack=True)
         self.second = load_text(second, self.tokenizer).calibration
@@ -137,6 +139,7 @@ class Table:
             "method": method, "share": share, "dropped": len(drops), "blocks": drops.blocks("attention"),
             "sequences": len(self.sequences) - args.judged,
             "steps": args.steps if "distilled" in method else 0,
+            "trained": args.trained if "distilled" in method else 0,
             "text": _figures(on_text), "second": _figures(on_second),
             "replicated": sorted(planned_drops.replicated), "predictor_weights_a_rank": added,
             "seconds": seconds, "cpu_seconds": cpu,
@@ -148,27 +151,48 @@ class Table:
 
     def recover(self, model: PlannedModel, share: float, method: str) -> list:
         """Treat the model's blocks by the method; one that trains takes over what was made without training."""
-        args = self.args
-        max_rank, distilled, heads = MAX_RANK[method], method.startswith("distilled"), None
+        args, heads = self.args, None
         if method in (REPLICATED, DISTILLED_REPLICATED):
             sizes = ModelSizes.of(self.load())
             heads = affordable(sizes, MORE, tp=args.tp, most=len(model.students))
+        attempts = self.stage(model, share, method, methods=WITHOUT_TRAINING, fitting=self.sequences, heads=heads)
+        if method.startswith("distilled"):
+            attempts += self.stage(model, share, method, methods=("distillation",), fitting=self.trained)
+        return attempts
+
+    def stage(
+        self,
+        model: PlannedModel,
+        share: float,
+        method: str,
+        *,
+        methods: tuple[RecoveryMethod, ...],
+        fitting: Sequence[Sequence[int]],
+        heads: Affordable | None = None,
+    ) -> list:
+        """Treat the model's blocks without training, or train them, and return what was tried; what is done is kept."""
+        args, trains, max_rank = self.args, methods == ("distillation",), MAX_RANK[method]
+        schedule = Schedule(steps=args.steps, rate=args.rate, mixed=True)
+        options = RecoveryOptions(
+            methods=methods,
+            max_rank=max_rank,
+            exchange=0.0,
+            batch_size=args.batch,
+            block_schedule=Schedule(steps=0),
+            whole_schedule=schedule if trains else Schedule(),
+        )
         run = {"model": args.model.name, "share": share, "sequences": args.sequences, "max_rank": max_rank}
-        folder = ROOT / "runs" / "llm" / f"{args.model.name}-tp{args.tp}-{share:.2f}-{max_rank}-{args.sequences}"
-        with TensorJournal(folder, run) as journal:
+        name = f"{args.model.name}-tp{args.tp}-{share:.2f}-{max_rank}-{args.sequences}"
+        if trains:
+            run |= {"method": method, "trained": args.trained, "schedule": repr(schedule)}
+            name += f"-{METHODS.index(method)}-{args.trained}"
+        with TensorJournal(ROOT / "runs" / "llm" / name, run) as journal:
             report = recover(
                 model,
-                fitting=self.sequences[: -args.judged],
+                fitting=[s for s in fitting if s not in self.sequences[-args.judged :]],
                 held_out=self.sequences[-args.judged :],
                 tiers=dict.fromkeys(model.students, "extremely sensitive"),
-                options=RecoveryOptions(
-                    methods=(*WITHOUT_TRAINING, *(("distillation",) if distilled else ())),
-                    max_rank=max_rank,
-                    exchange=0.0,
-                    batch_size=args.batch,
-                    block_schedule=Schedule(steps=0),
-                    whole_schedule=Schedule(steps=args.steps, rate=args.rate, mixed=True),
-                ),
+                options=options,
                 heads=heads,
                 journal=journal,
                 tick=lambda note: print(f"{100 * share:.0f} %, {method}: {note}", file=sys.stderr, flush=True),
@@ -250,7 +274,10 @@ def report(path: Path, command: str) -> str:
             + f" | {r['predictor_weights_a_rank']:,} | {r['cpu_seconds']:.0f} |"
         )
     fitted = sorted({r["sequences"] for r in rows if r["method"] != "as is"})
-    lines += ["", f"Fitted on {' and '.join(map(str, fitted))} sequences. {PUBLISHED}", ""]
+    told = f"Fitted on {' and '.join(map(str, fitted))} sequences"
+    if trained := sorted({r["trained"] for r in rows if r["steps"]}):
+        told += f", distilled on {' and '.join(map(str, trained))}, those among them"
+    lines += ["", f"{told}. {PUBLISHED}", ""]
     if tasks:
         draw(document, rows, path.with_suffix(".png"))
         lines += [f"![Accuracy lost against attention syncs dropped]({path.stem}.png)", ""]
@@ -298,6 +325,7 @@ def main() -> None:
     parser.add_argument(
         "--measured", type=int, default=16, help="sequences from all over the last quarter, to measure on"
     )
+    parser.add_argument("--trained", type=int, default=480, help="sequences to train on, those fitted on among them")
     parser.add_argument("--steps", type=int, default=400, help="of distillation")
     parser.add_argument("--rate", type=float, default=0.0002, help="of distillation")
     parser.add_argument("--batch", type=int, default=8)

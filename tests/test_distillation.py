@@ -41,12 +41,17 @@ def test_a_step_on_some_positions_of_a_large_vocabulary_still_learns(monkeypatch
     model = planned("llama", tp=4, layers=2)
     feed = Feed(model, sequences(32), batch_size=4)
     kl = HeldOut(model, [[*t, 0] for t in sequences(32)[-4:]]).measure().kl()  # no next token of the last is counted
-    monkeypatch.setattr(distillation, "LOGITS", 4 * 3 * model.lm.head.vocab_size)  # three positions of a batch
+    monkeypatch.setattr(distillation, "LOGITS", 4 * 2 * model.lm.head.vocab_size)  # two positions of a batch at once
+    monkeypatch.setattr(distillation, "LEARNED", 4 * 3 * model.lm.head.vocab_size)  # three in a step
     students = [model.students[i].copy() for i in (0, 1)]
     for student in students:
         model.put(student)
-    drawn = distillation._draw(8, 3, 0), distillation._draw(8, 3, 1)
-    assert all(len(set(at.tolist())) == 3 for at in drawn) and not torch.equal(*drawn)
+    mask = torch.ones(4, 8, dtype=torch.bool)
+    all_of_them, *drawn = (distillation._positions(mask, model.lm.head.vocab_size, step) for step in (None, 0, 1))
+    assert torch.cat(all_of_them).tolist() == list(range(8))
+    assert all([len(piece) for piece in pieces] == [2, 1] for pieces in drawn)
+    assert all(len(set(torch.cat(pieces).tolist())) == 3 for pieces in drawn)
+    assert not torch.equal(*map(torch.cat, drawn))
     outcome = distil_together(students, feed, schedule=Schedule(steps=20, check_every=10), hooks=TrainingHooks())
     assert outcome.before == pytest.approx(kl, rel=1e-4) and outcome.after < 0.9 * outcome.before
 

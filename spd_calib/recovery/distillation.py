@@ -4,8 +4,8 @@ Block by block: the student block (its own weights, and the predictors) learns t
 squared error, from the dense block's input or from the planned model's own. Then, shortly, all treated blocks
 together on KL(dense || planned). Routers of experts learn the dense model's choice besides (routing_error.py). AdamW,
 linear warm-up, cosine decay, early stop on the text to choose by. What is held: one block (or, at the end, the treated
-ones), its optimizer's state, and the feed. Logits are held of LOGITS numbers at once: with a large vocabulary each step
-learns from some positions of its batch.
+ones), its optimizer's state, and the feed. Logits are held of LOGITS numbers at once, and computed anew on the way
+back; with a very large vocabulary each step learns from some positions of its batch.
 """
 
 import math
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from spd_calib.models.experts import Routing
 from spd_calib.parallel.comm import Comm
@@ -24,7 +25,8 @@ from .feed import Batch, Feed
 from .routing_error import routed_in_dense_block, routed_in_dense_model, routing_error
 from .student import Student
 
-LOGITS = 2**25  # float32, 128 MiB a tensor
+LOGITS = 2**23  # float32, 32 MiB a tensor
+LEARNED = 2**27  # logits that a step learns from at most
 # [2]: the sum over this replica's tokens, and their number; of those that a step learns from, or, for None, of all
 Loss = Callable[[Batch, int | None], Tensor]
 State = dict[str, Tensor]
@@ -120,10 +122,9 @@ def distil_together(
         dense = routed_in_dense_model(feed, batch, last=max(routed, default=-1))
         of_routers = routing_error(dense, routed, batch.mask)
         final = model.lm.final_norm(s)
-        pieces = _positions(batch.mask, model.lm.head.vocab_size)
-        if step is not None and len(pieces) > 1:
-            pieces = [_draw(batch.mask.shape[1], len(pieces[0]), step)]
-        return sum((error(batch, final, of_routers, at) for at in pieces), torch.zeros(2, device=final.device))
+        pieces = _positions(batch.mask, model.lm.head.vocab_size, step)
+        of_pieces = (checkpoint(error, batch, final, of_routers, at, use_reentrant=False) for at in pieces)
+        return sum(of_pieces, torch.zeros(2, device=final.device))
 
     def error(batch: Batch, final: Tensor, of_routers: Tensor, at: Tensor) -> Tensor:
         mask = batch.mask[:, at]
@@ -222,15 +223,18 @@ def _error(replicas: Comm, loss: Loss, batches: Sequence[Batch]) -> float:
     return (sums / tokens).mean().item()
 
 
-def _positions(mask: Tensor, vocabulary: int) -> Sequence[Tensor]:
-    """Return the positions of a batch, mask [B, T], in pieces whose logits are at most LOGITS numbers each."""
+def _positions(mask: Tensor, vocabulary: int, step: int | None) -> Sequence[Tensor]:
+    """Return the positions of a batch, mask [B, T], in pieces whose logits are at most LOGITS numbers each.
+
+    Those of a step are drawn, others each time, and their logits are at most LEARNED numbers (one piece at least).
+    """
     rows, length = mask.shape
-    return torch.arange(length, device=mask.device).split(max(1, LOGITS // (rows * vocabulary)))
-
-
-def _draw(length: int, number: int, step: int) -> Tensor:
-    """Return `number` of the positions of sequences, others at each step."""
-    return torch.randperm(length, generator=torch.Generator().manual_seed(step))[:number]
+    if step is None:
+        order, most = torch.arange(length), length
+    else:
+        order = torch.randperm(length, generator=torch.Generator().manual_seed(step))
+        most = max(1, LEARNED // (rows * vocabulary))
+    return order[:most].to(mask.device).split(max(1, LOGITS // (rows * vocabulary)))
 
 
 def _pick(step: int, n: int, seed: int) -> int:
