@@ -14,6 +14,7 @@ from spd_calib.formats.files import dumps, read, sha256_of
 from spd_calib.formats.plan import Plan
 from spd_calib.formats.profile import Profile
 from spd_calib.formats.results import Results, TaskResult
+from spd_calib.parallel.session import Session
 
 CPU = RunOptions(device="cpu")
 SHORT = TextSelection(seq_len=16, max_samples=4, verify_samples=3)
@@ -94,7 +95,7 @@ def test_an_estimate_has_the_same_arguments_and_measures_nothing(llama, text):
     assert "one pass forward and backward with" in said[-1]
 
 
-def test_a_journal_goes_on_and_stays_and_is_let_go(llama, text, tmp_path):
+def test_a_journal_goes_on_and_stays_and_is_let_go(llama, text, tmp_path, monkeypatch):
     journal = tmp_path / "j"
     options = {"tp": 2, "data": str(text), "text": SHORT, "run": CPU, "journal": journal}
 
@@ -111,6 +112,7 @@ def test_a_journal_goes_on_and_stays_and_is_let_go(llama, text, tmp_path):
     resumed = profile(str(llama), **options, progress=Progress(say=said.append))
     assert any("measurements are finished" in s for s in said) and journal.exists()
     assert resumed == profile(str(llama), tp=2, data=str(text), text=SHORT, run=CPU)
+    monkeypatch.setattr(Session, "load", lambda *_, **__: pytest.fail("no weight need be read to refuse a journal"))
     with pytest.raises(InputError, match="whose batch size differs"):
         profile(str(llama), **options | {"run": RunOptions(device="cpu", batch_size=2)})
 

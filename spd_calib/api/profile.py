@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,18 +84,15 @@ def profile(
         tasks=tasks is not None,
     )
     inputs = open_inputs(model, tp=tp, data=data, tokenizer=tokenizer, text=text, asked=asked, run=run, tasks=tasks)
-    suite = tasks.with_batch_size(run.batch_size).load() if tasks else None
-    subject = inputs.subject(progress)
-    estimated = inputs.fit_estimates(subject, progress)
-    if journal is None:
-        found = _run(inputs, subject, progress=progress, suite=suite, journals=[None] * len(inputs.texts))
-    else:
-        with MeasurementJournal(journal, _identity(inputs, tasks)) as kept:
-            if kept.finished:
-                progress.say(f"going on from {kept.path}: {kept.finished} measurements are finished")
-            several = len(inputs.texts) > 1
-            journals = [kept.of_text(i) if several else kept for i in range(len(inputs.texts))]
-            found = _run(inputs, subject, progress=progress, suite=suite, journals=journals)
+    with nullcontext() if journal is None else MeasurementJournal(journal, _identity(inputs, tasks)) as kept:
+        suite = tasks.with_batch_size(run.batch_size).load() if tasks else None
+        subject = inputs.subject(progress)
+        estimated = inputs.fit_estimates(subject, progress)
+        if kept and kept.finished:
+            progress.say(f"going on from {kept.path}: {kept.finished} measurements are finished")
+        several = len(inputs.texts) > 1
+        journals = [kept.of_text(i) if kept and several else kept for i in range(len(inputs.texts))]
+        found = _run(inputs, subject, progress=progress, suite=suite, journals=journals)
     recovered, calibration, verification = inputs.recovered, *inputs.refs
     return Profile(
         model=inputs.session.ref,
