@@ -4,11 +4,11 @@
       --second ../shared/data/tinystories-eval.jsonl --tasks ../shared/tasks/make.py
 
 FOLDER is a transformers checkpoint (of SmolLM2 135M: ../shared/models/real_llms.sh). For each share of the sync points,
-those that a profile by Fisher information expects to cost least are dropped (the profile is made once, and kept in
-results/llm/); each method then treats them, fitted on sequences from all over the first three quarters of the
-text. Measured on others from all over its last quarter, on a second text that nothing is fitted on, and on lm-eval
-tasks: every loss is the paired difference to the dense model, with its standard error. Row by row into
-results/llm/NAME-tpN-table.json; a row that stands there is not made again, and a recovery that was killed goes on.
+those that a profile by Fisher information expects to cost least are dropped (the profile is made once where a share is
+not all of them, and kept in results/llm/); each method then treats them, fitted on sequences from all over the first
+three quarters of the text. Measured on others from all over its last quarter, on a second text that nothing is fitted
+on, and on lm-eval tasks: every loss is the paired difference to the dense model, with its standard error. Row by row
+into results/llm/NAME-tpN-table.json; a row that stands there is not made again, and a recovery that was killed goes on.
 `--report` only writes NAME-tpN-table.md and .png from it.
 """
 
@@ -35,7 +35,7 @@ from spd_calib.api.options import RunOptions
 from spd_calib.api.text import TextSelection
 from spd_calib.evaluation.harness import Outcome, TaskSuite
 from spd_calib.evaluation.options import EvalOptions
-from spd_calib.formats.drops import NOTHING_DROPPED, Drops
+from spd_calib.formats.drops import NOTHING_DROPPED, Drops, Point, Strategy
 from spd_calib.formats.files import dumps, read, sha256_of, write_text
 from spd_calib.formats.plan import Budget
 from spd_calib.formats.profile import Comparison, Profile
@@ -67,7 +67,8 @@ MAX_RANK = {
     "distilled, with predictors": ANY_RANK,
     DISTILLED_REPLICATED: 0,
 }
-METHODS = ("as is", *MAX_RANK)
+NAIVE = "as is, no estimate"  # behind a norm: an MLP reads its rank's own partial sum through it
+METHODS = (NAIVE, "as is", *MAX_RANK)
 PUBLISHED = (
     "Published figures beside it: Sync-Point Drop (arXiv 2502.20727), LLaMA2-70B on 8 GPUs over a 10 GB/s link: 70 % "
     "of the attention syncs dropped without training cost 0.94 points and save 19.7 % of the latency; 75 % of its "
@@ -103,8 +104,10 @@ class Table:
         """Return the dense model, in float32."""
         return load_dense(self.source, self.config, device=self.args.device, dtype="float32")
 
-    def front(self) -> list[Drops]:
-        """Return, for every number of sync points, those that cost least by the profile, which is made if need be."""
+    def cheapest(self, share: float, blocks: int) -> Drops:
+        """Return so many of the sync points, those that cost least by the profile, which is made if need be."""
+        if share == 1:
+            return Drops.of({Point(block, "attention"): Strategy.BLOCK_DROP for block in range(blocks)})
         path = RESULTS / f"{self.args.model.name}-tp{self.args.tp}-profile.json"
         if path.exists():
             profile = read(Profile, path)
@@ -121,14 +124,14 @@ class Table:
             )
             write_text(path, dumps(profile))
         budget = Budget(kind="drop", value=profile.model.num_blocks, strategies=["block_drop"])
-        return interactions_of(profile, candidates(profile, budget)).front()
+        return interactions_of(profile, candidates(profile, budget)).front()[round(share * blocks)]
 
     def row(self, drops: Drops, share: float, method: str) -> dict:
         """Return what is left of the loss when `drops` are treated by the method."""
         args = self.args
-        model = PlannedModel(self.load(), args.tp, drops | self.estimates.only(drops.points))
+        model = PlannedModel(self.load(), args.tp, drops | self.estimates.only([] if method == NAIVE else drops.points))
         began, cpu, attempts = time.monotonic(), time.process_time(), []
-        if method != "as is":
+        if method in MAX_RANK:
             attempts = self.recover(model, share, method)
         seconds, cpu = time.monotonic() - began, time.process_time() - cpu
         on_text = HeldOut(model, self.measured, batch_size=args.batch).measure().comparison()
@@ -270,7 +273,7 @@ def report(path: Path, command: str) -> str:
             + (f" (blocks {', '.join(map(str, r['replicated']))})" if r.get("replicated") else "")
             + (
                 " | "
-                if r["method"] == "as is"
+                if r["method"] not in MAX_RANK
                 else f" | {r['sequences']}" + (f", {r['trained']}" if r["steps"] else "")
             )
             + "".join(f" | {f['kl']:.3f} ± {f['kl_stderr']:.3f} | {100 * f['ppl_increase']:+.1f} %" for f in found)
@@ -319,7 +322,7 @@ def main() -> None:
     parser.add_argument("--tasks", type=Path, help="a script that writes lm-eval tasks into the folder it is given")
     parser.add_argument("--limit", type=int, default=100, help="documents of each task")
     parser.add_argument("--shares", default="0.25,0.5,0.7,0.9,1", help="of the attention syncs, to drop")
-    parser.add_argument("--methods", default=";".join(METHODS), help="separated by semicolons")
+    parser.add_argument("--methods", default=";".join(METHODS[1:]), help="separated by semicolons")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--sequences", type=int, default=72, help="to fit on")
     parser.add_argument("--judged", type=int, default=8, help="sequences to judge the whole by")
@@ -348,9 +351,9 @@ def main() -> None:
 def make_rows(args: argparse.Namespace, path: Path) -> None:
     """Add the rows asked for that are not there yet."""
     table = Table(args)
-    front = table.front()
+    blocks = table.config.num_hidden_layers
     document = {
-        "model": args.model.name, "tp": args.tp, "blocks": len(front) - 1, "data": args.data.name,
+        "model": args.model.name, "tp": args.tp, "blocks": blocks, "data": args.data.name,
         "data_sha256": sha256_of(args.data), "second": args.second.name, "seq_len": args.seq_len,
         "measured": args.measured, "limit": args.limit, "versions": versions(), "rows": [],
     }  # fmt: skip
@@ -358,10 +361,10 @@ def make_rows(args: argparse.Namespace, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for method in args.methods.split(";"):
         for share in map(float, args.shares.split(",")):
-            drops = front[round(share * (len(front) - 1))]
-            wanted = (method, len(drops), 0 if method == "as is" else args.sequences)
+            drops = table.cheapest(share, blocks)
+            wanted = (method, len(drops), args.sequences if method in MAX_RANK else 0)
             if wanted in [
-                (r["method"], r["dropped"], 0 if r["method"] == "as is" else r["sequences"]) for r in document["rows"]
+                (r["method"], r["dropped"], r["sequences"] if r["method"] in MAX_RANK else 0) for r in document["rows"]
             ]:
                 continue
             document["rows"].append(table.row(drops, share, method))

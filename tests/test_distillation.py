@@ -72,6 +72,16 @@ def test_a_mixed_training_multiplies_in_bfloat16_and_keeps_float32_weights() -> 
     assert products[-1] == torch.float32 and left == pytest.approx(outcome.after, rel=0.05), "judged in float32"
 
 
+def test_a_training_that_only_does_harm_stops_and_leaves_the_weights() -> None:
+    model = planned("llama", tp=4, layers=1)
+    student = model.students[0].copy()
+    before = [p.clone() for p in student.trainable()]
+    harmful = Schedule(steps=40, rate=10.0, warm_up=0.0, check_every=5, patience=0.25)
+    outcome = distil_block(student, Feed(model, sequences(32), batch_size=4), schedule=harmful)
+    assert outcome.steps == 10 and outcome.after == outcome.before, "a quarter of the steps without progress"
+    assert all(torch.equal(p, b) for p, b in zip(student.trainable(), before, strict=True))
+
+
 def with_routers(model: PlannedModel) -> list[Student]:
     """Copies of the model's students, which it has from then on; what their routers read is far off."""
     for block, student in list(model.students.items()):

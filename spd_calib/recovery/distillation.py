@@ -45,7 +45,7 @@ class Schedule:
     warm_up: float = 0.1  # share of the steps
     weight_decay: float = 0.0
     check_every: int = 25  # steps between looks at the text to choose by, and between saved states
-    patience: int = 4  # looks without progress before it stops
+    patience: float = 0.5  # share of the steps without progress before it stops: much is won as the rate falls
     seed: int = 0
     mixed: bool = False
 
@@ -161,7 +161,7 @@ def _train(students: Sequence[Student], feed: Feed, *, loss: Loss, schedule: Sch
         for p in parameters:
             p.requires_grad_(True)
         step = int(progress.step)
-        while step < schedule.steps and step - progress.best_at < schedule.patience * schedule.check_every:
+        while step < schedule.steps and step - progress.best_at < schedule.patience * schedule.steps:
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * schedule.at(step)
             batch = batches[_pick(step, len(batches), schedule.seed)]
