@@ -67,17 +67,35 @@ def test_too_little_that_differs_is_a_sentence(tmp_path, tokenizer):
         load_text(options(write(tmp_path / "t.jsonl", [0] * 9)), tokenizer)
 
 
+def packed(tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token by token: documents glued together, N tokens a sequence, each with a BOS in front."""
+    found, held = list[list[int]](), list[int]()
+    for text in texts:
+        for place, token in enumerate(tokenizer(text)["input_ids"]):
+            held += [tokenizer.bos_token_id] if place and not held else []
+            held.append(token)
+            if len(held) == N:
+                found, held = [*found, held], []
+    return found
+
+
 def test_of_packed_text_a_repeated_document_counts_a_repeated_heading_does_not(tmp_path, tokenizer):
-    """Documents of 24 tokens are three sequences each; one of 2 tokens shifts what follows it."""
-    whole = write(tmp_path / "whole.jsonl", [0, 1, 0, 2], words=3 * N - 1)
+    """Documents of 22 tokens are three sequences, with the BOS of the second and third; one of 2 tokens shifts that."""
+    words = 3 * (N - 1)
+    whole = write(tmp_path / "whole.jsonl", [0, 1, 0, 2], words=words)
     text = load_text(options(whole, 6, 3, pack=True), tokenizer)
-    stream = [i for seed in (0, 1, 2) for i in tokenizer(doc(seed, 3 * N - 1))["input_ids"]]
-    assert [i for s in text.calibration + text.verification for i in s] == stream
-    texts = [t for seed in range(6) for t in ("ball", doc(seed, 3 * N - 1))]
+    assert text.calibration + text.verification == packed(tokenizer, [doc(seed, words) for seed in (0, 1, 2)])
+    texts = [t for seed in range(6) for t in ("ball", doc(seed, words))]
     headed = load_text(options(tiny.write_jsonl(tmp_path / "h.jsonl", texts), 10, 9, pack=True), tokenizer)
-    stream = [i for t in texts for i in tokenizer(t)["input_ids"]]
-    assert [i for s in headed.calibration + headed.verification for i in s] == stream[: 19 * N]
+    assert headed.calibration + headed.verification == packed(tokenizer, texts)[:19]
     assert headed.note is None
+
+
+def test_a_tokenizer_that_opens_no_text_opens_no_packed_sequence(tmp_path):
+    bare = tiny.tokenizer(bos=False)
+    text = load_text(options(write(tmp_path / "t.jsonl", [0, 1], words=32), 6, 2, pack=True), bare)
+    stream = [i for seed in (0, 1) for i in bare(doc(seed, 32))["input_ids"]]
+    assert [i for s in text.calibration + text.verification for i in s] == stream
 
 
 def test_a_document_longer_than_a_sequence_does_not_repeat_itself(tmp_path, tokenizer):

@@ -156,7 +156,7 @@ class _Reading:
             yield candidate.ids
 
     def _cut(self, options: TextOptions, number: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[_Candidate]:
-        n = options.seq_len
+        n, opening = options.seq_len, _opening(tokenizer) if options.pack else []
         held, parts = Tokens(), list[_Part]()  # with pack: what fills no sequence yet
         for document in read_documents(options.source, options.column):
             self.documents += 1
@@ -168,6 +168,8 @@ class _Reading:
                 continue
             ids, done = token_ids(document, tokenizer=tokenizer), 0
             while done < len(ids):
+                if done and not held:  # at its beginning a document brings its own
+                    held += opening[: n - 1]
                 piece = ids[done : done + n - len(held)]
                 held += piece
                 parts.append(_Part(key, occurrence, len(piece)))
@@ -175,6 +177,15 @@ class _Reading:
                 if len(held) == n:
                     yield _Candidate(held, parts)
                     held, parts = [], []
+
+
+def _opening(tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """Return the special tokens that the tokenizer puts in front of any text: most often one, BOS, or none.
+
+    What is cut from the middle of a document is given them, too: without its BOS many a model reads nothing aright.
+    """
+    bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])
 
 
 def token_ids(document: Document, *, tokenizer: PreTrainedTokenizerBase, at_most: int | None = None) -> Tokens:
