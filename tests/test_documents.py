@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import socket
+import sys
 from pathlib import Path
 
 import pandas
@@ -54,6 +55,16 @@ def sentence(path, column: str = "text") -> str:
 @pytest.mark.parametrize("name", ["t.jsonl", "T.JSONL", "t.json", "t.ndjson"])
 def test_json_lines_by_any_name_compressed_or_with_a_byte_order_mark(tmp_path, name, mark, suffix, pack):
     assert contents(written(tmp_path, name + suffix, pack(mark + LINES))) == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("t.jsonl", LINES), ("t.json", LINES), ("t.txt", b"one\r\n\r\ntwo\rthree")]
+)
+def test_a_plain_file_needs_no_datasets(tmp_path, monkeypatch, name, content):
+    """Its import takes a third of a second and more, which a profile would pay before it measures anything."""
+    with_datasets = contents(written(tmp_path, f"{name}.gz", gzip.compress(content)))
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert contents(written(tmp_path, name, content)) == with_datasets
 
 
 def test_a_json_array_of_objects_or_of_strings(tmp_path):

@@ -110,11 +110,22 @@ def _without_shared_memory() -> Iterator[None]:
 
 def _lines(path: Path) -> Iterator[str]:
     """Yield the lines of a text file, each with its line break."""
+    for number, line in enumerate(_unpacked(path) if path.suffix.lower() in COMPRESSED else _plain(path)):
+        yield line.removeprefix(BYTE_ORDER_MARK) if number == 0 else line
+
+
+def _plain(path: Path) -> Iterator[str]:
+    """Yield the lines of a file that is not compressed, without the import of `datasets`, slower than most files."""
+    with open(path, encoding="utf-8") as f:
+        yield from f
+
+
+def _unpacked(path: Path) -> Iterator[str]:
+    """Yield the lines of a compressed file."""
     import datasets
 
-    for number, row in enumerate(_rows(datasets.Dataset.from_text, path, keep_linebreaks=True)):
-        line = row["text"]
-        yield line.removeprefix(BYTE_ORDER_MARK) if number == 0 else line
+    for row in _rows(datasets.Dataset.from_text, path, keep_linebreaks=True):
+        yield row["text"]
 
 
 def _paragraphs(path: Path, column: str) -> Iterator[Document]:
@@ -132,8 +143,8 @@ def _paragraphs(path: Path, column: str) -> Iterator[Document]:
 def _json_lines(path: Path, column: str) -> Iterator[Document]:
     """Yield the documents of JSON Lines.
 
-    `datasets` gives the lines, not the rows: its own JSON reader turns strings that look like dates into dates, drops
-    half a surrogate pair, and does not know at which line it failed.
+    Not by the JSON reader of `datasets`: it turns strings that look like dates into dates, drops half a surrogate pair,
+    and does not know at which line it failed.
     """
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
