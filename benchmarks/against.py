@@ -4,11 +4,13 @@
     .venv/bin/python benchmarks/against.py /tmp/before [-o results/benchmarks/against.json]
 
 Each run is the whole command in a process of its own, imports and all, on one thread: its CPU seconds, so that other
-work on the machine hardly matters. The two versions take turns, the second one first in every other round. The models
-are the demo's and ../shared/models/stories260k (left out, saying so, where it is not there).
+work on the machine hardly matters. Both are compiled to bytecode before, as an installed package is. The two versions
+take turns, the second one first in every other round. The models are the demo's and ../shared/models/stories260k (left
+out, saying so, where it is not there).
 """
 
 import argparse
+import compileall
 import json
 import os
 import statistics
@@ -60,6 +62,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=HERE / "results/benchmarks/against.json")
     args = parser.parse_args()
     checkouts = {"before": args.before.resolve(), "now": HERE}
+    for checkout in checkouts.values():
+        compileall.compile_dir(checkout / "spd_calib", quiet=1)
     there = {name: of for name, of in MODELS.items() if of[0].exists() and of[1].exists()}
     for name in MODELS.keys() - there.keys():
         print(f"{name} is not here: left out", file=sys.stderr)
