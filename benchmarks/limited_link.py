@@ -29,9 +29,10 @@ from spd_calib.demo.assets import model_dir
 from spd_calib.errors import InputError, SpdError
 from spd_calib.formats.files import dumps, read, write_text
 from spd_calib.formats.hardware import Hardware
+from spd_calib.formats.phases import PHASES, Phase
 from spd_calib.formats.plan import Plan
 from spd_calib.parallel.session import versions
-from spd_calib.planning.latency import PHASES, LatencyModel, Phase
+from spd_calib.planning.latency import LatencyModel
 from spd_calib.planning.machine_latency import as_measured, held_against
 from spd_calib.planning.model_sizes import ModelSizes, added_by
 

@@ -17,18 +17,28 @@ def write_plan(
     routers: Sequence[str | None] = (),
     mlp_kinds: Sequence[str | None] = (),
     replicated: Mapping[int, Sequence[Sequence[int]]] | None = None,
+    prefill: Mapping[int, Mapping[str, object]] | None = None,
     **changes,
 ) -> Path:
     """A plan for the model in `folder` with these strategies, and beside it random predictors of these kinds.
 
     `kinds`: one a block, or None where its MLP reads the rank's own partial sum; "scaled mean" has a scale, too.
     `mlp_kinds`: the same of the predictors behind its MLP, `routers` of what routers read, or "zero". `bits`: of
-    quantised syncs, by block and "attention" or "mlp". `replicated`: KV groups, by block and rank. `changes` replace
-    whole fields. Returns `path`.
+    quantised syncs, by block and "attention" or "mlp". `replicated`: KV groups, by block and rank. `prefill`: what it
+    does otherwise, by block. `changes` replace whole fields. Returns `path`.
     """
     from spd_calib.formats.common import Provenance, TensorParallel, TextRef
     from spd_calib.formats.files import dumps
-    from spd_calib.formats.plan import Budget, Compensation, Plan, PlannedBlock, Predicted, RouterPredictor, Verified
+    from spd_calib.formats.plan import (
+        Budget,
+        Compensation,
+        Plan,
+        PlannedBlock,
+        Predicted,
+        Prefill,
+        RouterPredictor,
+        Verified,
+    )
     from spd_calib.models.load import locate, model_ref, read_config
 
     source = locate(str(folder))
@@ -44,9 +54,12 @@ def write_plan(
     beside = None
     if any((*kinds, *mlp_kinds, *routers)):
         beside = _write_predictors(path, locate(str(folder)).folder, tp, kinds, routers, mlp_kinds)
-    requires = ["mlp_drop"] * ("block_drop" in mlp) + ["compensation"] * any((*kinds, *mlp_kinds))
-    requires += ["quantised_sync"] * bool(bits) + ["replicated_heads"] * bool(replicated)
-    requires += ["router_predictor"] * any(map(bool, routers))
+    otherwise = [value for of_block in (prefill or {}).values() for value in of_block.items()]
+    deferred = "block_drop" in mlp or ("mlp_strategy", "block_drop") in otherwise
+    bits_sent = bool(bits) or any(name.endswith("bits") for name, _ in otherwise)
+    requires = ["mlp_drop"] * deferred + ["compensation"] * any((*kinds, *mlp_kinds))
+    requires += ["quantised_sync"] * bits_sent + ["replicated_heads"] * bool(replicated)
+    requires += ["router_predictor"] * any(map(bool, routers)) + ["two_phases"] * bool(prefill)
     required = {name for name, field in Verified.model_fields.items() if field.is_required()}
     zeros = dict.fromkeys(required - {"text", "ppl", "tokens", "sequences"}, 0.0)
     plan = Plan(
@@ -63,6 +76,7 @@ def write_plan(
                 sync_bits=(bits or {}).get((i, "attention")),
                 mlp_sync_bits=(bits or {}).get((i, "mlp")),
                 replicated=(replicated or {}).get(i),
+                prefill=Prefill(**prefill[i]) if i in (prefill or {}) else None,
                 compensation=form,
                 router=router,
                 mlp_compensation=mlp_form,

@@ -136,13 +136,17 @@ def logits(
     routers: Mapping[int, tuple[Tensor, Tensor]] | None = None,
     bits: Mapping[tuple[int, str], int] | None = None,
     replicated: Mapping[int, Sequence[Sequence[int]]] | None = None,
+    prefill: Mapping[tuple[int, str], tuple[str, int | None]] | None = None,
+    prompt: int = 0,
 ) -> Tensor:
     """Logits [batch, length, vocabulary] in float64, one strategy a block; zero where `attention_mask` is 0.
 
     A row with padding is the same row without it: positions count from its first real token. `routers` are, by block,
     the matrix and the bias by which a router expects what a deferred attention will bring (experts.py). `bits` are, by
     block and "attention" or "mlp", those of a quantised sync. `replicated` are, by block, the KV groups of others that
-    each rank computes, too, for what its MLP reads.
+    each rank computes, too, for what its MLP reads. With `prefill` the first `prompt` tokens are treated by that: the
+    strategy and the bits by block and "attention" or "mlp", kept where nothing is said. No cache is needed for it: what
+    a token leaves for those behind it depends on its own treatment alone.
     """
     config = model.config
     weights = {name: tensor.detach().double().cpu() for name, tensor in model.state_dict().items()}
@@ -163,6 +167,8 @@ def logits(
             routers or {},
             bits or {},
             replicated or {},
+            prefill,
+            prompt,
         )
         for rank in range(tp):
             words = slice(rank * part, (rank + 1) * part)
@@ -215,6 +221,8 @@ def _streams(
     routers: Mapping[int, tuple[Tensor, Tensor]],
     bits: Mapping[tuple[int, str], int],
     replicated: Mapping[int, Sequence[Sequence[int]]],
+    prefill: Mapping[tuple[int, str], tuple[str, int | None]] | None,
+    prompt: int,
 ) -> list[Tensor]:
     """The last norm's output for one sequence, [length, hidden], as each rank has it."""
     names = NAMES[config.model_type]
@@ -267,36 +275,61 @@ def _streams(
                     sum(_of_group(part, config, block, group, tp, read) for group in own)
                     for own, read in zip(replicated[block], reads, strict=True)
                 ]
-            sent_with = bits.get((block, "attention" if linear == "o" else "mlp"))
-            if strategy == "keep_sync" and sent_with is not None:
-                x = _settled_with_bits(x, p, late, shares, branch, bool(norm_behind), sent_with)
-                p, late = [torch.zeros_like(x) for _ in p], []
-            elif strategy == "keep_sync":
-                x = x + sum(p)
-                for owed, through, _ in late:
-                    x = x + through(sum(owed))
-                x = x + branch(sum(shares))
-                p, late = [torch.zeros_like(x) for _ in p], []
-            elif strategy == "plain_drop" and norm_behind:
-                w = [w[rank] + branch(shares[rank]) for rank in range(tp)]
-            elif norm_behind:
-                late = [*late, (shares, branch, [s + more for s, more in zip(shares, beside, strict=True)])]
-                beside = [torch.zeros_like(x) for _ in range(tp)]
-            else:  # what joins is linear in the shares: each rank adds its own, and all of them the bias
-                b = branch(torch.zeros_like(x))
-                mine = [branch(shares[rank]) - b for rank in range(tp)]
-                beside = [branch(more) - b for more in beside]
-                x = x + b
-                if strategy == "plain_drop":
-                    w = [w[rank] + mine[rank] for rank in range(tp)]
-                else:
-                    p = [p[rank] + mine[rank] for rank in range(tp)]
+            point = (block, "attention" if linear == "o" else "mlp")
+            now = (x, w, p, late, beside)
+            x, w, p, late, beside = _behind(*now, shares, branch, bool(norm_behind), strategy, bits.get(point))
+            if prefill is not None:  # the tokens of the prompt are treated otherwise
+                of_prompt = _behind(*now, shares, branch, bool(norm_behind), *prefill.get(point, ("keep_sync", None)))
+                assert not late and not of_prompt[3], "sums that wait behind norms: write it out here first"
+                x = torch.cat([of_prompt[0][:prompt], x[prompt:]])
+                w = [torch.cat([a[:prompt], b[prompt:]]) for a, b in zip(of_prompt[1], w, strict=True)]
+                p = [torch.cat([a[:prompt], b[prompt:]]) for a, b in zip(of_prompt[2], p, strict=True)]
         if "layer_scalar" in part:
             times = part["layer_scalar"]
             x, w, p = x * times, [kept * times for kept in w], [owed * times for owed in p]
             late = [(owed, lambda total, was=was, times=times: times * was(total), known) for owed, was, known in late]
     assert not late
     return [_norm(weights, config, names["last_norm"], x + w[rank] + p[rank]) for rank in range(tp)]
+
+
+def _behind(
+    x: Tensor,
+    w: list[Tensor],
+    p: list[Tensor],
+    late: list,
+    beside: list[Tensor],
+    shares: list[Tensor],
+    branch: Callable,
+    norm_behind: bool,
+    strategy: str,
+    bits: int | None,
+) -> tuple:
+    """x, w, p, late and beside behind a sync point that is treated so."""
+    ranks = range(len(p))
+    if strategy == "keep_sync" and bits is not None:
+        x = _settled_with_bits(x, p, late, shares, branch, norm_behind, bits)
+        p, late = [torch.zeros_like(x) for _ in p], []
+    elif strategy == "keep_sync":
+        x = x + sum(p)
+        for owed, through, _ in late:
+            x = x + through(sum(owed))
+        x = x + branch(sum(shares))
+        p, late = [torch.zeros_like(x) for _ in p], []
+    elif strategy == "plain_drop" and norm_behind:
+        w = [w[rank] + branch(shares[rank]) for rank in ranks]
+    elif norm_behind:
+        late = [*late, (shares, branch, [s + more for s, more in zip(shares, beside, strict=True)])]
+        beside = [torch.zeros_like(x) for _ in ranks]
+    else:  # what joins is linear in the shares: each rank adds its own, and all of them the bias
+        b = branch(torch.zeros_like(x))
+        mine = [branch(shares[rank]) - b for rank in ranks]
+        beside = [branch(more) - b for more in beside]
+        x = x + b
+        if strategy == "plain_drop":
+            w = [w[rank] + mine[rank] for rank in ranks]
+        else:
+            p = [p[rank] + mine[rank] for rank in ranks]
+    return x, w, p, late, beside
 
 
 def _settled_with_bits(

@@ -158,7 +158,7 @@ def test_eval_compares_with_the_model_it_was_made_from(spd, folder, llama, tmp_p
             pass
 
         def run(self, lm, tokenizer, **_):
-            seen.append((lm, lm.blocks[0].present.drops))
+            seen.append((lm, lm.blocks[0].present.drops.decode))
 
     Noting().run_dense_and_planned(recovered, None, drops=drops, dense_lm=original)
     assert [lm for lm, _ in seen] == [original, recovered]

@@ -214,6 +214,9 @@ def test_plans_that_ask_for_more_are_refused(started, tmp_path):
     plan = write_plan(tmp_path / "bits.json", started.folder, 2, [K, K], bits={(0, "mlp"): 8})
     with pytest.raises(InputError, match="requires 'quantised_sync', which the SGLang runtime does not have"):
         started(plan)
+    plan = write_plan(tmp_path / "by_phase.json", started.folder, 2, [K, K], prefill={0: {"strategy": D}})
+    with pytest.raises(InputError, match=r"requires 'two_phases', .*: one forward of SGLang may hold chunks"):
+        started(plan)
     other = tiny.save(tiny.build("llama", layers=2, seed=1), tmp_path / "other")
     with pytest.raises(InputError, match="made for other weights"):
         started(model_path=str(other))

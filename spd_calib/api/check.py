@@ -8,9 +8,10 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from spd_calib.errors import InputError, OtherModel, SpdError
-from spd_calib.formats.drops import SUBLAYERS, Drops
+from spd_calib.formats.drops import SUBLAYERS
+from spd_calib.formats.phases import ByPhase
 from spd_calib.formats.plan import Plan
-from spd_calib.models.plan_files import load_drops
+from spd_calib.models.plan_files import check_one_choice, load_by_phase
 from spd_calib.parallel.session import Session
 from spd_calib.runtimes.checks import CheckRow
 
@@ -81,7 +82,9 @@ def check(
     if as_served is not None and runtime != "vllm":
         raise InputError("`as_served` are the arguments of an engine of vLLM's; give `runtime` vllm with them.")
     document, path = document_of(Plan, plan)
-    drops = load_drops(document, path)
+    drops = load_by_phase(document, path)
+    if runtime == "vllm":
+        check_one_choice(document, path)
     try:
         session = open_model_of(document, path=path, model=model, tokenizer=tokenizer)
     except OtherModel as e:
@@ -96,15 +99,18 @@ def check(
     return CheckResult(rows)
 
 
-def _rows_of_plan(plan: Plan, drops: Drops) -> list[CheckRow]:
+def _rows_of_plan(plan: Plan, drops: ByPhase) -> list[CheckRow]:
     """Return the rows of what has held by the time that plan and model are open."""
     blocks, dense = plan.model.num_blocks, len(SUBLAYERS) * plan.model.num_blocks
+    planned = f"{dense - len(drops.decode)} planned"
+    if plan.in_two_phases:
+        planned = f"{dense - len(drops.prefill)} planned in prefill, {dense - len(drops.decode)} in decoding"
     return [
         CheckRow("the file", "a valid plan", f"format {plan.format}, version {plan.version}", True),
         CheckRow("the model", f"{plan.model.architecture}, {blocks} blocks", "the same", True),
         CheckRow("its weights", f"{plan.model.weight_fingerprint[:16]}…", "the same", True),
         CheckRow("TP size", str(plan.tensor_parallel.size), "divides heads and neurons", True),
-        CheckRow("all-reduces per forward", f"{dense} dense", f"{dense - len(drops)} planned", True),
+        CheckRow("all-reduces per forward", f"{dense} dense", planned, True),
     ]
 
 
@@ -113,7 +119,7 @@ def _rows_of_runtime(
     session: Session,
     *,
     path: Path,
-    drops: Drops,
+    drops: ByPhase,
     prompts: Sequence[str],
     new_tokens: int,
     as_served: Sequence[str] | None,
@@ -128,8 +134,11 @@ def _rows_of_runtime(
     from spd_calib.runtimes.vllm.as_served import check_as_served
     from spd_calib.runtimes.vllm.check import check_vllm
 
+    one_choice = drops.decode  # which vLLM is given in prefill, too: check has refused any other
     if as_served is not None:
-        return check_as_served(session, path, drops=drops, prompts=prompts, new_tokens=new_tokens, arguments=as_served)
+        return check_as_served(
+            session, path, drops=one_choice, prompts=prompts, new_tokens=new_tokens, arguments=as_served
+        )
     if resolved.dtype != "float32":
         raise InputError(f"vLLM is checked in float32, not in {resolved.dtype}; leave `dtype` out.")
-    return check_vllm(session, path, drops=drops, prompts=prompts, new_tokens=new_tokens)
+    return check_vllm(session, path, drops=one_choice, prompts=prompts, new_tokens=new_tokens)

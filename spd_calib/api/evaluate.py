@@ -16,7 +16,7 @@ from spd_calib.evaluation.options import EvalOptions
 from spd_calib.formats.files import sha256_as_written, sha256_of
 from spd_calib.formats.plan import Plan
 from spd_calib.formats.results import LmEval, Results, Seeds
-from spd_calib.models.plan_files import load_drops
+from spd_calib.models.plan_files import check_one_choice, load_drops
 from spd_calib.parallel.session import Session, versions
 from spd_calib.ranks import world_size
 from spd_calib.sensitivity.journal import MeasurementJournal
@@ -61,6 +61,7 @@ def evaluate(
         check_log_writable(log_samples)
     asked = tasks if isinstance(tasks, TaskOptions) else TaskOptions.of(tasks)
     document, path = document_of(Plan, plan)
+    check_one_choice(document, path)
     session = open_model_of(document, path=path, model=model, tokenizer=tokenizer)
     made = document.provenance
     resolved = replace(resolved_for(session, run, dtype=made.dtype), seed=made.seed)

@@ -8,9 +8,9 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from spd_calib.errors import InputError
-from spd_calib.formats.drops import NOTHING_DROPPED, Drops
+from spd_calib.formats.phases import NOTHING_DROPPED_IN_BOTH, ByPhase
 from spd_calib.formats.plan import Plan
-from spd_calib.models.plan_files import load_drops
+from spd_calib.models.plan_files import load_by_phase
 from spd_calib.parallel.generate import continue_text
 from spd_calib.parallel.session import Session
 
@@ -65,8 +65,8 @@ def generate(
     resolved = resolved_for(session, run, dtype=document.provenance.dtype)
     for prompt in prompts:
         _check_prompt(session, prompt, new_tokens=new_tokens)
-    writers: dict[Written, Drops] = {"dense": NOTHING_DROPPED} if dense else {}
-    writers["plan"] = load_drops(document, path)
+    writers: dict[Written, ByPhase] = {"dense": NOTHING_DROPPED_IN_BOTH} if dense else {}
+    writers["plan"] = load_by_phase(document, path)
     lm = session.load(
         resolved.device, str(resolved.dtype), seed=resolved.seed, stream=resolved.stream, drops=writers["plan"]
     )

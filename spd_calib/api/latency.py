@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 from spd_calib.errors import InputError
 from spd_calib.formats.hardware import Hardware
+from spd_calib.formats.phases import PHASES, Phase
 from spd_calib.formats.plan import Plan
 from spd_calib.models.shard_load import skeleton
 from spd_calib.parallel.session import Session, check_same_model
-from spd_calib.planning.latency import PHASES, LatencyModel, Phase, Step
+from spd_calib.planning.latency import LatencyModel, Step
 from spd_calib.planning.machine_latency import ITEMSIZE, as_measured, held_against, on_machine
 from spd_calib.planning.machine_tables import load
 from spd_calib.planning.model_sizes import NOTHING_ADDED, Added, ModelSizes, added_by

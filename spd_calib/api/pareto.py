@@ -7,8 +7,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from spd_calib.formats.pareto import Pareto
+from spd_calib.formats.phases import Phase
 from spd_calib.formats.profile import Profile
-from spd_calib.planning.latency import LatencyModel, Phase
+from spd_calib.planning.latency import LatencyModel
 from spd_calib.planning.pareto import pareto_of
 
 from .latency import LatencyOptions, latency_models

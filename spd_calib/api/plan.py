@@ -13,12 +13,13 @@ from spd_calib.formats.common import ModelRef
 from spd_calib.formats.drops import NOTHING_DROPPED
 from spd_calib.formats.files import dumps, write_bytes, write_text
 from spd_calib.formats.pareto import Pareto
+from spd_calib.formats.phases import Phase
 from spd_calib.formats.plan import Budget, Plan
 from spd_calib.formats.profile import Comparison, Profile
 from spd_calib.parallel.session import Session, is_quantised_copy
 from spd_calib.planning.budget_options import Amount, BudgetOptions, budget_for
 from spd_calib.planning.candidates import candidates
-from spd_calib.planning.latency import LatencyModel, Phase
+from spd_calib.planning.latency import LatencyModel
 from spd_calib.planning.model_sizes import NOTHING_ADDED
 from spd_calib.planning.pareto import pareto_of
 from spd_calib.planning.plan import make_plan

@@ -10,7 +10,7 @@ from spd_calib.formats.drops import Strategy
 from spd_calib.formats.files import sha256_as_written, sha256_of
 from spd_calib.formats.plan import Budget, Plan
 from spd_calib.models.load import load_dense
-from spd_calib.models.plan_files import load_drops
+from spd_calib.models.plan_files import check_one_choice, load_drops
 from spd_calib.parallel.comm import DistributedComm
 from spd_calib.parallel.distributed import from_main_rank, local_device
 from spd_calib.planning.budget import cost, describe, kept
@@ -104,6 +104,7 @@ def recover(
     budget = _budget(max_kl, max_ppl_increase)
     output = Path(output)
     document, path = document_of(Plan, plan)
+    check_one_choice(document, path)
     if document.drops.bits:
         raise InputError(
             "Recovery cannot fit weights through quantised syncs; recover a plan without them, then profile the "

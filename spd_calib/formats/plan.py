@@ -7,9 +7,16 @@ from pydantic import Field, model_validator
 
 from .common import Count, Finite, ModelRef, Part, Provenance, Sha256, TensorParallel, TextRef
 from .drops import SUBLAYERS, Drop, Drops, Groups, Point, Strategy
+from .phases import ByPhase
 from .profile import Comparison
 
-Requirement = Literal["mlp_drop", "compensation", "router_predictor", "quantised_sync", "replicated_heads"]
+Requirement = Literal[
+    "mlp_drop", "compensation", "router_predictor", "quantised_sync", "replicated_heads", "two_phases"
+]
+MLPStrategy = Literal[Strategy.KEEP_SYNC, Strategy.BLOCK_DROP]
+Bits = Literal[8, 6, 4]
+Syncs = list[tuple[Strategy, int | None]]
+"""The strategy and the bits of an attention's sync point, and of an MLP's."""
 
 
 def field_of_bits(description: str) -> Any:
@@ -26,7 +33,8 @@ class Budget(Part):
     value: Finite = Field(
         ge=0,
         description="For `drop` a number of sync points; for `tau` the paper's tau1; for `min_speedup` the share of a "
-        "dense step's time to save; for `max_bytes` the share of all syncs' bytes at 16 bits a value that may be sent",
+        "dense step's time to save, or of a `request`'s; for `max_bytes` the share of all syncs' bytes at 16 bits a "
+        "value that may be sent",
     )
     tau2: Finite | None = Field(default=None, ge=0, description="The paper's second threshold, of `tau`")
     strategies: list[Strategy] = Field(min_length=1, description="What the plan was allowed to use")
@@ -99,13 +107,30 @@ class RouterPredictor(Part):
         return self
 
 
+class Prefill(Part):
+    """The treatment of a block's sync points in prefill, the forwards with more than one new token a sequence.
+
+    A router whose attention's sync point is dropped reads the stream that all ranks share, nothing more.
+    """
+
+    strategy: Strategy = Field(description="The attention's sync point")
+    mlp_strategy: MLPStrategy = Strategy.KEEP_SYNC
+    sync_bits: Bits | None = field_of_bits("As of the block")
+    mlp_sync_bits: Bits | None = field_of_bits("As of the block")
+
+    @property
+    def syncs(self) -> Syncs:
+        """Return how the attention's sync point is treated in prefill, and the MLP's."""
+        return [(self.strategy, self.sync_bits), (self.mlp_strategy, self.mlp_sync_bits)]
+
+
 class PlannedBlock(Part):
     index: Count
     module: str = Field(min_length=1, description="Path of the decoder layer in the transformers model")
     strategy: Strategy = Field(description="The attention's sync point")
-    mlp_strategy: Literal[Strategy.KEEP_SYNC, Strategy.BLOCK_DROP] = Strategy.KEEP_SYNC
-    sync_bits: Literal[8, 6, 4] | None = field_of_bits("Bits of a value in the attention's sync, where it is kept")
-    mlp_sync_bits: Literal[8, 6, 4] | None = field_of_bits(
+    mlp_strategy: MLPStrategy = Strategy.KEEP_SYNC
+    sync_bits: Bits | None = field_of_bits("Bits of a value in the attention's sync, where it is kept")
+    mlp_sync_bits: Bits | None = field_of_bits(
         "Bits of a value in the MLP's sync, where it is kept; what waits for it is in its message"
     )
     replicated: Groups | None = Field(
@@ -113,6 +138,12 @@ class PlannedBlock(Part):
         exclude_if=lambda value: value is None,
         description="By rank, the KV groups of other ranks that it computes, too, for what its MLP reads: a KV head "
         "and the query heads that it serves or, with more ranks than KV heads, one rank's query heads",
+    )
+    prefill: Prefill | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="What prefill does with both sync points where that is not what decoding does, which is then what "
+        "all other fields say",
     )
     recovery: Literal["distillation", "grouping+distillation"] | None = Field(
         default=None, description="Treatment the paper's rule asks for before this block may be dropped"
@@ -136,19 +167,25 @@ class PlannedBlock(Part):
     reason: str = Field(description="Why the block is treated so, for people to read")
 
     @property
-    def syncs(self) -> list[tuple[Strategy, int | None]]:
-        """Return the strategy and the bits of the attention's sync point, and of the MLP's."""
+    def syncs(self) -> Syncs:
+        """Return how the attention's sync point is treated in decoding, and the MLP's; in prefill, too, by default."""
         return [(self.strategy, self.sync_bits), (self.mlp_strategy, self.mlp_sync_bits)]
+
+    @property
+    def syncs_by_phase(self) -> list[Syncs]:
+        """Return how the sync points are treated in prefill, and in decoding."""
+        return [self.prefill.syncs if self.prefill else self.syncs, self.syncs]
 
 
 def requirements(blocks: Sequence[PlannedBlock]) -> list[Requirement]:
     """Return what a plain runtime lacks and a plan of these blocks needs."""
     needed: dict[Requirement, bool] = {
-        "mlp_drop": any(b.mlp_strategy != Strategy.KEEP_SYNC for b in blocks),
+        "mlp_drop": any(mlp != Strategy.KEEP_SYNC for b in blocks for _, (mlp, _) in b.syncs_by_phase),
         "compensation": any(b.compensation or b.mlp_compensation for b in blocks),
         "router_predictor": any(b.router for b in blocks),
-        "quantised_sync": any(b.sync_bits or b.mlp_sync_bits for b in blocks),
+        "quantised_sync": any(bits for b in blocks for syncs in b.syncs_by_phase for _, bits in syncs),
         "replicated_heads": any(b.replicated for b in blocks),
+        "two_phases": any(b.prefill for b in blocks),
     }
     return [name for name, wanted in needed.items() if wanted]
 
@@ -169,6 +206,12 @@ class Verified(Comparison):
     """
 
     text: TextRef
+    as_served: bool = Field(
+        default=False,
+        exclude_if=lambda value: not value,
+        description="Of the second half of each sequence alone, behind a first half that was read by the choice of "
+        "prefill: the tokens are read by that of decoding, with the keys and values that prefill left",
+    )
     reused: bool = Field(
         default=False,
         exclude_if=lambda value: not value,
@@ -210,6 +253,20 @@ class Latency(Part):
     ceiling: Finite = Field(ge=0, le=1, description="The same with every droppable sync point dropped")
 
 
+class Request(Part):
+    """One request by the latency model of both phases: its prompt is read, then its new tokens are decoded."""
+
+    hardware: str = Field(min_length=1, description="As given: a file, or the name of a table that is shipped")
+    batch: int = Field(gt=0)
+    prompt: int = Field(gt=0, description="Tokens")
+    new_tokens: int = Field(gt=0, description="Tokens, each decoded as behind the prompt alone")
+    dense_seconds: Finite = Field(gt=0)
+    one_choice_seconds: Finite = Field(gt=0, description="With the best single choice for both phases")
+    two_choices_seconds: Finite = Field(gt=0, description="With the best pair of choices of no more KL")
+    planned_seconds: Finite = Field(gt=0)
+    saved: Finite = Field(le=1, description="1 - planned / dense")
+
+
 class Plan(Part):
     format: Literal["spd-calib/plan"] = "spd-calib/plan"
     version: Literal[1] = 1
@@ -236,18 +293,24 @@ class Plan(Part):
     predicted: Predicted
     verified: Verified
     latency: list[Latency] = Field(default_factory=list, description="Where hardware was given")
+    request: Request | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="Where each phase could have a choice of its own, what a whole request takes",
+    )
     provenance: Provenance
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if [b.index for b in self.blocks] != list(range(self.model.num_blocks)):
             raise ValueError(f"the blocks are not 0 to {self.model.num_blocks - 1}, each once and in order")
-        deferred = [b.index for b in self.blocks if b.mlp_strategy != Strategy.KEEP_SYNC]
+        deferred = {b.index for b in self.blocks for _, (mlp, _) in b.syncs_by_phase if mlp != Strategy.KEEP_SYNC}
         if deferred and "mlp_drop" not in self.requires:
             raise ValueError("blocks with an mlp_strategy that drops need 'mlp_drop' in requires")
         if self.model.num_blocks - 1 in deferred:
             raise ValueError("the last block's MLP sync point cannot be dropped")
-        quantised = [(s, bits) for b in self.blocks for s, bits in b.syncs if bits is not None]
+        syncs = [sync for b in self.blocks for of_phase in b.syncs_by_phase for sync in of_phase]
+        quantised = [(s, bits) for s, bits in syncs if bits is not None]
         if any(s != Strategy.KEEP_SYNC for s, _ in quantised):
             raise ValueError("only a sync that is kept can have bits")
         if bool(quantised) != ("quantised_sync" in self.requires):
@@ -257,7 +320,11 @@ class Plan(Part):
             raise ValueError("`replicated` names the KV groups of each rank")
         if bool(replicated) != ("replicated_heads" in self.requires):
             raise ValueError("blocks with replicated heads need 'replicated_heads' in requires")
-        _ = self.drops  # which has rules of its own
+        if self.in_two_phases != ("two_phases" in self.requires):
+            raise ValueError("blocks with a choice for prefill need 'two_phases' in requires")
+        if self.in_two_phases and (replicated or self.compensation is not None):
+            raise ValueError("a plan with a choice for each phase has neither predictors nor replicated heads")
+        _ = self.by_phase  # which has rules of its own
         predicted = [b for b in self.blocks if b.compensation]
         if any(b.strategy != Strategy.BLOCK_DROP for b in predicted):
             raise ValueError("only a block whose strategy is block_drop can have a compensation")
@@ -275,14 +342,31 @@ class Plan(Part):
         return self
 
     @property
+    def in_two_phases(self) -> bool:
+        """Say whether prefill has a choice of its own."""
+        return any(b.prefill for b in self.blocks)
+
+    @property
     def drops(self) -> Drops:
-        """Return what the plan drops, without its predictors; models.plan_files.load_plan brings them along."""
+        """Return what the plan drops, in decoding where prefill has a choice of its own.
+
+        It is without its predictors; models.plan_files.load_plan brings them along.
+        """
+        return self.by_phase.decode
+
+    @property
+    def by_phase(self) -> ByPhase:
+        """Return what the plan drops in prefill and in decoding, without its predictors."""
+        return ByPhase(*map(self._drops, zip(*(b.syncs_by_phase for b in self.blocks), strict=True)))
+
+    def _drops(self, syncs: Sequence[Syncs]) -> Drops:
+        """Return the drops that treat each block's sync points so."""
         return Drops(
             {
                 Point(b.index, sublayer): Drop(
                     strategy, bits=bits, replicated=b.replicated if sublayer == "attention" else None
                 )
-                for b in self.blocks
-                for sublayer, (strategy, bits) in zip(SUBLAYERS, b.syncs, strict=True)
+                for b, of_block in zip(self.blocks, syncs, strict=True)
+                for sublayer, (strategy, bits) in zip(SUBLAYERS, of_block, strict=True)
             }
         )

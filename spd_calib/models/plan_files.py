@@ -12,6 +12,7 @@ from torch import Tensor
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import Drop, Drops, Point
 from spd_calib.formats.files import read, sha256_of
+from spd_calib.formats.phases import ByPhase
 from spd_calib.formats.plan import Compensation, Plan
 
 from .predictor import Predictor, predictor_shapes
@@ -34,10 +35,32 @@ def load_plan(path: Path, *, ranks: Iterable[int] | None = None) -> tuple[Plan, 
 def load_drops(plan: Plan, path: Path | None, *, ranks: Iterable[int] | None = None) -> Drops:
     """Return the drops of a plan that was read from `path`, with its predictors; see load_plan.
 
-    A plan that comes from no file (`path` None) can have none: raises InputError where it has.
+    A plan that comes from no file (`path` None) can have none: raises InputError where it has, and for a plan that has
+    a choice for each phase.
     """
+    check_one_choice(plan, path)
     predictors = _load_predictors(plan, plan_path=path, ranks=ranks)
     return plan.drops | Drops({point: _drop(plan.drops.at(point), own) for point, own in predictors.items()})
+
+
+def check_one_choice(plan: Plan, path: Path | None) -> None:
+    """Raise InputError for a plan, read from `path` if from any, that has a choice for each phase."""
+    if plan.in_two_phases:
+        raise InputError(
+            f"{path or 'This plan'} has a choice for prefill and another for decoding, which `generate` takes, and "
+            "`check` and `bench` on torchrun, nothing else; plan anew without `new_tokens` for one choice."
+        )
+
+
+def load_plan_by_phase(path: Path, *, ranks: Iterable[int] | None = None) -> tuple[Plan, ByPhase]:
+    """Read a plan, and the drops that a model runs in each phase, as load_plan does those of a plan with one choice."""
+    plan = read(Plan, path)
+    return plan, load_by_phase(plan, path, ranks=ranks)
+
+
+def load_by_phase(plan: Plan, path: Path | None, *, ranks: Iterable[int] | None = None) -> ByPhase:
+    """Return the drops of a plan that was read from `path` in each phase; see load_drops."""
+    return plan.by_phase if plan.in_two_phases else ByPhase.of(load_drops(plan, path, ranks=ranks))
 
 
 def _drop(drop: Drop, predictors: Mapping[Owner, Predictor]) -> Drop:

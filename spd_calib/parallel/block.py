@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from spd_calib.formats.drops import NOTHING_DROPPED, Drop, Drops, Groups, Point, Strategy
+from spd_calib.formats.drops import Drop, Drops, Groups, Point, Strategy
+from spd_calib.formats.phases import NOTHING_DROPPED_IN_BOTH, ByPhase
 from spd_calib.models.all_heads_norm import AllHeadsNorm
 from spd_calib.models.architecture import HeadCounts
 from spd_calib.models.experts import RankExperts, Routing, route
@@ -29,7 +30,7 @@ class Present:
     `replicas` is the most attentions on replicated heads (ReplicatedHeads) that a block has in this process.
     """
 
-    drops: Drops = NOTHING_DROPPED
+    drops: ByPhase = NOTHING_DROPPED_IN_BOTH
     replicas: int = 0
 
 
@@ -89,7 +90,8 @@ class Block(nn.Module):
         if kwargs.get("past_key_values") is not None:
             places = len(self.attentions) + self.present.replicas
             _a_cache_for_each_rank(kwargs["past_key_values"], self.num_blocks, places)
-        return self.run(Streams.of(hidden_states), self.present.drops, **kwargs)
+        s = Streams.of(hidden_states)
+        return self.run(s, self.present.drops.of_forward(s.shared.shape[1]), **kwargs)
 
     def run(self, s: Streams, drops: Drops, **kwargs) -> Streams:
         """Run the block under `drops` (docs/design.md, section 2), of which it looks up its own two sync points.

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import NOTHING_DROPPED, Drop, Drops, Point, Strategy
+from spd_calib.formats.phases import ByPhase
 from spd_calib.models.architecture import Decoder, HeadCounts, check_divides, find_decoder
 from spd_calib.models.hooks import before_each
 from spd_calib.models.parts import LayerParts
@@ -95,14 +97,16 @@ class TensorParallelLM:
         return [block.index for block in self.blocks if block.experts is not None]
 
     @contextmanager
-    def running(self, drops: Drops) -> Iterator[None]:
+    def running(self, drops: Drops | ByPhase) -> Iterator[None]:
         """Run `drops`, and nothing else, in every forward of the model while this lasts.
 
+        By phase, those of prefill in a forward with more than one new token a sequence, else those of decoding.
         Afterwards the model runs what it ran before. May be nested: the innermost counts. Raises InputError for
         predictors or replicated heads that do not fit the model, ValueError for sync points that it does not have.
         """
-        fitted, before = self.fitted(drops), (self._present.drops, self._present.replicas)
-        attentions = [self.blocks[block].replicas(groups).attentions for block, groups in drops.replicated.items()]
+        phases, before = ByPhase.of(drops), (self._present.drops, self._present.replicas)
+        fitted, replicated = phases.map(self.fitted), phases.decode.replicated
+        attentions = [self.blocks[block].replicas(groups).attentions for block, groups in replicated.items()]
         replicas = max((sum(map(len, of_ranks)) for of_ranks in attentions), default=0)
         self._present.drops, self._present.replicas = fitted, replicas
         try:
@@ -176,16 +180,31 @@ class TensorParallelLM:
             streams.append(Streams.of(hidden_states))
             kwargs.append(others)
 
+        with before_each(self.blocks, keep_input):
+            final, _ = self._run(input_ids)
+        if not final.isfinite().all():
+            self.refuse_nonfinite(input_ids)
+        return Recording(self._present.drops.of_forward(input_ids.shape[1]), streams, kwargs, final)
+
+    @torch.no_grad()
+    def extend(self, input_ids: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:
+        """Run token ids [B, T] behind those whose keys and values are in `cache`, by default none, which grows by them.
+
+        They are run as any forward is. Returns what leaves the final norm, as `resume` does, and the cache.
+        """
+        final, grown = self._run(input_ids, past_key_values=cache, use_cache=True)
+        assert grown is not None
+        return final, grown
+
+    def _run(self, input_ids: Tensor, *, use_cache: bool = False, **kwargs: Any) -> tuple[Tensor, Cache | None]:
+        """Run all but the head; return what leaves the final norm, and the cache, if any."""
         final: list[Tensor] = []
         hook = self.final_norm.register_forward_hook(lambda m, args, out: final.append(out))
         try:
-            with before_each(self.blocks, keep_input):
-                self.model.base_model(input_ids=input_ids, use_cache=False)
+            out = self.model.base_model(input_ids=input_ids, use_cache=use_cache, **kwargs)
         finally:
             hook.remove()
-        if not final[0].isfinite().all():
-            self.refuse_nonfinite(input_ids)
-        return Recording(self._present.drops, streams, kwargs, final[0])
+        return final[0], out.past_key_values
 
     @torch.no_grad()
     def resume(self, recording: Recording, drops: Drops) -> Tensor:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from spd_calib.errors import InputError, OtherModel
 from spd_calib.formats.common import ModelRef
 from spd_calib.formats.drops import NOTHING_DROPPED, Drops
+from spd_calib.formats.phases import ByPhase
 from spd_calib.models.checkpoint import account, check_weight
 from spd_calib.models.fingerprint import config_hash
 from spd_calib.models.in_memory import check_in_memory, check_tensors, ref_in_memory, sharing_copy
@@ -61,7 +62,7 @@ class Session:
         *,
         seed: int = 0,
         stream: bool = False,
-        drops: Drops = NOTHING_DROPPED,
+        drops: Drops | ByPhase = NOTHING_DROPPED,
     ) -> TensorParallelLM:
         """Return the model on its ranks: under torchrun on real ones, else on simulated ones.
 
@@ -90,7 +91,7 @@ class Session:
             tp=self.tp,
             device=device,
             dtype=dtype,
-            whole_attentions=drops.replicated,
+            whole_attentions=ByPhase.of(drops).decode.replicated,
         )
         torch.manual_seed(seed)  # the same on all ranks: they sample the same tokens
         return TensorParallelLM(model, comm, sharded=True)

@@ -16,14 +16,12 @@ saved smaller. Where a machine was measured (`spd-calib bench`) its own dense st
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
 
 from spd_calib.errors import SpdError
 from spd_calib.formats.drops import Drop, Strategy
+from spd_calib.formats.phases import Phase
 from spd_calib.formats.plan import Latency
 
-Phase = Literal["decode", "prefill"]
-PHASES: tuple[Phase, Phase] = ("decode", "prefill")
 NONE: Mapping[int, int] = MappingProxyType({})  # none of the syncs is quantised
 
 

@@ -9,9 +9,10 @@ from spd_calib.errors import InputError
 from spd_calib.formats.drops import BITS
 from spd_calib.formats.hardware import Hardware
 from spd_calib.formats.machine import Machine
+from spd_calib.formats.phases import Phase
 from spd_calib.parallel.quantised_sync import GROUP, in_two_shots, packed_bytes
 
-from .latency import LatencyModel, Phase, Step, Sync
+from .latency import LatencyModel, Step, Sync
 from .machine_tables import interpolate
 from .model_sizes import NOTHING_ADDED, Added, ModelSizes, bytes_moved, flops
 

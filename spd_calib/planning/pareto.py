@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from spd_calib.formats.common import Provenance
 from spd_calib.formats.drops import Drops
 from spd_calib.formats.pareto import Pareto, ParetoPoint
+from spd_calib.formats.phases import Phase
 from spd_calib.formats.plan import Budget
 from spd_calib.formats.profile import Comparison, Profile
 
 from .budget_options import strategies_for
 from .candidates import candidates, interactions_of
-from .latency import LatencyModel, Phase
+from .latency import LatencyModel
 
 
 def pareto_of(

@@ -29,22 +29,17 @@ def folder_of(session: Session) -> Path:
     return session.source.folder
 
 
-def compare_run(
-    name: str, observed: Observed, *, simulated: SimulatedRun, all_reduces: int, tolerance: float
-) -> list[CheckRow]:
-    """Compare what a runtime did with some prompts with the simulation of the same.
+def compare_run(name: str, observed: Observed, *, simulated: SimulatedRun, tolerance: float) -> list[CheckRow]:
+    """Compare what a runtime made of some prompts with what the simulation makes of them.
 
-    `all_reduces`: the right number of them in each forward of each rank. `tolerance`: how far a log-probability may be
-    off.
+    `tolerance`: how far a log-probability may be off.
     """
-    counts = [count for rank in observed.all_reduces for count in rank]
     return [
         compare_logprobs(f"{name}: prompt tokens", simulated.prompt, found=observed.prompt, tolerance=tolerance),
         compare_logprobs(f"{name}: greedy continuation", simulated.chosen, found=observed.chosen, tolerance=tolerance),
         compare_logprobs(
             f"{name}: its tokens are the likeliest", simulated.best, found=simulated.chosen, tolerance=2 * tolerance
         ),
-        compare_counts(f"{name}: all-reduces per forward and rank", all_reduces, found=counts),
     ]
 
 

@@ -18,4 +18,4 @@ class Observed(BaseModel):
     experts: list[list[str]] = []
     """By rank, a digest of the experts chosen in each mixture of experts over all forwards; empty without any."""
     bytes: list[list[int]] = []
-    """By rank, the bytes of each block's messages over all forwards; empty where a runtime hides them."""
+    """By rank, the bytes of each block's messages, prompts and continuations; empty where a runtime hides them."""

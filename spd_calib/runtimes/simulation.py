@@ -7,8 +7,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from spd_calib.formats.drops import Drops
+from spd_calib.formats.phases import ByPhase
 from spd_calib.parallel.model import TensorParallelLM
 
 
@@ -24,20 +26,41 @@ class SimulatedRun:
 
 @torch.no_grad()
 def simulate(
-    lm: TensorParallelLM, prompts: Sequence[Sequence[int]], *, continuations: Sequence[Sequence[int]], drops: Drops
+    lm: TensorParallelLM,
+    prompts: Sequence[Sequence[int]],
+    *,
+    continuations: Sequence[Sequence[int]],
+    drops: Drops | ByPhase,
 ) -> SimulatedRun:
-    """Return log-probabilities of prompts and of the continuations a runtime gave them, as token ids, under `drops`."""
+    """Return log-probabilities of prompts and of the continuations a runtime gave them, as token ids, under `drops`.
+
+    Where each phase has a choice of its own, the tokens are run as they are served: the prompt, then one by one.
+    """
+    run = _at_once if ByPhase.of(drops).one_choice else _as_served
     out = SimulatedRun([], [], [])
     with lm.running(drops), counting_bytes(lm) as sent:
         for prompt, tokens in zip(prompts, continuations, strict=True):
             ids = torch.tensor([[*prompt, *tokens]], device=lm.device)
-            log_p = lm(ids[:, :-1])[0].float().log_softmax(-1)  # [T - 1, V], position t predicts token t + 1
+            log_p = run(lm, ids[:, :-1], len(prompt))[0].float().log_softmax(-1)  # [T - 1, V], t predicts token t + 1
             of_next = log_p.gather(-1, ids[0, 1:, None])[:, 0].tolist()
             out.prompt.append(of_next[: len(prompt) - 1])
             out.chosen.append(of_next[len(prompt) - 1 :])
             out.best.append(log_p[len(prompt) - 1 :].amax(-1).tolist())
     out.bytes.extend(sent)
     return out
+
+
+def _at_once(lm: TensorParallelLM, ids: Tensor, prompt: int) -> Tensor:
+    return lm(ids)
+
+
+def _as_served(lm: TensorParallelLM, ids: Tensor, prompt: int) -> Tensor:
+    """Return logits [B, T, V] of token ids [B, T], of which the first `prompt` are run at once, the others by one."""
+    found, cache = [], None
+    for tokens in ids.split([prompt, *[1] * (ids.shape[1] - prompt)], dim=1):
+        final, cache = lm.extend(tokens, cache)
+        found.append(lm.logits(final))
+    return torch.cat(found, 1)
 
 
 @contextmanager

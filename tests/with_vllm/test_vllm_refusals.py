@@ -122,6 +122,8 @@ def test_an_unknown_requirement(folder, plan, tmp_path):
     refused(folder, edited(plan, requires=["telepathy"]), "requires")
     replicated = write_plan(tmp_path / "replicated.json", folder, 2, [D, K, K, D], replicated={0: ((1,), (0,))})
     refused(folder, replicated, "'replicated_heads', which the vLLM runtime does not have: vLLM cuts q, k and v")
+    by_phase = write_plan(tmp_path / "by_phase.json", folder, 2, [D, K, K, D], prefill={0: {"strategy": K}})
+    refused(folder, by_phase, "'two_phases', which the vLLM runtime does not have: one forward of vLLM holds chunks")
 
 
 def test_stale_weights(folder, plan):

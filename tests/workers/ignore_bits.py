@@ -2,15 +2,15 @@
 
 from spd_calib.runtimes.torchrun import worker
 
-load_plan = worker.load_plan
+load = worker.load_plan_by_phase
 
 
 def otherwise(path, *, ranks):
-    plan, drops = load_plan(path, ranks=ranks)
-    return plan, drops.only(drops)
+    plan, drops = load(path, ranks=ranks)
+    return plan, drops.map(lambda d: d.only(d))
 
 
-worker.load_plan = otherwise
+worker.load_plan_by_phase = otherwise
 
 if __name__ == "__main__":
     worker.main()

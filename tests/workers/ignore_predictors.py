@@ -2,15 +2,15 @@
 
 from spd_calib.runtimes.torchrun import worker
 
-load_plan = worker.load_plan
+load = worker.load_plan_by_phase
 
 
 def without_predictors(path, *, ranks):
-    plan, _ = load_plan(path, ranks=ranks)
-    return plan, plan.drops
+    plan, _ = load(path, ranks=ranks)
+    return plan, plan.by_phase
 
 
-worker.load_plan = without_predictors
+worker.load_plan_by_phase = without_predictors
 
 if __name__ == "__main__":
     worker.main()

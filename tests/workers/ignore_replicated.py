@@ -5,15 +5,15 @@ from dataclasses import replace
 from spd_calib.formats.drops import Drops
 from spd_calib.runtimes.torchrun import worker
 
-load_plan = worker.load_plan
+load = worker.load_plan_by_phase
 
 
 def otherwise(path, *, ranks):
-    plan, drops = load_plan(path, ranks=ranks)
-    return plan, Drops({point: replace(drop, replicated=None) for point, drop in drops.by_point.items()})
+    plan, drops = load(path, ranks=ranks)
+    return plan, drops.map(lambda d: Drops({p: replace(drop, replicated=None) for p, drop in d.by_point.items()}))
 
 
-worker.load_plan = otherwise
+worker.load_plan_by_phase = otherwise
 
 if __name__ == "__main__":
     worker.main()

@@ -3,16 +3,16 @@
 from spd_calib.formats.drops import SUBLAYERS, Drops, Point
 from spd_calib.runtimes.torchrun import worker
 
-load_plan = worker.load_plan
+load = worker.load_plan_by_phase
 
 
 def otherwise(path, *, ranks):
-    plan, drops = load_plan(path, ranks=ranks)
+    plan, drops = load(path, ranks=ranks)
     kept = [Point(b, kind) for b in range(plan.model.num_blocks) for kind in SUBLAYERS]
-    return plan, Drops.of_bits(dict.fromkeys(kept, 8)) | drops
+    return plan, drops.map(lambda d: Drops.of_bits(dict.fromkeys(kept, 8)) | d)
 
 
-worker.load_plan = otherwise
+worker.load_plan_by_phase = otherwise
 
 if __name__ == "__main__":
     worker.main()

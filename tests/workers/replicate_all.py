@@ -5,16 +5,16 @@ from dataclasses import replace
 from spd_calib.formats.drops import Drops
 from spd_calib.runtimes.torchrun import worker
 
-load_plan = worker.load_plan
+load = worker.load_plan_by_phase
 
 
 def otherwise(path, *, ranks):
-    plan, drops = load_plan(path, ranks=ranks)
-    groups = next(iter(drops.replicated.values()))
-    return plan, Drops({point: replace(drop, replicated=groups) for point, drop in drops.by_point.items()})
+    plan, drops = load(path, ranks=ranks)
+    groups = next(iter(plan.drops.replicated.values()))
+    return plan, drops.map(lambda d: Drops({p: replace(drop, replicated=groups) for p, drop in d.by_point.items()}))
 
 
-worker.load_plan = otherwise
+worker.load_plan_by_phase = otherwise
 
 if __name__ == "__main__":
     worker.main()

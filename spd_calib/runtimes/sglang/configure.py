@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from spd_calib.errors import InputError
+from spd_calib.formats.files import read
 from spd_calib.formats.plan import Plan
-from spd_calib.models.plan_files import load_plan
+from spd_calib.models.plan_files import load_drops
 from spd_calib.runtimes.plan_checks import check_requires, check_same_model, check_tp, named_in_environment
 
 from .forms import FORMS
@@ -16,6 +17,9 @@ from .refusals import not_as_measured
 
 SUPPORTED = {"mlp_drop", "compensation"}
 """The requirements of a plan that this runtime meets."""
+
+LACKING = {"two_phases": "one forward of SGLang may hold chunks of prompts and single tokens of other sequences"}
+"""A requirement that it does not meet, and why."""
 
 VERSION = "0.5.23"
 """The release of SGLang whose source this was written against."""
@@ -25,8 +29,9 @@ def configured(args: Any) -> None:
     """Check the plan that the environment names against SGLang's `args`, before a process is started for it."""
     if (path := plan_path()) is None:
         return
-    plan, _ = load_plan(path, ranks=())  # no predictor yet, but their file must be there, whole, and the plan's
+    plan = read(Plan, path)
     check(plan, path, args=args)
+    load_drops(plan, path, ranks=())  # no predictor yet, but their file must be there, whole, and the plan's
 
 
 def plan_path() -> Path | None:
@@ -54,7 +59,7 @@ def check(plan: Plan, path: Path, *, args: Any) -> Any:
         )
     if torch.version.hip:
         raise InputError(f"{path} cannot be run on ROCm, whose layers in SGLang spd-calib does not know.")
-    check_requires(plan, path, engine="SGLang", supported=SUPPORTED)
+    check_requires(plan, path, engine="SGLang", supported=SUPPORTED, lacking=LACKING)
     check_tp(plan, path, engine="SGLang", tp=value("tp_size"), flag="--tp-size")
     model = model_config_of(args)
     architecture = (model.hf_config.architectures or [""])[0]

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from spd_calib.errors import InputError
 from spd_calib.formats.common import Provenance
-from spd_calib.formats.drops import BITS, NOTHING_DROPPED, Drops, Strategy
+from spd_calib.formats.drops import BITS, Drops, Strategy
 from spd_calib.formats.files import sha256_of
 from spd_calib.formats.hardware import Collective, Hardware, TimedStep, Timing
-from spd_calib.models.plan_files import load_plan
+from spd_calib.formats.phases import NOTHING_DROPPED_IN_BOTH, ByPhase
+from spd_calib.models.plan_files import load_plan_by_phase
 from spd_calib.parallel.comm import GATHERED_AT_MOST, DistributedComm
 from spd_calib.parallel.distributed import backend, local_size
 from spd_calib.parallel.model import TensorParallelLM
@@ -50,7 +51,7 @@ def run(job: BenchJob, *, expect: Callable[[int], None], tick: Tick) -> Hardware
     `expect` is told how often `tick` will be called. Raises InputError as load_plan and open_session do, and for
     sequences that are longer than the model can read.
     """
-    plan, drops = load_plan(job.plan, ranks=[rank()])
+    plan, drops = load_plan_by_phase(job.plan, ranks=[rank()])
     session = open_session(job.model, plan.tensor_parallel.size, expected=plan.model)
     if job.settings.longest > session.max_length:
         raise InputError(
@@ -112,12 +113,12 @@ def time_collectives(
 
 
 @torch.no_grad()
-def time_steps(lm: TensorParallelLM, planned: Drops, *, settings: BenchSettings, tick: Tick) -> list[TimedStep]:
+def time_steps(lm: TensorParallelLM, planned: ByPhase, *, settings: BenchSettings, tick: Tick) -> list[TimedStep]:
     """Time prefill and decode of random tokens: dense, as planned, and with every attention sync point dropped."""
-    variants: dict[Blocks, Drops] = {
-        "dense": NOTHING_DROPPED,
-        "plan": lm.fitted(planned),
-        "every_block_dropped": Drops.of_blocks([Strategy.BLOCK_DROP] * lm.num_blocks),
+    variants: dict[Blocks, ByPhase] = {
+        "dense": NOTHING_DROPPED_IN_BOTH,
+        "plan": planned.map(lm.fitted),
+        "every_block_dropped": ByPhase.of(Drops.of_blocks([Strategy.BLOCK_DROP] * lm.num_blocks)),
     }
     generator, times = torch.Generator().manual_seed(0), defaultdict[tuple, list[float]](list)
     for batch, tokens in settings.steps:
@@ -134,8 +135,8 @@ def time_steps(lm: TensorParallelLM, planned: Drops, *, settings: BenchSettings,
         TimedStep(
             phase=phase,
             blocks=name,
-            dropped=len(variants[name]),
-            quantised=variants[name].counted_bits,
+            dropped=len(variants[name].at(phase)),
+            quantised=variants[name].at(phase).counted_bits,
             batch=batch,
             tokens=tokens,
             seconds=_timing(seconds),

@@ -4,7 +4,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from spd_calib.formats.drops import NOTHING_DROPPED, SUBLAYERS, Drops, Point, Strategy
+from spd_calib.formats.drops import SUBLAYERS, Drops, Point, Strategy
+from spd_calib.formats.phases import NOTHING_DROPPED_IN_BOTH, PHASES, ByPhase, phase_of
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.session import Session
 from spd_calib.runtimes.checks import (
@@ -29,7 +30,7 @@ def check_torchrun(
     session: Session,
     plan: Path,
     *,
-    drops: Drops,
+    drops: Drops | ByPhase,
     prompts: Sequence[str],
     new_tokens: int = 16,
     device: str = "cpu",
@@ -52,8 +53,8 @@ def check_torchrun(
         found = PlannedAndDense.model_validate_json(found_file.read_text())
     lm, off = session.load(device, dtype), TOLERANCE[dtype]
     return [
-        *_rows("plan", found.planned, lm=lm, drops=drops, prompts=ids, tolerance=off),
-        *_rows("dense", found.dense, lm=lm, drops=NOTHING_DROPPED, prompts=ids, tolerance=off),
+        *_rows("plan", found.planned, lm=lm, drops=ByPhase.of(drops), prompts=ids, tolerance=off),
+        *_rows("dense", found.dense, lm=lm, drops=NOTHING_DROPPED_IN_BOTH, prompts=ids, tolerance=off),
     ]
 
 
@@ -62,7 +63,7 @@ def _rows(
     observed: Observed,
     *,
     lm: TensorParallelLM,
-    drops: Drops,
+    drops: ByPhase,
     prompts: Sequence[Sequence[int]],
     tolerance: float,
 ) -> list[CheckRow]:
@@ -72,29 +73,55 @@ def _rows(
     quantisation's error from there on: log-probabilities may be off by twice what it makes of them in the simulation.
     """
     simulated = simulate(lm, prompts, continuations=observed.tokens, drops=drops)
-    if drops.bits:
-        not_quantised = simulate(lm, prompts, continuations=observed.tokens, drops=drops.only(drops))
+    if drops.prefill.bits or drops.decode.bits:
+        in_full = drops.map(lambda of_phase: of_phase.only(of_phase))
+        not_quantised = simulate(lm, prompts, continuations=observed.tokens, drops=in_full)
         tolerance += 2 * max(
             largest_difference(simulated.prompt, not_quantised.prompt),
             largest_difference(simulated.chosen, not_quantised.chosen),
         )
-    # a prompt is run twice, the second time to be continued; no continuation's last token is run at all
-    run = sum(2 * len(prompt) + len(tokens) - 1 for prompt, tokens in zip(prompts, observed.tokens, strict=True))
-    run_here = sum(len(prompt) + len(tokens) - 1 for prompt, tokens in zip(prompts, observed.tokens, strict=True))
-    over_all_heads = sum(any(block.all_heads_norms) for block in lm.blocks)  # each with a sync of its own
-    kept = len(SUBLAYERS) * lm.num_blocks - len(drops) + over_all_heads
+    # no continuation's last token is run
+    run = sum(len(prompt) + len(tokens) - 1 for prompt, tokens in zip(prompts, observed.tokens, strict=True))
     return [
         compare_counts(f"{name}: ranks", lm.comm.size, found=[len(observed.all_reduces)]),
-        *compare_run(name, observed, simulated=simulated, all_reduces=kept, tolerance=tolerance),
+        *compare_run(name, observed, simulated=simulated, tolerance=tolerance),
+        *_compare_all_reduces(name, observed, lm=lm, drops=drops, prompts=prompts),
         compare_streams(
             f"{name}: residual streams of the ranks", observed.streams, drops=drops, num_blocks=lm.num_blocks
         ),
         compare_bytes(
             f"{name}: bytes a token in each block's messages",
-            [sent / run_here for sent in simulated.bytes],
+            [sent / run for sent in simulated.bytes],
             found=[[sent / run for sent in rank] for rank in observed.bytes],
         ),
         *([compare_experts(f"{name}: experts the ranks chose", observed.experts, lm.mixtures)] if lm.mixtures else []),
+    ]
+
+
+def _compare_all_reduces(
+    name: str, observed: Observed, *, lm: TensorParallelLM, drops: ByPhase, prompts: Sequence[Sequence[int]]
+) -> list[CheckRow]:
+    """Compare the all-reduces of each forward with the syncs that are kept, by phase where each has a choice."""
+    # a prompt is run twice, the second time to be continued; each further forward has one token
+    lengths = [
+        length
+        for prompt, tokens in zip(prompts, observed.tokens, strict=True)
+        for length in (len(prompt), len(prompt), *[1] * (len(tokens) - 1))
+    ]
+    over_all_heads = sum(any(block.all_heads_norms) for block in lm.blocks)  # each with a sync of its own
+    what, every_sync = f"{name}: all-reduces per forward and rank", len(SUBLAYERS) * lm.num_blocks + over_all_heads
+    if drops.one_choice:
+        counts = [count for rank in observed.all_reduces for count in rank]
+        return [compare_counts(what, every_sync - len(drops.decode), found=counts)]
+    counted = [pair for rank in observed.all_reduces for pair in zip(lengths, rank, strict=False)]
+    return [
+        compare_counts(
+            f"{what}, {phase}",
+            every_sync - len(drops.at(phase)),
+            found=[n for length, n in counted if phase_of(length) == phase],
+        )
+        for phase in PHASES
+        if any(phase_of(length) == phase for length in lengths)
     ]
 
 
@@ -109,9 +136,11 @@ def compare_bytes(what: str, expected: Sequence[float], *, found: Sequence[Seque
     return CheckRow(what, total, total, True)
 
 
-def compare_streams(what: str, found: Sequence[Sequence[str]], *, drops: Drops, num_blocks: int) -> CheckRow:
+def compare_streams(what: str, found: Sequence[Sequence[str]], *, drops: Drops | ByPhase, num_blocks: int) -> CheckRow:
     """Check digests of the residual stream after each block, by rank: bit-equal until the first plain drop."""
-    plain = (i for i in range(num_blocks) if drops.strategy(Point(i, "attention")) == Strategy.PLAIN_DROP)
+    phases = ByPhase.of(drops)
+    either = [[d.strategy(Point(i, "attention")) for d in (phases.prefill, phases.decode)] for i in range(num_blocks)]
+    plain = (i for i, strategies in enumerate(either) if Strategy.PLAIN_DROP in strategies)
     until = next(plain, num_blocks)
     differ = [i for i, digests in enumerate(zip(*found, strict=True)) if len(set(digests)) > 1]
     everywhere = "bit-equal after every block"

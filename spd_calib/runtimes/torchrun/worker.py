@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from spd_calib.formats.files import write_text
-from spd_calib.models.plan_files import load_plan
+from spd_calib.models.plan_files import load_plan_by_phase
 from spd_calib.parallel.ending import ending_together
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.routing import telling_choices
@@ -54,7 +54,7 @@ def main() -> None:
 
 def run(job: CheckJob) -> PlannedAndDense:
     """Run a job on this rank; all ranks return the same. Raises InputError as load_plan and open_session do."""
-    plan, drops = load_plan(job.plan, ranks=[rank()])
+    plan, drops = load_plan_by_phase(job.plan, ranks=[rank()])
     session = open_session(job.model, plan.tensor_parallel.size, expected=plan.model)
     lm = session.load(job.device, job.dtype, drops=drops)
     with lm.running(drops):
@@ -65,11 +65,10 @@ def run(job: CheckJob) -> PlannedAndDense:
 @torch.no_grad()
 def observe(lm: TensorParallelLM, job: CheckJob) -> Observed:
     """Run every prompt of the job under what `lm` runs at present, each continued greedily with the KV cache."""
-    prompt, tokens, chosen = [], [], []
+    prompt, tokens, chosen, sent = [], [], [], [0] * lm.num_blocks
     lm.model.generation_config = GenerationConfig()  # nothing ends a continuation, nothing bends the probabilities
     with (
         _counting_all_reduces(lm) as counts,
-        counting_bytes(lm) as sent,
         _digesting_streams(lm) as digests,
         _digesting_routers(lm) as choices,
     ):
@@ -77,14 +76,16 @@ def observe(lm: TensorParallelLM, job: CheckJob) -> Observed:
             row = torch.tensor([ids], device=lm.device)
             log_p = lm(row)[0].float().log_softmax(-1)
             prompt.append(log_p[:-1].gather(-1, row[0, 1:, None])[:, 0].tolist())
-            out: Any = lm.model.generate(  # type: ignore[operator]
-                row,
-                attention_mask=torch.ones_like(row),
-                do_sample=False,
-                max_new_tokens=job.new_tokens,
-                return_dict_in_generate=True,
-                output_logits=True,
-            )
+            with counting_bytes(lm) as sent_here:
+                out: Any = lm.model.generate(  # type: ignore[operator]
+                    row,
+                    attention_mask=torch.ones_like(row),
+                    do_sample=False,
+                    max_new_tokens=job.new_tokens,
+                    return_dict_in_generate=True,
+                    output_logits=True,
+                )
+            sent = list(map(sum, zip(sent, sent_here, strict=True)))
             continuation: Tensor = out.sequences[0, len(ids) :]
             steps = torch.stack([step[0] for step in out.logits]).float().log_softmax(-1)
             tokens.append(continuation.tolist())

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 from typing import Any
 
 from spd_calib.errors import InputError
-from spd_calib.formats.files import sha256_of
+from spd_calib.formats.files import read, sha256_of
 from spd_calib.formats.plan import Plan
-from spd_calib.models.plan_files import load_plan
+from spd_calib.models.plan_files import load_drops
 from spd_calib.runtimes.plan_checks import (
     ENVIRONMENT,
     check_requires,
@@ -39,6 +39,7 @@ SUPPORTED = {"mlp_drop", "compensation", "router_predictor"}
 LACKING = {
     "quantised_sync": "its all-reduce inside a layer takes no bits",
     "replicated_heads": "vLLM cuts q, k and v of all layers alike, and its KV cache holds as many heads of each",
+    "two_phases": "one forward of vLLM holds chunks of prompts and single tokens of other sequences",
 }
 """The requirements that it does not meet, and why."""
 
@@ -64,8 +65,9 @@ def configure(config: Any) -> None:
                 f"'{{\"{PLAN}\": ...}}' or in {ENVIRONMENT}, on every node."
             )
         return
-    plan, drops = load_plan(path, ranks=())  # no predictor yet, but their file must be there, whole, and the plan's
+    plan = read(Plan, path)
     check(plan, path, config=config)
+    drops = load_drops(plan, path, ranks=())  # no predictor yet, but their file must be there, whole, and the plan's
     config.additional_config = {
         **config.additional_config,
         PLAN: str(path),
