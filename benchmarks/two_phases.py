@@ -2,19 +2,18 @@
 
     .venv/bin/python benchmarks/two_phases.py [MODEL] [--tp 4] [--data FILE] [--out FILE]     default: the demo's model
 
-As served: the first half of each sequence is read by the prefill's choice and leaves its keys and values in the cache;
-the second half goes token by token (in one forward, which computes the same) through the decode's choice, reading that
-cache. The choices: no drop, a third, two thirds and all of the attentions' syncs, cheapest first by their single cost,
-each with the other syncs as they are, at 8 and at 4 bits. KL(dense || served) is of the tokens of the second half; the
-first of them is predicted by the prefill. The time of a request is modelled, for the model's own sizes: one prefill of
-`PROMPT` tokens and some decoded ones; without any, it is the time to the first token. For every KL that a single plan
-which drops or quantises something reaches, the fastest single plan and the fastest pair of at most that KL are set side
-by side; what exceeds it by less than two standard errors of the difference, sequence by sequence, is taken to be no
-more. Links by formula: an all-reduce takes a fixed time, and the bytes at the rate.
+As served (spd_calib/sensitivity/served.py): the first half of each sequence is read by the prefill's choice, the second
+by the decode's with the cache that it left. The choices: no drop, a third, two thirds and all of the attentions' syncs,
+cheapest first by their single cost, each with the other syncs as they are, at 8 and at 4 bits. KL(dense || served) is
+of the tokens of the second half; the first of them is predicted by the prefill. The time of a request is modelled, for
+the model's own sizes: one prefill of `PROMPT` tokens and some decoded ones; without any, it is the time to the first
+token. For every KL that a single plan which drops or quantises something reaches, the fastest single plan and the
+fastest pair of at most that KL are set side by side; what exceeds it by less than two standard errors of the
+difference, sequence by sequence, is taken to be no more. Links by formula: an all-reduce takes a fixed time, and the
+bytes at the rate.
 """
 
 import argparse
-import copy
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -28,12 +27,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from spd_calib.demo.assets import data_file, model_dir
 from spd_calib.formats.drops import NOTHING_DROPPED, SUBLAYERS, Drops, Point, Strategy
 from spd_calib.formats.machine import AllReduce, Machine
+from spd_calib.formats.phases import PHASES, ByPhase, Phase
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.session import versions
 from spd_calib.planning.latency import LatencyModel, Step
 from spd_calib.planning.machine_latency import on_machine
 from spd_calib.planning.machine_tables import load, shipped
 from spd_calib.planning.model_sizes import ModelSizes
+from spd_calib.planning.two_phases import RequestModel
+from spd_calib.sensitivity.measure import Subject
+from spd_calib.sensitivity.predictions import FIELDS
+from spd_calib.sensitivity.served import served_tallies
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARES = (0, 1, 2, 3)  # thirds of the attentions' syncs
@@ -53,45 +57,18 @@ def sequences_of(args: argparse.Namespace) -> Tensor:
     return torch.tensor(ids[: args.sequences * args.tokens]).view(args.sequences, args.tokens)
 
 
-def log_probs(out: Any) -> Tensor:
-    return out.logits.float().log_softmax(-1)
+def kl_by_sequence(lm: TensorParallelLM, ids: Tensor, plans: Sequence[ByPhase]) -> list[Tensor]:
+    """Return KL(dense || served) of each plan, the mean over the tokens of each sequence's second half [sequences]."""
+    tallies = served_tallies(Subject(lm), ids.tolist(), plans=plans, batch_size=len(ids))
+    return [torch.stack(t.sums)[:, FIELDS.index("kl")] / torch.tensor(t.tokens) for t in tallies]
 
 
-def kl_by_sequence(dense: Tensor, planned: Tensor) -> Tensor:
-    """Return KL(dense || planned), the mean over the tokens of each sequence [B], of log-probabilities [B, T, V]."""
-    return (dense.exp() * (dense - planned)).sum(-1).mean(-1)
-
-
-class Served:
-    """The model on one text, as it is served: the first `half` of the tokens by one choice, the others by another."""
-
-    def __init__(self, lm: TensorParallelLM, ids: Tensor):
-        self.lm, self.ids, self.half = lm, ids, ids.shape[1] // 2
-        self.dense = log_probs(lm.model(input_ids=ids))[:, self.half - 1 : -1]
-        self.caches: dict[Drops, tuple[Tensor, Any]] = {}
-
-    def prefill(self, drops: Drops) -> tuple[Tensor, Any]:
-        """Return the log-probabilities of the first new token, and the cache."""
-        if drops not in self.caches:
-            with self.lm.running(drops):
-                out = self.lm.model(input_ids=self.ids[:, : self.half], use_cache=True)
-            self.caches[drops] = log_probs(out)[:, -1:], out.past_key_values
-        return self.caches[drops]
-
-    def kl(self, prefill: Drops, decode: Drops) -> Tensor:
-        """Return the KL of each sequence [B]."""
-        first, cache = self.prefill(prefill)
-        rest = self.ids[:, self.half : -1]
-        with self.lm.running(decode):
-            out = self.lm.model(input_ids=rest, past_key_values=copy.deepcopy(cache), use_cache=True)
-        return kl_by_sequence(self.dense, torch.cat([first, log_probs(out)], 1))
-
-
-def choices(served: Served) -> dict[str, Drops]:
+def choices(lm: TensorParallelLM, ids: Tensor) -> dict[str, Drops]:
     """Return the choices by their names; the attentions' syncs are ranked by what each costs alone, in both phases."""
-    n = served.lm.num_blocks
-    alone = {i: Drops.of({Point(i, "attention"): Strategy.BLOCK_DROP}) for i in range(n)}
-    ranked = sorted(alone, key=lambda i: float(served.kl(alone[i], alone[i]).mean()))
+    n = lm.num_blocks
+    alone = [ByPhase.of(Drops.of({Point(i, "attention"): Strategy.BLOCK_DROP})) for i in range(n)]
+    costs = [float(kl.mean()) for kl in kl_by_sequence(lm, ids, alone)]
+    ranked = sorted(range(n), key=costs.__getitem__)
     points = [Point(i, sublayer) for i in range(n) for sublayer in SUBLAYERS]
     found = {}
     for share, bits in itertools.product(SHARES, BITS):
@@ -117,16 +94,14 @@ def no_more(kl: Tensor, budget: Tensor) -> bool:
 
 
 def side_by_side(
-    kl: Mapping[tuple[str, str], Tensor], drops: Mapping[str, Drops], models: Mapping[str, LatencyModel], new: int
+    kl: Mapping[tuple[str, str], Tensor], drops: Mapping[str, Drops], models: Mapping[Phase, LatencyModel], new: int
 ) -> list[dict[str, Any]]:
     """Return, for every KL that one plan reaches, the fastest single plan and the fastest pair of at most that KL."""
 
+    request = RequestModel(models, new)
+
     def seconds(pair: tuple[str, str]) -> float:
-        (prefill, decode) = (
-            models[phase].seconds(len(drops[name]), drops[name].counted_bits)
-            for phase, name in zip(("prefill", "decode"), pair, strict=True)
-        )
-        return prefill + new * decode
+        return request.seconds(ByPhase(*map(drops.__getitem__, pair)))
 
     rows = []
     for budget in sorted((kl[name, name] for name in drops if drops[name]), key=lambda k: float(k.mean())):
@@ -160,16 +135,18 @@ def main(given: Sequence[str] | None = None) -> None:
     args = parser.parse_args(given)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     sizes, ids = ModelSizes.of(model), sequences_of(args)
-    served = Served(TensorParallelLM.simulated(model, args.tp), ids)
-    drops = choices(served)
-    by_sequence = {pair: served.kl(*map(drops.__getitem__, pair)) for pair in itertools.product(drops, drops)}
+    lm = TensorParallelLM.simulated(model, args.tp)
+    drops = choices(lm, ids)
+    pairs = list(itertools.product(drops, drops))
+    found = kl_by_sequence(lm, ids, [ByPhase(*map(drops.__getitem__, pair)) for pair in pairs])
+    by_sequence = dict(zip(pairs, found, strict=True))
     rows = []
     for machine in machines(args.tp):
-        models = {p: on_machine(machine, sizes, tp=args.tp, step=Step(p, 1, PROMPT, 2)) for p in ("prefill", "decode")}
+        models = {p: on_machine(machine, sizes, tp=args.tp, step=Step(p, 1, PROMPT, 2)) for p in PHASES}
         for new in NEW:
-            found = side_by_side(by_sequence, drops, models, new)
-            rows += [{"machine": machine.name, "new_tokens": new} | row for row in found]
-            best = max(found, key=lambda row: row["saved"])
+            found_here = side_by_side(by_sequence, drops, models, new)
+            rows += [{"machine": machine.name, "new_tokens": new} | row for row in found_here]
+            best = max(found_here, key=lambda row: row["saved"])
             print(
                 f"{machine.name}, {new} new tokens: two choices save at most {100 * best['saved']:.1f} % of a request"
             )

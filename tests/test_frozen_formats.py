@@ -1,7 +1,8 @@
 """The formats are frozen: a file that version 1 wrote is read by all that follow, with the same meaning.
 
-tests/files/ holds one of each, as spd-calib 0.1.0 wrote it. Where a test here fails, files that people have could no
-longer be read: give the new field a default, do not write the files anew. On the shipped model they were made by
+tests/files/ holds one of each, as spd-calib 0.1.0 wrote it, and what came later beside them. Where a test here fails,
+files that people have could no longer be read: give the new field a default, do not write the files anew. On the
+shipped model they were made by
 
     spd-calib profile demo --tp 2 --data demo --seq-len 48 --max-samples 8 --verify-samples 8 \
         --sync-points attention,mlp -o profile.json
@@ -11,6 +12,7 @@ longer be read: give the new field a default, do not write the files anew. On th
     spd-calib bench plan.json --rounds 1 --tokens 8 --new-tokens 2 -o hardware.json
     spd-calib plan profile.json --max-ppl-increase 10% --hardware hardware.json --pareto pareto.json -o plan.json
     spd-calib eval plan.json --tasks demo --limit 2 -o results.json
+    spd-calib plan profile.json --max-kl 0.1 --hardware hardware.json --new-tokens 1 --sync-bits any -o two_phases.json
     spd-calib recover plan.json --data demo --max-samples 64 --verify-samples 16 --methods grouping,compensation \
         --tau1 0 --tau2 0 -o recovered
 
@@ -32,7 +34,7 @@ from spd_calib.formats.pareto import Pareto
 from spd_calib.formats.plan import Plan
 from spd_calib.formats.profile import Profile
 from spd_calib.formats.results import Results
-from spd_calib.models.plan_files import load_plan
+from spd_calib.models.plan_files import load_plan, load_plan_by_phase
 
 FILES = Path(__file__).parent / "files"
 KINDS = {
@@ -42,6 +44,7 @@ KINDS = {
     "recovered_profile.json": Profile,
     "plan.json": Plan,
     "recovered/plan.json": Plan,
+    "two_phases.json": Plan,
     "results.json": Results,
     "hardware.json": Hardware,
     "pareto.json": Pareto,
@@ -97,6 +100,16 @@ def test_a_plan_of_the_first_version_means_the_same():
     assert plan.tensor_parallel.size == 2 and plan.requires == ["mlp_drop"]
     assert (plan.budget.kind, plan.budget.value) == ("max_ppl_increase", 0.1)
     assert (plan.verified.reused, plan.verified.round) == (False, 0)  # fields that are written only where they say more
+
+
+def test_a_plan_with_a_choice_for_each_phase_means_the_same():
+    plan, phases = load_plan_by_phase(FILES / "two_phases.json")
+    keep, drop = Strategy.KEEP_SYNC, Strategy.BLOCK_DROP
+    bits = Drops.of_bits({Point(0, "attention"): 6, Point(7, "mlp"): 6})
+    assert phases.prefill == Drops.of_blocks([keep] + [drop] * 7, [drop] * 7 + [keep]) | bits
+    assert phases.decode == Drops.of_blocks([keep, *[drop] * 5, keep, drop], [keep, *[drop] * 6, keep])
+    assert plan.requires == ["mlp_drop", "quantised_sync", "two_phases"] and plan.verified.as_served
+    assert (plan.request.prompt, plan.request.new_tokens) == (8, 1)
 
 
 def test_a_recovered_plan_of_the_first_version_has_its_predictors():

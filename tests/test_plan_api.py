@@ -205,7 +205,7 @@ def test_a_command_names_its_flags(spd, profile_file, tmp_path):
         (("--max-kl", 1, "--strategy", "magic"), "strategy 'magic' is none of"),
         (("--drop", "9"), "--drop 9 asks for more than the 4 blocks there are"),
         (("--max-kl", 1e-9), "raise --max-kl."),
-        (("--max-kl", 1, "--batch", 3), "--batch and --context need --hardware"),
+        (("--max-kl", 1, "--batch", 3), "--batch, --context and --new-tokens need --hardware"),
     ):
         run = spd("plan", profile_file, "-o", tmp_path / "plan.json", "--device", "cpu", *options)
         assert run.code != 0 and words in " ".join(run.err.split()), run.err

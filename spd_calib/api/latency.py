@@ -24,14 +24,16 @@ class LatencyOptions:
 
     `hardware` is the path of a hardware.json or of a CSV, or the name of a table that ships, such as 'h100-nvlink'.
     `phase` is the one that min_speedup is about. `batch` sequences (default: 1) of `context` tokens (default: 2048, or
-    the model's limit) make a step; of a hardware.json they name one that was timed (default: the first). Raises
-    InputError for a phase that is neither.
+    the model's limit) make a step; of a hardware.json they name one that was timed (default: the first). With
+    `new_tokens` a whole request is planned for, a prompt of `context` tokens and so many behind it: prefill and
+    decoding may then have a choice each. Raises InputError for a phase that is neither.
     """
 
     hardware: str
     phase: Phase = "decode"
     batch: int | None = None
     context: int | None = None
+    new_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.phase not in PHASES:
@@ -39,12 +41,19 @@ class LatencyOptions:
 
 
 def latency_options(
-    hardware: str | None, *, phase: str = "decode", batch: int | None = None, context: int | None = None
+    hardware: str | None,
+    *,
+    phase: str = "decode",
+    batch: int | None = None,
+    context: int | None = None,
+    new_tokens: int | None = None,
 ) -> LatencyOptions | None:
     """Return the options, or None where no hardware is named. Raises InputError where a step is asked for without."""
-    if hardware is None and (batch or context):
-        raise InputError("`batch` and `context` need `hardware`: a hardware.json, a CSV or a table's name.")
-    options = LatencyOptions(hardware or "", phase, batch, context)  # type: ignore[arg-type]  # which checks the phase
+    if hardware is None and (batch or context or new_tokens):
+        raise InputError(
+            "`batch`, `context` and `new_tokens` need `hardware`: a hardware.json, a CSV or a table's name."
+        )
+    options = LatencyOptions(hardware or "", phase, batch, context, new_tokens)  # type: ignore[arg-type]  # which checks the phase
     return options if hardware else None
 
 

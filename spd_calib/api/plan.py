@@ -34,6 +34,7 @@ from .latency import LatencyOptions, latency_models
 from .norm_estimates import give_estimates, with_estimates
 from .opening import Model, document_of, resolved_for
 from .options import RunOptions
+from .plan_by_phase import check_can_be_served, check_request, plan_by_phase
 from .progress import SILENT, Progress
 from .provenance import provenance
 from .recovered import RecoveredCheckpoint, open_profiled
@@ -98,7 +99,7 @@ def plan(
         max_ppl_increase: relative: 0.01, or '1%'.
         max_accuracy_drop: a fraction of next tokens or, with `tasks`, of lm-eval documents: 0.01 is one point.
         max_logprob_diff: the largest |delta log p| of any token, anywhere.
-        min_speedup: share of a step's time to save by the model of `latency`: '10%'.
+        min_speedup: share of a step's time to save by the model of `latency`, or of a whole request's: '10%'.
         max_bytes: share of all syncs' bytes at 16 bits a value that may be sent, '25%': at the least KL sync points
             are kept, sent with 8, 6 or 4 bits, or dropped.
         drop: a number of sync points, or a share of those profiled: 5, '60%'.
@@ -106,7 +107,8 @@ def plan(
         each_text: keep the budget on each of the profile's texts, not on their mean.
         strategies: 'block_drop', 'plain_drop' (default: those profiled).
         tasks: lm-eval tasks; every second document chooses, the others verify.
-        latency: the machine to model latency on.
+        latency: the machine to model latency on. With its `new_tokens` the plan is for whole requests, may have a
+            choice for prefill and one for decoding, and is measured as it is served (planning/two_phases.py).
         compare: measure baseline sets of the same size, too; the best of all is taken (see plan_with_details).
         sync_bits: 8, 6 or 4: every sync that is kept is a quantised one, in all that is measured (default: none is).
             'any', with min_speedup: each is kept as it is, with 8, 6 or 4 bits, or dropped, at the least KL.
@@ -166,7 +168,10 @@ def plan_with_details(
 
     A plan may name a file of predictors: PlanningResult.write writes both. Arguments and errors are those of `plan`.
     """
-    bits = checked_bits(sync_bits, asked, others=compare or replicate is not None)
+    others, new_tokens = compare or replicate is not None, latency.new_tokens if latency else None
+    bits = checked_bits(sync_bits, asked, others=others, by_phase=new_tokens is not None)
+    if latency is not None and new_tokens is not None:
+        check_request(asked, phase=latency.phase, others=others or tasks is not None)
     inputs = _open(
         profile,
         asked,
@@ -181,6 +186,8 @@ def plan_with_details(
         progress=progress,
     )
     subject, recovered = inputs.load(), inputs.recovered
+    if new_tokens is not None:
+        return _for_request(inputs, subject, new_tokens=new_tokens, sync_bits=sync_bits, progress=progress)
     quantised = every_sync_of(bits, subject)
     subject = replace(subject, always=quantised | subject.always)
     give_estimates(subject, inputs.texts, batch_size=inputs.run.batch_size, progress=progress)
@@ -227,6 +234,32 @@ def plan_with_details(
         pareto=pareto.model_copy(update={"model": inputs.session.ref} if of_copy else {}),
         predictors=content if estimates is None else estimates,
     )
+
+
+def _for_request(
+    inputs: "_Inputs", subject: Subject, *, new_tokens: int, sync_bits: int | str | None, progress: Progress
+) -> PlanningResult:
+    """Return a plan that may have a choice for each phase of a request."""
+    check_can_be_served(inputs.profile, subject)
+    made = plan_by_phase(
+        inputs.profile,
+        inputs.budget,
+        models=inputs.models,
+        new_tokens=new_tokens,
+        sync_bits=sync_bits,
+        session=inputs.session,
+        subject=subject,
+        texts=inputs.texts,
+        run=inputs.run,
+        progress=progress,
+    )
+    drops = made.by_phase
+    modelled = [m.latency(len(drops.at(phase)), drops.at(phase).counted_bits) for phase, m in inputs.models.items()]
+    strategies = inputs.budget.strategies
+    front = pareto_of(inputs.profile, provenance=made.provenance, strategies=strategies, latency=inputs.models)
+    finished = made.model_copy(update={"latency": modelled, **inputs.of_copy})
+    front = front.model_copy(update={"model": finished.model})
+    return PlanningResult(finished, given_back=0, compared={}, pareto=front)
 
 
 @dataclass(frozen=True)
@@ -294,7 +327,7 @@ def _open(
     if suites:
         budget = budget.model_copy(update={"tasks": suites[0].names})
     limit, reached = None, budget
-    if budget.kind == "min_speedup" and latency:
+    if budget.kind == "min_speedup" and latency and latency.new_tokens is None:
         if any_bits:
             limit = limit_of_seconds(budget.value, models[latency.phase])
         else:

@@ -7,16 +7,19 @@ from spd_calib.planning.sync_bits import ANY_BITS
 from spd_calib.sensitivity.measure import Subject
 
 
-def checked_bits(sync_bits: int | str | None, asked: BudgetOptions, *, others: bool) -> int | None:
+def checked_bits(
+    sync_bits: int | str | None, asked: BudgetOptions, *, others: bool, by_phase: bool = False
+) -> int | None:
     """Return the bits of every sync that is kept; None where none is quantised, or the planner chooses (ANY_BITS).
 
-    `others` says whether baselines or replicated heads are asked for. Raises InputError for what does not go together.
+    `others` says whether baselines or replicated heads are asked for, `by_phase` whether a choice for each phase is,
+    which has bits of its own. Raises InputError for what does not go together.
     """
     if sync_bits not in (None, ANY_BITS, *BITS):
         raise InputError(
             f"`sync_bits` {sync_bits} is none of {', '.join(map(str, BITS))}, {ANY_BITS}; leave it out for full syncs."
         )
-    if sync_bits == ANY_BITS and asked.min_speedup is None:
+    if sync_bits == ANY_BITS and asked.min_speedup is None and not by_phase:
         raise InputError(
             f"`sync_bits` {ANY_BITS} chooses bits for the time that they save: it needs `min_speedup`; for the bytes "
             "alone give `max_bytes` in its place."

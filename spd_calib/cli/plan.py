@@ -31,12 +31,7 @@ def plan(
         str | None,
         typer.Option(metavar="X", help="1% is one point; of next tokens, or of --tasks.", rich_help_panel=BUDGET),
     ] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAMES", help="For --max-accuracy-drop: every 2nd document verifies.", rich_help_panel=BUDGET
-        ),
-    ] = None,
+    tasks: Annotated[str | None, typer.Option(metavar="NAMES", rich_help_panel=COMMON)] = None,
     include_path: Annotated[Path | None, typer.Option(metavar="DIR", help="of tasks", rich_help_panel=COMMON)] = None,
     limit: Annotated[int | None, typer.Option(min=2, help="documents", rich_help_panel=COMMON)] = None,
     max_logprob_diff: Annotated[
@@ -62,6 +57,10 @@ def plan(
     ] = None,
     context: Annotated[
         int | None, typer.Option(min=1, help="Their tokens [at most 2048].", rich_help_panel=LATENCY)
+    ] = None,
+    new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of a request: prefill and decode may differ.", rich_help_panel=LATENCY),
     ] = None,
     drop: Annotated[
         str | None,
@@ -122,7 +121,7 @@ def plan(
         each_text=each_text,
         strategies=strategy,
     )
-    latency = latency_options(hardware, phase=phase, batch=batch, context=context)
+    latency = latency_options(hardware, phase=phase, batch=batch, context=context, new_tokens=new_tokens)
     run = RunOptions(device=device, dtype=dtype, batch_size=batch_size)
     only_pareto = pareto is not None and asked.nothing
     for path in (pareto, None if only_pareto else output):
@@ -157,7 +156,10 @@ def plan(
         following = f"; next: spd-calib plan {profile} --drop {cheapest.knee} -o plan.json" if only_pareto else ""
         say(f"written: {pareto}{following}")
     if result:
-        say(f"written: {output}; next: spd-calib eval {output} --tasks ... -o results.json")
+        following = f"eval {output} --tasks ... -o results.json"
+        if result.plan.in_two_phases:
+            following = f"check {output} --runtime torchrun"
+        say(f"written: {output}; next: spd-calib {following}")
     if json:
         print_json(dumps(result.plan if result else cheapest))
 
@@ -178,6 +180,8 @@ def print_result(result: "PlanningResult") -> None:
     say(tables.saving(plan))
     if plan.latency:
         table(*tables.latencies(plan.latency))
+    for shown in tables.request(plan):
+        table(*shown)
     if result.given_back:
         where = "further text, not used before"
         if plan.verified.reused:

@@ -43,7 +43,7 @@ def make_plan(
     budget: Budget,
     *,
     calibration: Calibration,
-    held_out: HeldOut,
+    held_out: HeldOut[Drops],
     module_paths: Sequence[str],
     mixtures: Collection[int] = (),
     provenance: Provenance,
@@ -79,7 +79,7 @@ def make_plan(
         )
     else:
         choice = choose(profile, budget, calibration=calibration, verify=held_out.verify, baselines=baselines)
-    blocks = _blocks(
+    blocks = planned_blocks(
         of_all,
         whole,
         choice=choice,
@@ -109,16 +109,16 @@ def make_plan(
     return Planned(plan, choice, baselines.compare(choice.drops) if baselines else {})
 
 
-def _blocks(
+def planned_blocks(
     profile: Profile,
     budget: Budget,
     *,
     choice: Choice,
     module_paths: Sequence[str],
     mixtures: Collection[int],
-    recovered: Plan | None,
-    quantised: Drops,
-    replicated: Replicated,
+    recovered: Plan | None = None,
+    quantised: Drops = NOTHING_DROPPED,
+    replicated: Replicated = Replicated(),
 ) -> list[PlannedBlock]:
     """Return every block of the plan; what the plan of a `recovered` checkpoint drops stays dropped."""
     settled = recovered.drops if recovered else NOTHING_DROPPED

@@ -3,14 +3,18 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from spd_calib.formats.common import TextRef
 from spd_calib.formats.drops import Drops
+from spd_calib.formats.phases import ByPhase
 from spd_calib.formats.profile import Comparison
 from spd_calib.sensitivity.averaging import average
 from spd_calib.sensitivity.measure import Subject, Tick, measure
+from spd_calib.sensitivity.served import measure_served, served_batches
 
 Sequences = Sequence[Sequence[int]]  # token ids of one text
+P = TypeVar("P", Drops, ByPhase)  # what is measured as a plan
 TaskLoss = Callable[[], tuple[dict[str, float], dict[str, float]]]
 """Returns, by lm-eval task, the accuracy lost by what the model runs at the moment, and its standard error."""
 
@@ -38,6 +42,27 @@ def measure_plans(
     if task_loss is None:
         return found
     return [_with_tasks(subject, drops, m, task_loss=task_loss) for drops, m in zip(plans, found, strict=True)]
+
+
+def measure_plans_served(
+    plans: Sequence[ByPhase],
+    texts: Sequence[Sequences],
+    *,
+    subject: Subject,
+    batch_size: int = 8,
+    expect: Callable[[int], None] | None = None,
+    tick: Tick | None = None,
+) -> list[Comparison]:
+    """Return what each of `plans` costs as it is served (sensitivity/served.py), the mean over `texts`.
+
+    `expect` is told, before the first, how often `tick` will be called.
+    """
+    if expect is not None:
+        expect(len(plans) * sum(len(served_batches(sequences, batch_size)) for sequences in texts))
+    by_text = [
+        measure_served(subject, sequences, plans=plans, batch_size=batch_size, tick=tick) for sequences in texts
+    ]  # fmt: skip
+    return [average(of_one_plan) for of_one_plan in zip(*by_text, strict=True)]
 
 
 def _with_tasks(subject: Subject, drops: Drops, measured: Comparison, *, task_loss: TaskLoss) -> Comparison:
@@ -95,7 +120,7 @@ class Round:
     ref: TextRef
 
 
-class HeldOut:
+class HeldOut(Generic[P]):
     """Held-out text, round after round, on which plans are verified.
 
     A round that showed a plan to break its budget is used up: it took part in choosing the next one. `rounds` yields
@@ -107,14 +132,15 @@ class HeldOut:
         self,
         rounds: Iterable[Round],
         *,
-        measure: Callable[[Sequence[Drops], Sequence[Sequences]], list[Comparison]],
+        measure: Callable[[Sequence[P], Sequence[Sequences]], list[Comparison]],
         same_documents: bool = False,
     ):
         self._coming: Iterator[Round] = iter(rounds)
         self._rounds: list[Round] = []
-        self._measure, self._same_documents = measure, same_documents
+        self._measure: Callable[[Sequence[P], Sequence[Sequences]], list[Comparison]] = measure
+        self._same_documents = same_documents
 
-    def verify(self, drops: Drops, used_up: int) -> Comparison:
+    def verify(self, drops: P, used_up: int) -> Comparison:
         """Return what a plan costs on the round that follows the `used_up` first ones."""
         return self._measure([drops], self.after(used_up)[1].texts)[0]
 

@@ -180,10 +180,11 @@ def _whole(a: Plan, b: Plan) -> list[Differing]:
 
 
 def _figures(plan: Plan) -> dict[str, str]:
-    p, v, n = plan.predicted, plan.verified, len(plan.drops)
+    p, v = plan.predicted, plan.verified
+    phases = [plan.by_phase.prefill, plan.drops] if plan.in_two_phases else [plan.drops]
     return {
-        "sync points dropped": str(n),
-        "all-reduces a forward": str(2 * len(plan.blocks) - n),
+        "sync points dropped": _by_phase([len(drops) for drops in phases]),
+        "all-reduces a forward": _by_phase([2 * len(plan.blocks) - len(drops) for drops in phases]),
         "KL predicted": f"{p.kl:.3g}",
         "KL verified": measured(v.kl, v.kl_stderr),
         "ppl predicted": "" if p.ppl_increase is None else f"{100 * p.ppl_increase:+.2f} %",
@@ -191,6 +192,10 @@ def _figures(plan: Plan) -> dict[str, str]:
         "top-1 lost, points": percentage_points(v.accuracy_drop, v.accuracy_drop_stderr),
         **{f"{task} lost, points": f"{100 * lost:+.2f}" for task, lost in v.task_accuracy_drop.items()},
     }
+
+
+def _by_phase(counts: Sequence[int]) -> str:
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} in prefill, {counts[1]} in decoding"
 
 
 def _latencies(latency: Sequence[Latency]) -> dict[str, str]:

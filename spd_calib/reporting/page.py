@@ -164,7 +164,7 @@ def _latency(run: Run) -> Section:
         ceilings = ", ".join(f"{100 * m.ceiling:.1f} % of a {m.phase} step" for m in found)
         said.append(f"Dropping every sync point would save {ceilings}: no plan saves more. Modelled, no promise.")
         drawn = _svg("latency", partial(figures.latency, found), title="Time of a step as planned, and the ceiling")
-        shown.append(tables.latencies(found))
+        shown += [tables.latencies(found), *(tables.request(run.plan) if run.plan else [])]
     if run.hardware:
         said.append(
             f"hardware.json, timed on {run.hardware.device}: dense, the plan given to bench, and every block dropped."

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from spd_calib.formats.drops import Strategy
 from spd_calib.formats.plan import PlannedBlock
 
 
@@ -34,9 +35,17 @@ def nats(kl: float, stderr: float | None = None) -> str:
 
 
 def treatments(block: PlannedBlock) -> tuple[str, str]:
-    """Return how a block's two sync points are treated, in words: strategy, bits, and the KV groups replicated."""
-    attention, mlp = (strategy if bits is None else f"{strategy}, {bits} bits" for strategy, bits in block.syncs)
+    """Return how a block's two sync points are treated, in words: strategy, bits, and the KV groups replicated.
+
+    Where prefill treats one otherwise, its treatment stands behind that of decoding.
+    """
+    prefill, decode = ([_words(*sync) for sync in syncs] for syncs in block.syncs_by_phase)
+    attention, mlp = (d if p == d else f"{d} (prefill: {p})" for p, d in zip(prefill, decode, strict=True))
     if block.replicated:
         n = len(block.replicated[0])
         attention = f"{attention}, {n} KV group{'s' if n > 1 else ''} replicated"
     return attention, mlp
+
+
+def _words(strategy: Strategy, bits: int | None) -> str:
+    return strategy if bits is None else f"{strategy}, {bits} bits"

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from spd_calib.formats.drops import SUBLAYERS, Point, Strategy, Sublayer
+from spd_calib.formats.drops import SUBLAYERS, Drops, Point, Strategy, Sublayer
 from spd_calib.formats.hardware import Hardware, Timing
 from spd_calib.formats.pareto import Pareto
 from spd_calib.formats.plan import Latency, Plan
@@ -120,7 +120,7 @@ def _costs(measured: Comparison) -> list[str]:
 
 def blocks(plan: Plan) -> Table:
     """Return the plan block by block."""
-    mlps = any(b.mlp_kl is not None or b.mlp_sync_bits for b in plan.blocks)
+    mlps = any(b.mlp_kl is not None or b.mlp_sync_bits or b.prefill for b in plan.blocks)
     columns = ["block", "strategy", *(["MLP"] if mlps else []), "KL alone", *(["MLP alone"] if mlps else []), "why"]
     rows = []
     for b in plan.blocks:
@@ -160,17 +160,24 @@ def task_losses(plan: Plan) -> str:
 
 def saving(plan: Plan) -> str:
     """Return in a sentence how many all-reduces are gone, how many are left, and how many of these are quantised."""
-    n, m = (len(plan.drops.blocks(sublayer)) for sublayer in SUBLAYERS)
+    if not plan.in_two_phases:
+        return _saving(plan, plan.drops)
+    return f"prefill: {_saving(plan, plan.by_phase.prefill)}; decoding: {_saving(plan, plan.by_phase.decode)}"
+
+
+def _saving(plan: Plan, drops: Drops) -> str:
+    n, m = (len(drops.blocks(sublayer)) for sublayer in SUBLAYERS)
     before = 2 * len(plan.blocks)
     what = f"{n} of {len(plan.blocks)} attention all-reduces"
     if m:
         what += f" and {m} of {len(plan.blocks) - 1} of the MLPs"
     said = f"{what} dropped: {before} a forward and rank become {before - n - m}"
-    if replicated := plan.drops.replicated:
+    if replicated := drops.replicated:
         said += f"; heads of other ranks replicated in {len(replicated)} blocks"
-    if not (quantised := plan.drops.bits):
+    if not (quantised := drops.bits):
         return said
-    sent = sum(bytes_a_value(bits) for b in plan.blocks for s, bits in b.syncs if s == Strategy.KEEP_SYNC)
+    kept = [p for b in plan.blocks for s in SUBLAYERS if (p := Point(b.index, s)) not in drops]
+    sent = sum(bytes_a_value(drops.at(point).bits) for point in kept)
     share = sent / (before * bytes_a_value(None))
     return f"{said}, {len(quantised)} of them quantised; {100 * share:.0f} % of the bytes of all at 16 bits a value"
 
@@ -238,7 +245,7 @@ def tasks(results: Results) -> Table:
 
 def latencies(found: Sequence[Latency]) -> Table:
     """Return the modelled latency of one plan, a row for each phase."""
-    bits_of = list(found[0].quantised_seconds)
+    bits_of = list(dict.fromkeys(bits for m in found for bits in m.quantised_seconds))
     return Table(
         f"modelled latency on {found[0].hardware}, batch {found[0].batch}, context {found[0].context}: no promise",
         [
@@ -256,7 +263,7 @@ def latencies(found: Sequence[Latency]) -> Table:
                 m.phase,
                 f"{1e6 * m.all_reduce_seconds:.1f}",
                 f"{1e6 * (m.all_reduce_seconds - m.left_seconds):.1f}",
-                *["/".join(f"{1e6 * m.quantised_seconds[bits]:.1f}" for bits in bits_of)] * bool(bits_of),
+                *["/".join(_microseconds(m.quantised_seconds.get(bits)) for bits in bits_of)] * bool(bits_of),
                 f"{1e3 * m.dense_seconds:.3f}",
                 f"{1e3 * m.planned_seconds:.3f}",
                 f"{100 * m.saved:.1f} %",
@@ -265,6 +272,29 @@ def latencies(found: Sequence[Latency]) -> Table:
             for m in found
         ],
     )
+
+
+def _microseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1e6 * seconds:.1f}"
+
+
+def request(plan: Plan) -> list[Table]:
+    """Return a table of what a whole request takes, with one choice for both phases and with one for each.
+
+    Nothing where the plan is for no request.
+    """
+    r = plan.request
+    if r is None:
+        return []
+    of = {"dense": r.dense_seconds, "one choice for both phases": r.one_choice_seconds,
+          "a choice for each": r.two_choices_seconds, "as planned": r.planned_seconds}  # fmt: skip
+    return [
+        Table(
+            f"a request of {r.prompt} + {r.new_tokens} tokens, batch {r.batch}, modelled on {r.hardware}",
+            ["", "ms", "saved"],
+            [[what, f"{1e3 * s:.3f}", f"{100 * (1 - s / r.dense_seconds):.1f} %"] for what, s in of.items()],
+        )
+    ]
 
 
 def hardware(measured: Hardware) -> list[Table]:
