@@ -37,7 +37,9 @@ FAMILIES = ("ernie4_5", "phi3", "nemotron", "granite", "hyperclovax", "stablelm"
 FAMILIES += ("smollm3", "seed_oss", "hunyuan", "cwm", "starcoder2", "arcee")
 NORMS = ("gemma2", "gemma3", "gemma4", "glm4", "exaone4")  # whose branches go through one
 FAMILIES += (*NORMS, "qwen3_5")
-WHOLES = {f"{kind} whole": kind for kind in ("llava", "gemma3", "mistral3", "qwen3_5")}
+KINDS_OF_WHOLES = ("llava", "llava_next", "llava_onevision", "internvl", "gemma3", "gemma4", "mistral3")
+KINDS_OF_WHOLES += ("qwen3_5", "qwen3_5_moe")
+WHOLES = {f"{kind} whole": kind for kind in KINDS_OF_WHOLES}
 """Name -> kind of a model of text and images, which runs the plan of its language model."""
 AS_ON_A_GPU = ("llama_bias", "granite")
 """Run a second time with weights that lie open, as on a GPU: what is owed is then added to within the products."""
@@ -87,7 +89,8 @@ def engines(folder_of, tmp_path_factory):
     for name, kind in WHOLES.items():
         folder = place / name / "model"
         save_multimodal(folder, kind, num_hidden_layers=4, **as_configured(SHAPE), **WIDTHS)
-        plan = write_plan(place / name / "plan.json", folder, 2, ATTENTION, MLP)
+        of_kind = OF_MIXTURES | {"routers": ROUTERS} if kind in MIXTURES else {"attention": ATTENTION, "mlp": MLP}
+        plan = write_plan(place / name / "plan.json", folder, 2, **of_kind)
         jobs[name] = {"folder": str(folder), "plan": str(plan), "prompts": OF_TEXT, "new": NEW, "as_on_a_gpu": False}
         jobs[name]["options"] = {"language_model_only": True}
     for name, family in ROUNDED.items():

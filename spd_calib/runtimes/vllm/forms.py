@@ -204,9 +204,14 @@ BY_TRANSFORMERS = (
 
 WITH_LANGUAGE_MODEL = {
     "Gemma3ForConditionalGeneration": "gemma3_mm.Gemma3ForConditionalGeneration",
+    "Gemma4ForConditionalGeneration": "gemma4_mm.Gemma4ForConditionalGeneration",
+    "InternVLForConditionalGeneration": "interns1.InternS1ForConditionalGeneration",
     "LlavaForConditionalGeneration": "llava.LlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration": "llava_next.LlavaNextForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration": "llava_onevision.LlavaOnevisionForConditionalGeneration",
     "Mistral3ForConditionalGeneration": "mistral3.Mistral3ForConditionalGeneration",
     "Qwen3_5ForConditionalGeneration": "qwen3_5.Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForConditionalGeneration": "qwen3_5.Qwen3_5MoeForConditionalGeneration",
 }
 """Models of text and images -> their class below vllm.model_executor.models, whose `language_model` is one of FORMS."""
 
