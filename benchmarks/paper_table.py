@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -46,6 +47,7 @@ from spd_calib.planning.candidates import candidates, interactions_of
 from spd_calib.planning.model_sizes import ModelSizes
 from spd_calib.planning.replication import Affordable, affordable
 from spd_calib.recovery.distillation import Schedule
+from spd_calib.recovery.give_back import give_back
 from spd_calib.recovery.held_out import HeldOut
 from spd_calib.recovery.journal import TensorJournal
 from spd_calib.recovery.options import WITHOUT_TRAINING, RecoveryMethod, RecoveryOptions
@@ -58,6 +60,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results" / "llm"
 ANY_RANK = 10**6
 DISTILLED_REPLICATED = "distilled, with heads replicated"
+WITHIN = "with heads replicated, blocks given back for +1 % perplexity"
 REPLICATED, MORE = "with heads replicated", 0.07  # of other ranks: a rank reads so many more of the weights at most
 MAX_RANK = {
     "free at run time": 0,
@@ -66,6 +69,7 @@ MAX_RANK = {
     "distilled": 0,
     "distilled, with predictors": ANY_RANK,
     DISTILLED_REPLICATED: 0,
+    WITHIN: 0,
 }
 NAIVE = "as is, no estimate"  # behind a norm: an MLP reads its rank's own partial sum through it
 METHODS = (NAIVE, "as is", *MAX_RANK)
@@ -89,6 +93,8 @@ class Table:
         self.sequences = evenly(found[:kept_apart], args.sequences + args.judged)
         judging = self.sequences[-args.judged :]
         self.trained = [s for s in evenly(found[:kept_apart], args.trained + args.judged) if s not in judging]
+        unfitted = [s for s in found[:kept_apart] if s not in self.sequences]
+        self.budgeted = evenly(unfitted, 4 * args.judged)  # to keep a budget on
         self.measured = evenly(found[kept_apart:], args.measured)
         second = TextOptions(str(args.second), args.seq_len, args.seq_len, args.measured, 1, pack=True)
         self.second = load_text(second, self.tokenizer).calibration
@@ -137,30 +143,35 @@ class Table:
         on_text = HeldOut(model, self.measured, batch_size=args.batch).measure().comparison()
         on_second = HeldOut(model, self.second, batch_size=args.batch).measure().comparison()
         added = sum(p.numel() for s in model.students.values() if s.predictors for p in s.predictors[0].parameters())
-        planned_drops = model.drops
+        left = model.drops
         return {
-            "method": method, "share": share, "dropped": len(drops), "blocks": drops.blocks("attention"),
+            "method": method, "share": share, "dropped": len(left), "blocks": left.blocks("attention"),
             "sequences": len(self.sequences) - args.judged,
             "steps": args.steps if "distilled" in method else 0,
             "trained": args.trained if "distilled" in method else 0,
             "text": _figures(on_text), "second": _figures(on_second),
-            "replicated": sorted(planned_drops.replicated), "predictor_weights_a_rank": added,
+            "replicated": sorted(left.replicated), "predictor_weights_a_rank": added,
             "seconds": seconds, "cpu_seconds": cpu,
             "forwards": cpu / self.forward_seconds,  # of the fitted text through the dense model, as long as that took
             "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-            "tasks": self.on_tasks(TensorParallelLM.simulated(model.restored(), args.tp), planned_drops),
+            "tasks": self.on_tasks(TensorParallelLM.simulated(model.restored(), args.tp), left),
             "attempts": attempts,
         }  # fmt: skip
 
     def recover(self, model: PlannedModel, share: float, method: str) -> list:
         """Treat the model's blocks by the method; one that trains takes over what was made without training."""
         args, heads = self.args, None
-        if method in (REPLICATED, DISTILLED_REPLICATED):
+        if method in (REPLICATED, DISTILLED_REPLICATED, WITHIN):
             sizes = ModelSizes.of(self.load())
             heads = affordable(sizes, MORE, tp=args.tp, most=len(model.students))
         attempts = self.stage(model, share, method, methods=WITHOUT_TRAINING, fitting=self.sequences, heads=heads)
         if method.startswith("distilled"):
             attempts += self.stage(model, share, method, methods=("distillation",), fitting=self.trained)
+        if method == WITHIN:
+            text = HeldOut(model, self.budgeted, batch_size=args.batch)
+            budget = Budget(kind="max_ppl_increase", value=0.01, strategies=[Strategy.BLOCK_DROP])
+            measured = text.measure().comparison()
+            attempts += [asdict(a) for a in give_back(model, text, budget, measured=measured, tick=_say)]
         return attempts
 
     def stage(
@@ -198,7 +209,7 @@ class Table:
                 options=options,
                 heads=heads,
                 journal=journal,
-                tick=lambda note: print(f"{100 * share:.0f} %, {method}: {note}", file=sys.stderr, flush=True),
+                tick=lambda note: _say(f"{100 * share:.0f} %, {method}: {note}"),
             )
         return report.json()["attempts"]
 
@@ -227,6 +238,10 @@ class Table:
             for r in found
             if r.metric == "acc"
         }  # fmt: skip
+
+
+def _say(note: str) -> None:
+    print(note, file=sys.stderr, flush=True)
 
 
 def _figures(found: Comparison) -> dict:
@@ -362,9 +377,9 @@ def make_rows(args: argparse.Namespace, path: Path) -> None:
     for method in args.methods.split(";"):
         for share in map(float, args.shares.split(",")):
             drops = table.cheapest(share, blocks)
-            wanted = (method, len(drops), args.sequences if method in MAX_RANK else 0)
+            wanted = (method, share, args.sequences if method in MAX_RANK else 0)
             if wanted in [
-                (r["method"], r["dropped"], r["sequences"] if r["method"] in MAX_RANK else 0) for r in document["rows"]
+                (r["method"], r["share"], r["sequences"] if r["method"] in MAX_RANK else 0) for r in document["rows"]
             ]:
                 continue
             document["rows"].append(table.row(drops, share, method))
