@@ -16,7 +16,7 @@ from .planned_model import PlannedModel
 from .report import GIVEN_BACK, Attempt
 from .student import Student
 
-RANKED_BY = 4  # sequences, to see what each block costs
+RANKED_ON = 16  # sequences, to see what each block costs: of 4 it is noise but for the costliest
 
 
 def give_back(
@@ -47,7 +47,7 @@ def ranked(model: PlannedModel, text: HeldOut, blocks: Sequence[int], *, tick: C
 
     The KL is that of the whole on some of the text.
     """
-    some = HeldOut(model, text.sequences[:RANKED_BY], batch_size=text.batch_size)
+    some = HeldOut(model, text.sequences[:RANKED_ON], batch_size=text.batch_size)
     treated, before, found = dict(model.students), some.measure(), list[Attempt]()
     for block in blocks:
         began = time.monotonic()
