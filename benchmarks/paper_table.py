@@ -269,16 +269,22 @@ def report(path: Path, command: str) -> str:
         f"    {command}",
         "",
         f"Measured on {document['measured']} sequences of {document['seq_len']} tokens of {document['data']} that "
-        f"nothing was fitted on, as many of {document['second']}, and the first {document['limit']} documents of each "
-        "task. Accuracy in points, the paired difference to the dense model. CPU seconds of one thread on a shared "
-        "machine; of a distilled row those of the training alone, and with heads replicated (a rank reads up to "
-        f"{100 * MORE:.0f} % more of the weights) those of the choice and the second "
-        "pass alone, where what comes before had a row of its own.",
+        f"nothing was fitted on, and as many of {document['second']}"
+        + (
+            f", and on the first {document['limit']} documents of each task: accuracy in points, the paired difference "
+            "to the dense model"
+            if tasks
+            else ""
+        )
+        + ". CPU seconds of one thread on a shared machine; of a distilled row those of the training alone, and with "
+        f"heads replicated (a rank reads up to {100 * MORE:.0f} % more of the weights) those of the choice and the "
+        "second pass alone, where what comes before had a row of its own.",
         "",
-        "| dropped | method | fitted on | KL | perplexity | KL, second text | perplexity, second text | "
-        + " | ".join(t.removesuffix("_part") for t in tasks)
-        + " | mean | weights added a rank | CPU s |",
-        "|" + "---|" * (10 + len(tasks)),
+        "| dropped | method | fitted on | KL | perplexity | KL, second text | perplexity, second text"
+        + "".join(f" | {t.removesuffix('_part')}" for t in tasks)
+        + (" | mean" if tasks else "")
+        + " | weights added a rank | CPU s |",
+        "|" + "---|" * (9 + len(tasks) + bool(tasks)),
     ]
     for r in rows:
         found = r["text"], r["second"]
@@ -293,7 +299,7 @@ def report(path: Path, command: str) -> str:
             )
             + "".join(f" | {f['kl']:.3f} ± {f['kl_stderr']:.3f} | {100 * f['ppl_increase']:+.1f} %" for f in found)
             + "".join(f" | {100 * t['difference']:+.1f} ± {100 * t['stderr']:.1f}" for t in r["tasks"].values())
-            + (f" | {-lost(r)[0]:+.1f} ± {lost(r)[1]:.1f}" if tasks else " | ")
+            + (f" | {-lost(r)[0]:+.1f} ± {lost(r)[1]:.1f}" if tasks else "")
             + f" | {r['predictor_weights_a_rank']:,} | {r['cpu_seconds']:.0f} |"
         )
     lines += ["", f"Fitted on: sequences; and, where it was distilled, those trained on. {PUBLISHED}", ""]
@@ -356,10 +362,8 @@ def main() -> None:
     if not args.report:
         make_rows(args, path)
     texts = f"--data ../shared/data/{args.data.name} --second ../shared/data/{args.second.name}"
-    command = (
-        f"python benchmarks/paper_table.py build/llms/{args.model.name} --tp {args.tp} {texts} "
-        "--tasks ../shared/tasks/make.py"
-    )
+    tasks = " --tasks ../shared/tasks/make.py" if args.tasks else ""
+    command = f"python benchmarks/paper_table.py build/llms/{args.model.name} --tp {args.tp} {texts}{tasks}"
     path.with_suffix(".md").write_text(report(path, command), encoding="utf-8")
 
 
