@@ -138,7 +138,7 @@ def distil_together(
 
 @dataclass
 class _Progress:
-    """The state of a training: the error before it and at its best, the step of the latter, and the steps made."""
+    """The state of a training at its last look: the errors before it and at its best, the step of that, steps made."""
 
     before: float
     best: float
@@ -161,7 +161,7 @@ def _train(students: Sequence[Student], feed: Feed, *, loss: Loss, schedule: Sch
         for p in parameters:
             p.requires_grad_(True)
         step = int(progress.step)
-        while step < schedule.steps and step - progress.best_at < schedule.patience * schedule.steps:
+        while step < schedule.steps and progress.step - progress.best_at < schedule.patience * schedule.steps:
             for group in optimizer.param_groups:
                 group["lr"] = group["base"] * schedule.at(step)
             batch = batches[_pick(step, len(batches), schedule.seed)]
