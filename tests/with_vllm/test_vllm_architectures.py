@@ -58,6 +58,7 @@ ROUNDED = {**dict.fromkeys(QUANTISED, "llama"), "delta-kernel": "qwen3_5"}
 """Name -> family; the last by vLLM's own kernel for linear attention, which has no float32 (delta_in_float32.py)."""
 KERNEL = {"linear_key_head_dim": 64, "linear_value_head_dim": 64, "linear_num_value_heads": 4}
 """Heads of a width that this kernel knows."""
+LATENT = ("deepseek_v2", "deepseek_v3")
 FAULT = "each-rank-routes-by-itself"
 PROMPTS = [tiny.tokens(1, n, seed=n)[0].tolist() for n in (21, 9)]
 OF_TEXT = [tiny.tokens(1, n, seed=n, vocab=90)[0].tolist() for n in (21, 9)]
@@ -86,6 +87,8 @@ def engines(folder_of, tmp_path_factory):
         plan = write_plan(place / name / "plan.json", folder_of(family), 2, **OF_MIXTURES, routers=routers)
         jobs[name] = {"folder": str(folder_of(family)), "plan": str(plan), "prompts": PROMPTS, "new": NEW}
         jobs[name] |= {"as_on_a_gpu": False, "route_apart": name == FAULT}
+        if name in LATENT:  # its other kernel, of CPUs with AMX, knows bfloat16 alone
+            jobs[name]["options"] = {"attention_backend": "CPU_MLA"}
     for name, kind in WHOLES.items():
         folder = place / name / "model"
         save_multimodal(folder, kind, num_hidden_layers=4, **as_configured(SHAPE), **WIDTHS)
