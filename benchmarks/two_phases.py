@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spd_calib.demo.assets import data_file, model_dir
-from spd_calib.formats.drops import NOTHING_DROPPED, SUBLAYERS, Drops, Point, Strategy
+from spd_calib.formats.drops import Drops, Point, Strategy
 from spd_calib.formats.machine import AllReduce, Machine
 from spd_calib.formats.phases import PHASES, ByPhase, Phase
 from spd_calib.parallel.model import TensorParallelLM
@@ -34,6 +34,7 @@ from spd_calib.planning.latency import LatencyModel, Step
 from spd_calib.planning.machine_latency import on_machine
 from spd_calib.planning.machine_tables import load, shipped
 from spd_calib.planning.model_sizes import ModelSizes
+from spd_calib.planning.sync_bits import every_sync
 from spd_calib.planning.two_phases import RequestModel
 from spd_calib.sensitivity.measure import Subject
 from spd_calib.sensitivity.predictions import FIELDS
@@ -69,12 +70,10 @@ def choices(lm: TensorParallelLM, ids: Tensor) -> dict[str, Drops]:
     alone = [ByPhase.of(Drops.of({Point(i, "attention"): Strategy.BLOCK_DROP})) for i in range(n)]
     costs = [float(kl.mean()) for kl in kl_by_sequence(lm, ids, alone)]
     ranked = sorted(range(n), key=costs.__getitem__)
-    points = [Point(i, sublayer) for i in range(n) for sublayer in SUBLAYERS]
     found = {}
     for share, bits in itertools.product(SHARES, BITS):
         dropped = Drops.of({Point(i, "attention"): Strategy.BLOCK_DROP for i in ranked[: n * share // 3]})
-        quantised = Drops.of_bits(dict.fromkeys(points, bits)) if bits else NOTHING_DROPPED
-        found[f"{len(dropped)} of {n} dropped, {bits or 16} bits"] = quantised | dropped
+        found[f"{len(dropped)} of {n} dropped, {bits or 16} bits"] = every_sync(bits, n) | dropped
     return found
 
 

@@ -24,7 +24,7 @@ from spd_calib.planning.model_sizes import NOTHING_ADDED
 from spd_calib.planning.pareto import pareto_of
 from spd_calib.planning.plan import make_plan
 from spd_calib.planning.replication import Affordable, Replicated
-from spd_calib.planning.sync_bits import ANY_BITS, Limit, limit_of_seconds
+from spd_calib.planning.sync_bits import ANY_BITS, Limit, every_sync, limit_of_seconds
 from spd_calib.planning.whole_plans import Calibration, HeldOut, measure_plans, part_of
 from spd_calib.sensitivity.measure import Subject
 from spd_calib.sensitivity.metrics import Tally
@@ -39,7 +39,7 @@ from .progress import SILENT, Progress
 from .provenance import provenance
 from .recovered import RecoveredCheckpoint, open_profiled
 from .replication import affordable_for, any_replicated, attentions, replicated_heads
-from .sync_bits import checked_bits, every_sync_of
+from .sync_bits import checked_bits
 from .tasks import TaskOptions
 from .text import reload_texts, verification_rounds
 
@@ -188,7 +188,7 @@ def plan_with_details(
     subject, recovered = inputs.load(), inputs.recovered
     if new_tokens is not None:
         return _for_request(inputs, subject, new_tokens=new_tokens, sync_bits=sync_bits, progress=progress)
-    quantised = every_sync_of(bits, subject)
+    quantised = every_sync(bits, subject.lm.num_blocks)
     subject = replace(subject, always=quantised | subject.always)
     give_estimates(subject, inputs.texts, batch_size=inputs.run.batch_size, progress=progress)
     calibration, held_out = _texts(inputs, subject, progress=progress)

@@ -1,10 +1,9 @@
 """The bits of the syncs that a plan keeps: what is asked for, and what is run."""
 
 from spd_calib.errors import InputError
-from spd_calib.formats.drops import BITS, NOTHING_DROPPED, SUBLAYERS, Drops, Point
+from spd_calib.formats.drops import BITS
 from spd_calib.planning.budget_options import BudgetOptions
 from spd_calib.planning.sync_bits import ANY_BITS
-from spd_calib.sensitivity.measure import Subject
 
 
 def checked_bits(
@@ -34,9 +33,3 @@ def checked_bits(
             f"`sync_bits` {ANY_BITS} has no baselines or replicated heads: leave `compare`, `replicate` out."
         )
     return sync_bits if isinstance(sync_bits, int) else None
-
-
-def every_sync_of(bits: int | None, subject: Subject) -> Drops:
-    """Return every sync of the model with so many bits; nothing for None."""
-    points = [Point(i, sublayer) for i in range(subject.lm.num_blocks) for sublayer in SUBLAYERS]
-    return NOTHING_DROPPED if bits is None else Drops.of_bits(dict.fromkeys(points, bits))

@@ -352,11 +352,13 @@ class Plan(Part):
 
         It is without its predictors; models.plan_files.load_plan brings them along.
         """
-        return self.by_phase.decode
+        return self._drops([b.syncs for b in self.blocks])
 
     @property
     def by_phase(self) -> ByPhase:
         """Return what the plan drops in prefill and in decoding, without its predictors."""
+        if not self.in_two_phases:
+            return ByPhase.of(self.drops)
         return ByPhase(*map(self._drops, zip(*(b.syncs_by_phase for b in self.blocks), strict=True)))
 
     def _drops(self, syncs: Sequence[Syncs]) -> Drops:

@@ -39,8 +39,8 @@ def load_drops(plan: Plan, path: Path | None, *, ranks: Iterable[int] | None = N
     a choice for each phase.
     """
     check_one_choice(plan, path)
-    predictors = _load_predictors(plan, plan_path=path, ranks=ranks)
-    return plan.drops | Drops({point: _drop(plan.drops.at(point), own) for point, own in predictors.items()})
+    predictors, drops = _load_predictors(plan, plan_path=path, ranks=ranks), plan.drops
+    return drops | Drops({point: _drop(drops.at(point), own) for point, own in predictors.items()})
 
 
 def check_one_choice(plan: Plan, path: Path | None) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from spd_calib.errors import SpdError
-from spd_calib.formats.drops import BITS, KEPT, SUBLAYERS, Drop, Drops, Point, Strategy
+from spd_calib.formats.drops import BITS, KEPT, NOTHING_DROPPED, SUBLAYERS, Drop, Drops, Point, Strategy
 from spd_calib.formats.plan import Budget
 from spd_calib.formats.profile import Profile
 from spd_calib.parallel.quantised_sync import bytes_a_value
@@ -25,6 +25,19 @@ from .whole_plans import Calibration
 ANY_BITS = "any"  # of `sync_bits`: the planner chooses
 FEW, MANY = min(BITS), max(BITS)  # of these each sync is measured alone; what the bits between cost follows
 AT_BITS = {bits: Drop(Strategy.KEEP_SYNC, bits=bits) for bits in BITS}
+
+
+def every_sync(bits: int | None, num_blocks: int) -> Drops:
+    """Return every sync of a model of so many blocks with these bits; nothing for None."""
+    points = [Point(block, sublayer) for block in range(num_blocks) for sublayer in SUBLAYERS]
+    return NOTHING_DROPPED if bits is None else Drops.of_bits(dict.fromkeys(points, bits))
+
+
+def in_words(treatment: Drop) -> str:
+    """Return how a sync point is treated, for people to read."""
+    if treatment.bits:
+        return f"{treatment.bits} bits"
+    return "kept" if treatment.strategy == Strategy.KEEP_SYNC else str(treatment.strategy)
 
 
 @dataclass(frozen=True)
@@ -144,5 +157,5 @@ def choose_within(
 
 def _reason(option: Option, as_it_is: Option, limit: Limit) -> str:
     """Return why a sync point is treated so, in words: what it costs, and saves."""
-    what = f"{option.treatment.bits} bits" if option.treatment.bits else str(option.treatment.strategy)
+    what = in_words(option.treatment)
     return f"{what}: KL {option.kl:.3g}, {limit.told(option.price)} in place of {limit.told(as_it_is.price)}"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from spd_calib.errors import SpdError
-from spd_calib.formats.drops import NOTHING_DROPPED, SUBLAYERS, Drop, Drops, Point, Strategy
+from spd_calib.formats.drops import NOTHING_DROPPED, Drops, Point
 from spd_calib.formats.phases import NOTHING_DROPPED_IN_BOTH, ByPhase, Phase
 from spd_calib.formats.plan import Budget, Request
 from spd_calib.formats.profile import Comparison, Profile
@@ -18,6 +18,7 @@ from spd_calib.formats.profile import Comparison, Profile
 from .budget import check_enough_text, cost, describe, kept, spare
 from .candidates import candidates, interactions_of
 from .latency import LatencyModel
+from .sync_bits import every_sync, in_words
 
 WORTH = 0.02  # of a request's time, the least that a second choice must save
 SIZES = 12  # steps from no drop to all of them
@@ -84,8 +85,7 @@ def single_choices(profile: Profile, budget: Budget, *, bits: Sequence[int | Non
     """
     front = interactions_of(profile, candidates(profile, budget)).front()
     sizes = sorted({round(i * (len(front) - 1) / SIZES) for i in range(SIZES + 1)})
-    points = [Point(block, sublayer) for block in range(num_blocks) for sublayer in SUBLAYERS]
-    others = [NOTHING_DROPPED if n is None else Drops.of_bits(dict.fromkeys(points, n)) for n in bits]
+    others = [every_sync(n, num_blocks) for n in bits]
     return list(dict.fromkeys([NOTHING_DROPPED, *(quantised | front[n] for quantised in others for n in sizes)]))
 
 
@@ -225,19 +225,13 @@ def reasons_of(plan: ByPhase, request: RequestModel) -> dict[Point, str]:
     for point in sorted({*plan.prefill.by_point, *plan.decode.by_point}):
         prefill, decode = plan.prefill.at(point), plan.decode.at(point)
         if prefill == decode:
-            found[point] = f"{_words(prefill)} in both phases"
+            found[point] = f"{in_words(prefill)} in both phases"
             continue
         times = {
             phase: f"{1e6 * model.of(plan.at(phase).at(point)):.1f} us of {1e6 * model.all_reduce:.1f}"
             for phase, model in request.models.items()
         }
         found[point] = (
-            f"{_words(prefill)} in prefill, {times['prefill']}; {_words(decode)} in decoding, {times['decode']}"
+            f"{in_words(prefill)} in prefill, {times['prefill']}; {in_words(decode)} in decoding, {times['decode']}"
         )
     return found
-
-
-def _words(treatment: Drop) -> str:
-    if treatment.bits:
-        return f"{treatment.bits} bits"
-    return "kept" if treatment.strategy == Strategy.KEEP_SYNC else str(treatment.strategy)

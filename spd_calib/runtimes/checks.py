@@ -29,6 +29,12 @@ def folder_of(session: Session) -> Path:
     return session.source.folder
 
 
+def compare_all_reduces(name: str, observed: Observed, *, expected: int) -> CheckRow:
+    """Compare the all-reduces of every forward of every rank with their right number."""
+    counts = [count for rank in observed.all_reduces for count in rank]
+    return compare_counts(f"{name}: all-reduces per forward and rank", expected, found=counts)
+
+
 def compare_run(name: str, observed: Observed, *, simulated: SimulatedRun, tolerance: float) -> list[CheckRow]:
     """Compare what a runtime made of some prompts with what the simulation makes of them.
 

@@ -10,6 +10,7 @@ from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.session import Session
 from spd_calib.runtimes.checks import (
     CheckRow,
+    compare_all_reduces,
     compare_counts,
     compare_experts,
     compare_run,
@@ -109,14 +110,13 @@ def _compare_all_reduces(
         for length in (len(prompt), len(prompt), *[1] * (len(tokens) - 1))
     ]
     over_all_heads = sum(any(block.all_heads_norms) for block in lm.blocks)  # each with a sync of its own
-    what, every_sync = f"{name}: all-reduces per forward and rank", len(SUBLAYERS) * lm.num_blocks + over_all_heads
+    every_sync = len(SUBLAYERS) * lm.num_blocks + over_all_heads
     if drops.one_choice:
-        counts = [count for rank in observed.all_reduces for count in rank]
-        return [compare_counts(what, every_sync - len(drops.decode), found=counts)]
+        return [compare_all_reduces(name, observed, expected=every_sync - len(drops.decode))]
     counted = [pair for rank in observed.all_reduces for pair in zip(lengths, rank, strict=False)]
     return [
         compare_counts(
-            f"{what}, {phase}",
+            f"{name}: all-reduces per forward and rank, {phase}",
             every_sync - len(drops.at(phase)),
             found=[n for length, n in counted if phase_of(length) == phase],
         )

@@ -9,7 +9,7 @@ from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.session import Session
 from spd_calib.runtimes.checks import (
     CheckRow,
-    compare_counts,
+    compare_all_reduces,
     compare_experts,
     compare_run,
     folder_of,
@@ -60,9 +60,9 @@ def compare(
     simulated_dense = simulate(lm, prompts, continuations=dense.tokens, drops=NOTHING_DROPPED)
     rows = [
         *compare_run("plan", planned, simulated=simulated, tolerance=TOLERANCE),
-        _compare_all_reduces("plan", planned, expected=all_reduces_expected(lm, drops)),
+        compare_all_reduces("plan", planned, expected=all_reduces_expected(lm, drops)),
         *compare_run("dense", dense, simulated=simulated_dense, tolerance=TOLERANCE),
-        _compare_all_reduces("dense", dense, expected=all_reduces_expected(lm, NOTHING_DROPPED)),
+        compare_all_reduces("dense", dense, expected=all_reduces_expected(lm, NOTHING_DROPPED)),
     ]
     if lm.mixtures:
         runs = (("plan", planned), ("dense", dense))
@@ -73,11 +73,6 @@ def compare(
         near = abs(expected - found) <= 2 * TOLERANCE
         rows.append(CheckRow("plan against dense: max |Δ log p|", f"{expected:.4f}", f"{found:.4f}", near))
     return rows
-
-
-def _compare_all_reduces(name: str, observed: Observed, *, expected: int) -> CheckRow:
-    counts = [count for rank in observed.all_reduces for count in rank]
-    return compare_counts(f"{name}: all-reduces per forward and rank", expected, found=counts)
 
 
 def all_reduces_expected(lm: TensorParallelLM, drops: Drops) -> int:
