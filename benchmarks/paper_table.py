@@ -91,8 +91,8 @@ class Table:
         found = load_text(whole, self.tokenizer).calibration
         kept_apart = 3 * len(found) // 4  # sequences that follow one another are of the same few documents
         self.sequences = evenly(found[:kept_apart], args.sequences + args.judged)
-        judging = self.sequences[-args.judged :]
-        self.trained = [s for s in evenly(found[:kept_apart], args.trained + args.judged) if s not in judging]
+        self.judging = self.sequences[-args.judged :]
+        self.trained = [s for s in evenly(found[:kept_apart], args.trained + args.judged) if s not in self.judging]
         unfitted = [s for s in found[:kept_apart] if s not in self.sequences]
         self.budgeted = evenly(unfitted, 4 * args.judged)  # to keep a budget on
         self.measured = evenly(found[kept_apart:], args.measured)
@@ -164,7 +164,9 @@ class Table:
         if method in (REPLICATED, DISTILLED_REPLICATED, WITHIN):
             sizes = ModelSizes.of(self.load())
             heads = affordable(sizes, MORE, tp=args.tp, most=len(model.students))
-        attempts = self.stage(model, share, method, methods=WITHOUT_TRAINING, fitting=self.sequences, heads=heads)
+        attempts = self.stage(
+            model, share, method, methods=WITHOUT_TRAINING, fitting=self.sequences[: -args.judged], heads=heads
+        )
         if method.startswith("distilled"):
             attempts += self.stage(model, share, method, methods=("distillation",), fitting=self.trained)
         if method == WITHIN:
@@ -203,8 +205,8 @@ class Table:
         with TensorJournal(ROOT / "runs" / "llm" / name, run) as journal:
             report = recover(
                 model,
-                fitting=[s for s in fitting if s not in self.sequences[-args.judged :]],
-                held_out=self.sequences[-args.judged :],
+                fitting=fitting,
+                held_out=self.judging,
                 tiers=dict.fromkeys(model.students, "extremely sensitive"),
                 options=options,
                 heads=heads,
