@@ -387,6 +387,14 @@ def test_a_layer_whose_input_is_gathered_is_refused():
         apply(model, Drops.of_blocks([D, K]))
 
 
+def test_inputs_that_vllm_would_round_unasked_are_refused():
+    """As its kernel of 4-bit weights does on a CPU with AMX, where only the weights were measured rounded."""
+    model, layers = unbuilt_llama(2)
+    layers[1].mlp.down_proj.use_w4a8 = True
+    with pytest.raises(InputError, match=r"mlp.down_proj reads to 8 bits.*VLLM_CPU_INT4_W4A8=0\.$"):
+        apply(model, Drops.of_blocks([D, K]))
+
+
 def test_what_apply_set_it_takes_back():
     model, layers = unbuilt_llama(3)
     for drops, planned in (

@@ -38,6 +38,11 @@ def find(model: nn.Module) -> tuple[LayerForm, list[Any]]:
                 raise InputError(f"The layer's {path} is no RowParallelLinear: its sync point is not known.")
             if not linear.input_is_parallel:
                 raise InputError(f"vLLM gathers what the layer's {path} reads, so that no rank has a share of its own.")
+            if getattr(linear, "use_w4a8", False):
+                raise InputError(
+                    f"vLLM would round what the layer's {path} reads to 8 bits, as it does for 4-bit weights on a CPU "
+                    "like this, and that was not measured; start it with VLLM_CPU_INT4_W4A8=0."
+                )
         if (mixture := form.mixture_of(layer)) is not None:
             check_mixture(mixture, block=layers.index(layer), routers=form.routers)
     return form, layers
