@@ -10,6 +10,7 @@ import torch
 from planned_models import planned, sequences
 
 from spd_calib.models.predictor import Predictor
+from spd_calib.parallel.streams import Streams
 from spd_calib.recovery import distillation
 from spd_calib.recovery.distillation import Schedule, TrainingHooks, distil_block, distil_together
 from spd_calib.recovery.feed import Batch, Feed
@@ -54,6 +55,24 @@ def test_a_step_on_some_positions_of_a_large_vocabulary_still_learns(monkeypatch
     assert not torch.equal(*map(torch.cat, drawn))
     outcome = distil_together(students, feed, schedule=Schedule(steps=20, check_every=10), hooks=TrainingHooks())
     assert outcome.before == pytest.approx(kl, rel=1e-4) and outcome.after < 0.9 * outcome.before
+
+
+def test_gradients_taken_piece_by_piece_are_those_of_the_whole() -> None:
+    lm = planned("llama", tp=4, layers=1).lm
+    generator = torch.Generator().manual_seed(0)
+    dense, moved = (torch.randn(2, 5, lm.head.weight.shape[1], generator=generator) for _ in range(2))
+    mask = torch.tensor([[True] * 5, [True] * 2 + [False] * 3])
+    batch, pieces = Batch(dense, Streams(dense), [], mask, dense), [torch.tensor([4, 1]), torch.tensor([0])]
+    final, naive = (moved.clone().requires_grad_() for _ in range(2))
+    found = distillation._divergence(lm, lm.head, batch, final, pieces)
+    (found / 3).backward()
+    kl = torch.zeros(())
+    for row, place in ((0, 0), (0, 1), (0, 4), (1, 0), (1, 1)):  # the last sequence ends behind two tokens
+        p, q = ((lm.head.weight @ t[row, place]).softmax(-1) for t in (dense, naive))
+        kl = kl + (p * (p / q).log()).sum()
+    (kl / 3).backward()
+    assert found.item() == pytest.approx(kl.item(), rel=1e-5)
+    torch.testing.assert_close(final.grad, naive.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_a_mixed_training_multiplies_in_bfloat16_and_keeps_float32_weights() -> None:

@@ -1,5 +1,6 @@
 """From the ranks' streams to logits: the final norm, and an output head cut over the vocabulary."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -59,6 +60,10 @@ class VocabParallelHead(nn.Module):
         self.rows = [ALL] if is_cut(head) else own  # of the weight held here: a slice for each rank of this process
         self.first = [rows.start for rows in own]  # token id of each of these ranks
         self.width = -(-self.vocab_size // comm.size)
+
+    def of_dtype(self, dtype: torch.dtype) -> "VocabParallelHead":
+        """Return the same head with a copy of its weights in this dtype."""
+        return copy.deepcopy(self, {id(self.comm): self.comm}).to(dtype)
 
     def cut_at(self, rows: Sequence[slice]) -> None:
         """Cut the vocabulary at `rows`, one slice for each rank, from now on.

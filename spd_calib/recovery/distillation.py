@@ -14,10 +14,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from spd_calib.models.experts import Routing
 from spd_calib.parallel.comm import Comm
+from spd_calib.parallel.head import VocabParallelHead
+from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.routing import telling_routers
 from spd_calib.parallel.streams import in_full
 
@@ -36,8 +37,8 @@ State = dict[str, Tensor]
 class Schedule:
     """The length, the learning rates and the precision of a training.
 
-    With `mixed` the blocks' matrix products are bfloat16; weights, gradients, the residual stream, the vocabulary and
-    the loss stay what they are.
+    With `mixed` a step's matrix products are bfloat16; weights, gradients, the residual stream, the loss, and the
+    vocabulary wherever an error is measured, stay what they are.
     """
 
     steps: int = 200
@@ -112,6 +113,8 @@ def distil_together(
     The feed must not have moved yet.
     """
     model = feed.model
+    exact = model.lm.head
+    head = exact.of_dtype(torch.bfloat16) if schedule.mixed else exact
 
     def loss(batch: Batch, step: int | None) -> Tensor:
         s, routed = batch.planned, dict[int, Routing]()
@@ -120,18 +123,12 @@ def distil_together(
             for index, kwargs in enumerate(batch.kwargs):
                 s = model.run_block(index, s, **kwargs)
         dense = routed_in_dense_model(feed, batch, last=max(routed, default=-1))
-        of_routers = routing_error(dense, routed, batch.mask)
         final = model.lm.final_norm(s)
         pieces = _positions(batch.mask, model.lm.head.vocab_size, step)
-        of_pieces = (checkpoint(error, batch, final, of_routers, at, use_reentrant=False) for at in pieces)
-        return sum(of_pieces, torch.zeros(2, device=final.device))
-
-    def error(batch: Batch, final: Tensor, of_routers: Tensor, at: Tensor) -> Tensor:
-        mask = batch.mask[:, at]
-        with torch.no_grad():
-            log_p = model.lm.logits_with_gradients(batch.final[:, at])[mask].float().log_softmax(-1)
-        log_q = model.lm.logits_with_gradients(final[:, at])[mask].float().log_softmax(-1)
-        return _total((log_p.exp() * (log_p - log_q)).sum(-1) + of_routers[:, at][mask])
+        seen = torch.cat(list(pieces))
+        of_routers = _total(routing_error(dense, routed, batch.mask)[:, seen][batch.mask[:, seen]])
+        kl = _divergence(model.lm, exact if step is None else head, batch, final, pieces)
+        return of_routers + torch.stack([kl, torch.zeros_like(kl)])
 
     return _train(students, feed, loss=loss, schedule=schedule, hooks=hooks)
 
@@ -209,6 +206,35 @@ def _descend(
 def _products(schedule: Schedule, device: torch.device) -> torch.autocast:
     """Return the context in which the matrix products are those of the schedule's precision."""
     return torch.autocast(device.type, torch.bfloat16, enabled=schedule.mixed)
+
+
+def _divergence(
+    lm: TensorParallelLM, head: VocabParallelHead, batch: Batch, final: Tensor, pieces: Sequence[Tensor]
+) -> Tensor:
+    """Return the sum of KL(dense || planned) over the real tokens of a batch at the positions of `pieces`.
+
+    `head` is the model's, in any dtype; `final` leaves the planned model's final norm. The gradient of a piece is taken
+    at once, so that the logits of one piece alone are held, and none are computed anew on the way back.
+    """
+
+    def log_probabilities(final: Tensor) -> Tensor:
+        return lm.scaled_logits(head(final.to(head.weight.dtype)))[mask].float().log_softmax(-1)
+
+    leaf, total = final.detach(), torch.zeros((), device=final.device)
+    leaf.requires_grad_(final.requires_grad)
+    for at in pieces:
+        mask = batch.mask[:, at]
+        with torch.no_grad():
+            log_p = log_probabilities(batch.final[:, at])
+        log_q = log_probabilities(leaf[:, at])
+        kl = nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
+        if kl.requires_grad:
+            kl.backward()
+        total = total + kl.detach()
+    if leaf.grad is None:
+        return total
+    through = (final * leaf.grad).sum()
+    return total + through - through.detach()
 
 
 def _total(of_tokens: Tensor) -> Tensor:
