@@ -28,6 +28,7 @@ from .student import Student
 
 LOGITS = 2**23  # float32, 32 MiB a tensor
 LEARNED = 2**27  # logits that a step learns from at most
+LOOKED_AT = 4  # batches of the text to choose by, at each look: of many more, looks would cost as much as the steps
 # [2]: the sum over this replica's tokens, and their number; of those that a step learns from, or, for None, of all
 Loss = Callable[[Batch, int | None], Tensor]
 State = dict[str, Tensor]
@@ -145,11 +146,11 @@ class _Progress:
 
 def _train(students: Sequence[Student], feed: Feed, *, loss: Loss, schedule: Schedule, hooks: TrainingHooks) -> Outcome:
     """Train until the schedule ends or nothing improves, and leave the students at the best step."""
-    replicas, batches = feed.replicas, feed.fitting
+    replicas, batches, looked_at = feed.replicas, feed.fitting, feed.choosing[:LOOKED_AT]
     parameters = [p for s in students for p in s.trainable()]
     optimizer = _optimizer(parameters, schedule)
     with torch.enable_grad():
-        error = _error(replicas, loss, feed.choosing)
+        error = _error(replicas, loss, looked_at)
         progress, best_values = _Progress(error, error), [p.detach().clone() for p in parameters]
         if hooks.saved is not None:
             progress = _Progress(*(float(v) for v in hooks.saved["progress"]))
@@ -166,7 +167,7 @@ def _train(students: Sequence[Student], feed: Feed, *, loss: Loss, schedule: Sch
             step += 1
             if step % schedule.check_every and step != schedule.steps:
                 continue
-            error = _error(replicas, loss, feed.choosing)
+            error = _error(replicas, loss, looked_at)
             if error < progress.best:
                 progress.best, progress.best_at = error, step
                 best_values = [p.detach().clone() for p in parameters]
