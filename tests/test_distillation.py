@@ -101,6 +101,21 @@ def test_a_training_that_only_does_harm_stops_and_leaves_the_weights() -> None:
     assert all(torch.equal(p, b) for p, b in zip(student.trainable(), before, strict=True))
 
 
+def test_a_rate_that_does_harm_is_lowered_until_it_helps() -> None:
+    model = planned("llama", tp=4, layers=1)
+    feed, notes, states = Feed(model, sequences(32), batch_size=4), list[str](), list[dict]()
+    schedule = Schedule(steps=60, rate=2.0, check_every=5)
+    keeping = TrainingHooks(tick=notes.append, save=lambda t: states.append(copy.deepcopy(t)))
+    student = model.students[0].copy()
+    outcome = distil_block(student, feed, schedule=schedule, hooks=keeping)
+    assert outcome.after < 0.9 * outcome.before and outcome.steps == 60
+    assert "rate times 0.25" in notes[0] and float(notes[-1].rpartition(" ")[2]) in (0.0625, 0.0156), notes
+    again = model.students[0].copy()  # killed just after it had gone back
+    distil_block(again, feed, schedule=schedule, hooks=TrainingHooks(saved=states[0]))
+    for a, b in zip(student.trainable(), again.trainable(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
 def with_routers(model: PlannedModel) -> list[Student]:
     """Copies of the model's students, which it has from then on; what their routers read is far off."""
     for block, student in list(model.students.items()):

@@ -28,6 +28,7 @@ from .student import Student
 
 LOGITS = 2**23  # float32, 32 MiB a tensor
 LEARNED = 2**27  # logits that a step learns from at most
+LOWER = 0.25  # of the rate, where it did harm
 LOOKED_AT = 4  # batches of the text to choose by, at each look: of many more, looks would cost as much as the steps
 # [2]: the sum over this replica's tokens, and their number; of those that a step learns from, or, for None, of all
 Loss = Callable[[Batch, int | None], Tensor]
@@ -136,16 +137,24 @@ def distil_together(
 
 @dataclass
 class _Progress:
-    """The state of a training at its last look: the errors before it and at its best, the step of that, steps made."""
+    """The state of a training at its last look: the errors before it and at its best, the step of that, steps made.
+
+    `factor` is what the rate has been lowered to, as a share.
+    """
 
     before: float
     best: float
     best_at: float = 0.0
     step: float = 0.0
+    factor: float = 1.0
 
 
 def _train(students: Sequence[Student], feed: Feed, *, loss: Loss, schedule: Schedule, hooks: TrainingHooks) -> Outcome:
-    """Train until the schedule ends or nothing improves, and leave the students at the best step."""
+    """Train until the schedule ends or nothing improves, and leave the students at the best step.
+
+    Where a look finds more error than before the training, the rate was too high: it goes on from the best step with
+    less of it.
+    """
     replicas, batches, looked_at = feed.replicas, feed.fitting, feed.choosing[:LOOKED_AT]
     parameters = [p for s in students for p in s.trainable()]
     optimizer = _optimizer(parameters, schedule)
@@ -161,7 +170,7 @@ def _train(students: Sequence[Student], feed: Feed, *, loss: Loss, schedule: Sch
         step = int(progress.step)
         while step < schedule.steps and progress.step - progress.best_at < schedule.patience * schedule.steps:
             for group in optimizer.param_groups:
-                group["lr"] = group["base"] * schedule.at(step)
+                group["lr"] = group["base"] * schedule.at(step) * progress.factor
             batch = batches[_pick(step, len(batches), schedule.seed)]
             _descend(parameters, loss(batch, step), optimizer, replicas=replicas)
             step += 1
@@ -171,9 +180,13 @@ def _train(students: Sequence[Student], feed: Feed, *, loss: Loss, schedule: Sch
             if error < progress.best:
                 progress.best, progress.best_at = error, step
                 best_values = [p.detach().clone() for p in parameters]
+            elif error > progress.before:
+                progress.factor *= LOWER
+                _go_back(parameters, best_values, optimizer)
             progress.step = step
             if hooks.tick is not None:
-                hooks.tick(f"step {step}: error {error:.4f}, at best {progress.best:.4f}")
+                lowered = "" if progress.factor == 1 else f", rate times {progress.factor:.3g}"
+                hooks.tick(f"step {step}: error {error:.4f}, at best {progress.best:.4f}{lowered}")
             if hooks.save is not None:
                 hooks.save(_state(progress, parameters, best_values, optimizer))
     with torch.no_grad():
@@ -274,7 +287,7 @@ def _state(
     progress: _Progress, parameters: Sequence[nn.Parameter], best: list[Tensor], optimizer: torch.optim.Optimizer
 ) -> State:
     """Return all that a training needs to go on, on the CPU."""
-    so_far = (progress.before, progress.best, progress.best_at, progress.step)
+    so_far = (progress.before, progress.best, progress.best_at, progress.step, progress.factor)
     tensors = {"progress": torch.tensor(so_far, dtype=torch.float64)}
     for i, (p, b) in enumerate(zip(parameters, best, strict=True)):
         tensors |= {
@@ -292,8 +305,19 @@ def _restore(saved: State, parameters: Sequence[nn.Parameter], optimizer: torch.
         with torch.no_grad():
             p.copy_(saved[f"now.{i}"])
         optimizer.param_groups[i]["base"] = float(saved[f"base.{i}"])
-        optimizer.state[p] = {
-            "step": saved[f"step.{i}"].clone(),
-            "exp_avg": saved[f"exp_avg.{i}"].to(p),
-            "exp_avg_sq": saved[f"exp_avg_sq.{i}"].to(p),
-        }
+        if f"step.{i}" in saved:  # none where it had just gone back
+            optimizer.state[p] = {
+                "step": saved[f"step.{i}"].clone(),
+                "exp_avg": saved[f"exp_avg.{i}"].to(p),
+                "exp_avg_sq": saved[f"exp_avg_sq.{i}"].to(p),
+            }
+
+
+def _go_back(
+    parameters: Sequence[nn.Parameter], best_values: Sequence[Tensor], optimizer: torch.optim.Optimizer
+) -> None:
+    """Set the parameters back to their best values, and forget what the optimizer knows of the way from there."""
+    with torch.no_grad():
+        for p, value in zip(parameters, best_values, strict=True):
+            p.copy_(value)
+    optimizer.state.clear()
