@@ -73,3 +73,24 @@ def test_a_recovery_ends_within_its_budget() -> None:
     )
     given = [a.block for a in report.attempts if a.treatment == GIVEN_BACK]
     assert report.kl <= 0.3 * as_is and given and set(given) == report.given_back == {0, 1, 2} - set(model.students)
+
+
+def test_what_is_not_given_back_is_fitted_anew_behind_what_will_run() -> None:
+    def recovered(within: Budget | None):
+        model = planned(layers=4)
+        options = RecoveryOptions(methods=("grouping", "refit"), max_rank=0)
+        report = recover(
+            model, fitting=sequences(16), held_out=text, tiers=extreme(model), options=options, budget=within
+        )
+        return model, report
+
+    text, within = sequences(8, seed=1), budget(0.02)
+    (whole, _), (model, report) = recovered(None), recovered(within)
+    anew = next(a for a in report.attempts if "anew" in a.detail)
+    assert anew.kept and set(anew.detail["anew"]) >= set(model.students) and 0 < len(model.students) < 4
+    treatments = [a.treatment for a in report.attempts]
+    assert treatments.index(GIVEN_BACK) < report.attempts.index(anew), "given back before the others were fitted"
+    left = HeldOut(model, text).measure().comparison()
+    assert kept(within, left, certain=True) and report.kl == pytest.approx(kl_by_hand(model, text), rel=1e-4)
+    whole.students = {i: s for i, s in whole.students.items() if i in model.students}
+    assert left.kl < HeldOut(whole, text).measure().kl()

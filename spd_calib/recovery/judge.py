@@ -43,9 +43,11 @@ class Judge:
     def decide(self, block: int | None, treatment: str, *, began: float, detail: dict) -> bool:
         """Return whether a treatment of `block` (None: of all treated blocks), which stands in the model, is to stay.
 
-        `began` is when it was begun, by time.monotonic; `detail` is what the report says of it.
+        `tally` was taken before it was put there: one taken now would compare it with itself. `began` is when it was
+        begun, by time.monotonic; `detail` is what the report says of it.
         """
-        before, after = self.tally, self.held_out.measure()
+        assert self._tally is not None
+        before, after = self._tally, self.held_out.measure()
         fell, error = kl_fall(before, after)
         stays = fell > error
         seconds = time.monotonic() - began

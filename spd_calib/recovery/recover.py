@@ -29,9 +29,10 @@ from .judge import Judge
 from .options import RecoveryOptions
 from .planned_model import PlannedModel
 from .replicate import with_every_head, worth_replicating
-from .report import TOGETHER, Attempt, RecoveryReport
+from .report import TOGETHER, RecoveryReport
 from .student import Student
 
+AHEAD = 2.0  # what fitting and training what is left wins at most behind a refit, on real models (results/llm)
 Sequences = Sequence[Sequence[int]]
 
 
@@ -51,8 +52,9 @@ def recover(
     """Treat the dropped blocks of `model` by their tiers; its students are then what was kept.
 
     With `heads` all KV groups of other ranks are replicated in as many blocks as that says, where the recovered model
-    wins most by it (replicate.py). With a `budget` as few blocks as must be are given back to the dense model in the
-    end, until the whole keeps it.
+    wins most by it (replicate.py). With a `budget` as few blocks as must be are given back to the dense model until the
+    whole keeps it: in the end, and, with refit among the methods, until it keeps AHEAD times the budget before the
+    others are fitted anew and trained, so that they are behind what will run.
 
     Blocks are fitted on `fitting` (whose last eighth chooses ridges, heads and when training stops) and judged on
     `held_out`; both are sequences of token ids. `tick` is given a note after each decision and each look at a training.
@@ -82,19 +84,20 @@ def recover(
     if is_main and treatments:
         run.treat_in_closed_form(treatments, as_is)
     run.finished.share(list(treatments))
-    if heads:
-        exact = run.replicate(heads, text, list(dropped))
-        others = {i: t for i, t in treatments.items() if i not in exact}
-        if is_main and exact and others:
-            run.treat_anew(others, as_is)
-        run.finished.share(list(others))
+    exact = run.replicate(heads, text, list(dropped)) if heads else []
+    early: list[int] = []
+    if budget and "refit" in options.methods:
+        early = run.give_back(budget.model_copy(update={"value": AHEAD * budget.value}), text)
+    others = {i: t for i, t in treatments.items() if i not in exact and i in model.students}
+    if is_main and others and (exact or early):
+        run.treat_anew(others, as_is)
+    run.finished.share(list(others))
+    trained = [i for i in trained if i in model.students]
     if "distillation" in options.methods and trained:
         run.distil(trained)
-    given_back: list[Attempt] = []
-    if is_main and budget:
-        given_back = give_back(model, text, budget, measured=judge.tally.comparison(), tick=judge.tick)
-    left = text.measure() if given_back else judge.tally if is_main else None
-    return RecoveryReport(dict(tiers), before, left.kl() if left else 0.0, [*judge.attempts, *given_back])
+    if budget:
+        run.give_back(budget, text)
+    return RecoveryReport(dict(tiers), before, judge.tally.kl() if is_main else 0.0, judge.attempts)
 
 
 def _closed_form(options: RecoveryOptions, tier: Tier | None) -> ClosedForm:
@@ -196,6 +199,18 @@ class _Run:
         judge.replaced(with_every_head(self.model, exact, heads.every), chosen or [])
         return exact
 
+    def give_back(self, budget: Budget, text: HeldOut) -> list[int]:
+        """Give blocks back to the dense model until the whole keeps `budget`; return them; all replicas call this."""
+        judge, model = self.finished.judge, self.model
+        given = self.finished.agreed(
+            lambda: give_back(model, text, budget, measured=judge.tally.comparison(), tick=judge.tick)
+        )
+        blocks = [attempt.block for attempt in given or [] if attempt.block is not None]
+        model.students = {block: student for block, student in model.students.items() if block not in blocks}
+        if self.finished.is_main and given:
+            judge.replaced([], given)
+        return blocks
+
     def distil(self, blocks: Sequence[int]) -> None:
         """Train one block after the other, then all together; all replicas call this at once."""
         if self.options.block_schedule.steps:
@@ -210,6 +225,7 @@ class _Run:
         name, steps = f"distilled-{block}", self.finished
         if steps.take_over(steps.agreed(lambda: steps.saved(name))):
             return
+        steps.agreed(lambda: steps.judge.tally.kl())  # what it is judged against, taken before it is there
         began, student = time.monotonic(), self.model.students[block].copy()
         hooks = steps.training(name, f"block {block}")
         outcome = distil_block(student, feed, schedule=self.options.block_schedule, hooks=hooks)
@@ -222,6 +238,7 @@ class _Run:
         name, steps = "distilled-together", self.finished
         if steps.take_over(steps.agreed(lambda: steps.saved(name))):
             return
+        steps.agreed(lambda: steps.judge.tally.kl())  # what it is judged against, taken before it is there
         began, feed = time.monotonic(), self._feed(steps.replicas)
         before = [self.model.put(self.model.students[b].copy()) for b in blocks]
         students = [self.model.students[b] for b in blocks]
