@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -47,7 +46,6 @@ from spd_calib.planning.candidates import candidates, interactions_of
 from spd_calib.planning.model_sizes import ModelSizes
 from spd_calib.planning.replication import Affordable, affordable
 from spd_calib.recovery.distillation import Schedule
-from spd_calib.recovery.give_back import give_back
 from spd_calib.recovery.held_out import HeldOut
 from spd_calib.recovery.journal import TensorJournal
 from spd_calib.recovery.options import WITHOUT_TRAINING, RecoveryMethod, RecoveryOptions
@@ -164,16 +162,18 @@ class Table:
         if method in (REPLICATED, DISTILLED_REPLICATED, WITHIN):
             sizes = ModelSizes.of(self.load())
             heads = affordable(sizes, MORE, tp=args.tp, most=len(model.students))
+        budget = Budget(kind="max_ppl_increase", value=0.01, strategies=[Strategy.BLOCK_DROP])
         attempts = self.stage(
-            model, share, method, methods=WITHOUT_TRAINING, fitting=self.sequences[: -args.judged], heads=heads
+            model,
+            share,
+            method,
+            methods=WITHOUT_TRAINING,
+            fitting=self.sequences[: -args.judged],
+            heads=heads,
+            budget=budget if method == WITHIN else None,
         )
         if method.startswith("distilled"):
             attempts += self.stage(model, share, method, methods=("distillation",), fitting=self.trained)
-        if method == WITHIN:
-            text = HeldOut(model, self.budgeted, batch_size=args.batch)
-            budget = Budget(kind="max_ppl_increase", value=0.01, strategies=[Strategy.BLOCK_DROP])
-            measured = text.measure().comparison()
-            attempts += [asdict(a) for a in give_back(model, text, budget, measured=measured, tick=_say)]
         return attempts
 
     def stage(
@@ -185,6 +185,7 @@ class Table:
         methods: tuple[RecoveryMethod, ...],
         fitting: Sequence[Sequence[int]],
         heads: Affordable | None = None,
+        budget: Budget | None = None,
     ) -> list:
         """Treat the model's blocks without training, or train them, and return what was tried; what is done is kept."""
         args, trains, max_rank = self.args, methods == ("distillation",), MAX_RANK[method]
@@ -202,14 +203,17 @@ class Table:
         if trains:
             run |= {"method": method, "trained": args.trained, "schedule": repr(schedule)}
             name += f"-{METHODS.index(method)}-{args.trained}"
+        if budget:
+            name += "-within"
         with TensorJournal(ROOT / "runs" / "llm" / name, run) as journal:
             report = recover(
                 model,
                 fitting=fitting,
-                held_out=self.judging,
+                held_out=self.budgeted if budget else self.judging,
                 tiers=dict.fromkeys(model.students, "extremely sensitive"),
                 options=options,
                 heads=heads,
+                budget=budget,
                 journal=journal,
                 tick=lambda note: _say(f"{100 * share:.0f} %, {method}: {note}"),
             )
@@ -388,7 +392,8 @@ def make_rows(args: argparse.Namespace, path: Path) -> None:
                 (r["method"], r["share"], r["sequences"] if r["method"] in MAX_RANK else 0) for r in document["rows"]
             ]:
                 continue
-            document["rows"].append(table.row(drops, share, method))
+            row = table.row(drops, share, method)
+            document["rows"] = [*rows_so_far(document, path), row]  # another process may have added to them
             path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
