@@ -101,6 +101,7 @@ class Table:
         began, some = time.process_time(), self.sequences[: args.batch]
         lm(torch.tensor(some))
         self.forward_seconds = (time.process_time() - began) / len(some) * (len(self.sequences) - args.judged)
+        self.went_on = False  # whether the present row took over what an interrupted run had made for it
         self.suite: TaskSuite | None = None
         self.dense: Outcome | None = None
 
@@ -149,7 +150,7 @@ class Table:
             "trained": args.trained if "distilled" in method else 0,
             "text": _figures(on_text), "second": _figures(on_second),
             "replicated": sorted(left.replicated), "predictor_weights_a_rank": added,
-            "seconds": seconds, "cpu_seconds": cpu,
+            "seconds": seconds, "cpu_seconds": cpu, "went_on": self.went_on,  # then seconds are those since alone
             "forwards": cpu / self.forward_seconds,  # of the fitted text through the dense model, as long as that took
             "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "tasks": self.on_tasks(TensorParallelLM.simulated(model.restored(), args.tp), left),
@@ -158,7 +159,7 @@ class Table:
 
     def recover(self, model: PlannedModel, share: float, method: str) -> list:
         """Treat the model's blocks by the method; one that trains takes over what was made without training."""
-        args, heads = self.args, None
+        args, heads, self.went_on = self.args, None, False
         if method in (REPLICATED, DISTILLED_REPLICATED, WITHIN):
             sizes = ModelSizes.of(self.load())
             heads = affordable(sizes, MORE, tp=args.tp, most=len(model.students))
@@ -205,6 +206,8 @@ class Table:
             name += f"-{METHODS.index(method)}-{args.trained}"
         if budget:
             name += "-within"
+        own = trains or method in ("free at run time", "with predictors")  # others take over what had a row of its own
+        self.went_on |= own and (ROOT / "runs" / "llm" / name).exists()
         with TensorJournal(ROOT / "runs" / "llm" / name, run) as journal:
             report = recover(
                 model,
@@ -284,7 +287,7 @@ def report(path: Path, command: str) -> str:
         )
         + ". CPU seconds of one thread on a shared machine; of a distilled row those of the training alone, and with "
         f"heads replicated (a rank reads up to {100 * MORE:.0f} % more of the weights) those of the choice and the "
-        "second pass alone, where what comes before had a row of its own.",
+        "second pass alone, where what comes before had its own row. Over: an interrupted run had made some of it.",
         "",
         "| dropped | method | fitted on | KL | perplexity | KL, second text | perplexity, second text"
         + "".join(f" | {t.removesuffix('_part')}" for t in tasks)
@@ -306,7 +309,7 @@ def report(path: Path, command: str) -> str:
             + "".join(f" | {f['kl']:.3f} ± {f['kl_stderr']:.3f} | {100 * f['ppl_increase']:+.1f} %" for f in found)
             + "".join(f" | {100 * t['difference']:+.1f} ± {100 * t['stderr']:.1f}" for t in r["tasks"].values())
             + (f" | {-lost(r)[0]:+.1f} ± {lost(r)[1]:.1f}" if tasks else "")
-            + f" | {r['predictor_weights_a_rank']:,} | {r['cpu_seconds']:.0f} |"
+            + f" | {r['predictor_weights_a_rank']:,} | {'over ' if r.get('went_on') else ''}{r['cpu_seconds']:.0f} |"
         )
     lines += ["", f"Fitted on: sequences; and, where it was distilled, those trained on. {PUBLISHED}", ""]
     if tasks:
