@@ -28,6 +28,7 @@ from .student import Student
 
 LOGITS = 2**23  # float32, 32 MiB a tensor
 LEARNED = 2**27  # logits that a step learns from at most
+HARM = 1.1  # of the error before training: a little more may come of a rate that wins most in the end
 LOWER = 0.25  # of the rate, where it did harm
 LOOKED_AT = 4  # batches of the text to choose by, at each look: of many more, looks would cost as much as the steps
 # [2]: the sum over this replica's tokens, and their number; of those that a step learns from, or, for None, of all
@@ -152,8 +153,8 @@ class _Progress:
 def _train(students: Sequence[Student], feed: Feed, *, loss: Loss, schedule: Schedule, hooks: TrainingHooks) -> Outcome:
     """Train until the schedule ends or nothing improves, and leave the students at the best step.
 
-    Where a look finds more error than before the training, the rate was too high: it goes on from the best step with
-    less of it.
+    Where a look finds HARM times the error before the training, the rate was too high: it goes on from the best step
+    with less of it.
     """
     replicas, batches, looked_at = feed.replicas, feed.fitting, feed.choosing[:LOOKED_AT]
     parameters = [p for s in students for p in s.trainable()]
@@ -180,7 +181,7 @@ def _train(students: Sequence[Student], feed: Feed, *, loss: Loss, schedule: Sch
             if error < progress.best:
                 progress.best, progress.best_at = error, step
                 best_values = [p.detach().clone() for p in parameters]
-            elif error > progress.before:
+            elif error > HARM * progress.before:
                 progress.factor *= LOWER
                 _go_back(parameters, best_values, optimizer)
             progress.step = step
