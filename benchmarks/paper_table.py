@@ -92,7 +92,7 @@ class Table:
         self.judging = self.sequences[-args.judged :]
         self.trained = [s for s in evenly(found[:kept_apart], args.trained + args.judged) if s not in self.judging]
         unfitted = [s for s in found[:kept_apart] if s not in self.sequences]
-        self.budgeted = evenly(unfitted, 4 * args.judged)  # to keep a budget on
+        self.budgeted = evenly(unfitted, 12 * args.judged)  # to keep a budget on, with little doubt
         self.measured = evenly(found[kept_apart:], args.measured)
         second = TextOptions(str(args.second), args.seq_len, args.seq_len, args.measured, 1, pack=True)
         self.second = load_text(second, self.tokenizer).calibration
@@ -205,7 +205,7 @@ class Table:
             run |= {"method": method, "trained": args.trained, "schedule": repr(schedule)}
             name += f"-{METHODS.index(method)}-{args.trained}"
         if budget:
-            name += "-within"
+            name += f"-within-{len(self.budgeted)}"
         own = trains or method in ("free at run time", "with predictors")  # others take over what had a row of its own
         self.went_on |= own and (ROOT / "runs" / "llm" / name).exists()
         with TensorJournal(ROOT / "runs" / "llm" / name, run) as journal:
