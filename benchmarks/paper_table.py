@@ -91,9 +91,9 @@ class Table:
         self.sequences = evenly(found[:kept_apart], args.sequences + args.judged)
         self.judging = self.sequences[-args.judged :]
         self.trained = [s for s in evenly(found[:kept_apart], args.trained + args.judged) if s not in self.judging]
-        unfitted = [s for s in found[:kept_apart] if s not in self.sequences]
-        self.budgeted = evenly(unfitted, 12 * args.judged)  # to keep a budget on, with little doubt
         self.measured = evenly(found[kept_apart:], args.measured)
+        unseen = [s for s in found[kept_apart:] if s not in self.measured]
+        self.budgeted = evenly(unseen, 12 * args.judged)  # to keep a budget on: of documents nothing was fitted to
         second = TextOptions(str(args.second), args.seq_len, args.seq_len, args.measured, 1, pack=True)
         self.second = load_text(second, self.tokenizer).calibration
         lm = TensorParallelLM.simulated(self.load(), args.tp)
