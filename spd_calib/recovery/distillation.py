@@ -183,17 +183,17 @@ def _train(students: Sequence[Student], feed: Feed, *, loss: Loss, schedule: Sch
                 best_values = [p.detach().clone() for p in parameters]
             elif error > HARM * progress.before:
                 progress.factor *= LOWER
-                _go_back(parameters, best_values, optimizer)
+                _set(parameters, best_values)
+                optimizer.state.clear()  # it knows of the way from there alone
             progress.step = step
             if hooks.tick is not None:
                 lowered = "" if progress.factor == 1 else f", rate times {progress.factor:.3g}"
                 hooks.tick(f"step {step}: error {error:.4f}, at best {progress.best:.4f}{lowered}")
             if hooks.save is not None:
                 hooks.save(_state(progress, parameters, best_values, optimizer))
-    with torch.no_grad():
-        for p, value in zip(parameters, best_values, strict=True):
-            p.requires_grad_(False).copy_(value)
-            p.grad = None
+    _set(parameters, best_values)
+    for p in parameters:
+        p.requires_grad_(False).grad = None
     return Outcome(progress.before, progress.best, step)
 
 
@@ -314,11 +314,8 @@ def _restore(saved: State, parameters: Sequence[nn.Parameter], optimizer: torch.
             }
 
 
-def _go_back(
-    parameters: Sequence[nn.Parameter], best_values: Sequence[Tensor], optimizer: torch.optim.Optimizer
-) -> None:
-    """Set the parameters back to their best values, and forget what the optimizer knows of the way from there."""
-    with torch.no_grad():
-        for p, value in zip(parameters, best_values, strict=True):
-            p.copy_(value)
-    optimizer.state.clear()
+@torch.no_grad()
+def _set(parameters: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    """Give the parameters these values."""
+    for p, value in zip(parameters, values, strict=True):
+        p.copy_(value)

@@ -61,6 +61,17 @@ class FinishedSteps:
         self.judge.go_on_from([Attempt(**a) for a in note["attempts"]], measured=measured)
         return True
 
+    def has_trained(self, name: str) -> bool:
+        """Take over a training that an interrupted run had finished, and say whether it had; all replicas call this.
+
+        Where it had not, the whole is measured as it is before the training, which will be judged against that.
+        """
+        if self.take_over(self.agreed(lambda: self.saved(name))):
+            return True
+        if self.is_main:
+            _ = self.judge.tally
+        return False
+
     def keep(self, name: str, blocks: Sequence[int]) -> None:
         """Write down that a step is finished, with what it made of `blocks`."""
         if self.is_main and self.journal is not None:

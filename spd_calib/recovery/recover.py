@@ -89,9 +89,10 @@ def recover(
     if budget and "refit" in options.methods:
         early = run.give_back(budget.model_copy(update={"value": AHEAD * budget.value}), text)
     others = {i: t for i, t in treatments.items() if i not in exact and i in model.students}
-    if is_main and others and (exact or early):
-        run.treat_anew(others, as_is)
-    run.finished.share(list(others))
+    if exact or early:
+        if is_main and others:
+            run.treat_anew(others, as_is)
+        run.finished.share(list(others))
     trained = [i for i in trained if i in model.students]
     if "distillation" in options.methods and trained:
         run.distil(trained)
@@ -223,9 +224,8 @@ class _Run:
 
     def _distil_block(self, block: int, feed: Feed) -> None:
         name, steps = f"distilled-{block}", self.finished
-        if steps.take_over(steps.agreed(lambda: steps.saved(name))):
+        if steps.has_trained(name):
             return
-        steps.agreed(lambda: steps.judge.tally.kl())  # what it is judged against, taken before it is there
         began, student = time.monotonic(), self.model.students[block].copy()
         hooks = steps.training(name, f"block {block}")
         outcome = distil_block(student, feed, schedule=self.options.block_schedule, hooks=hooks)
@@ -236,9 +236,8 @@ class _Run:
 
     def _distil_together(self, blocks: Sequence[int]) -> None:
         name, steps = "distilled-together", self.finished
-        if steps.take_over(steps.agreed(lambda: steps.saved(name))):
+        if steps.has_trained(name):
             return
-        steps.agreed(lambda: steps.judge.tally.kl())  # what it is judged against, taken before it is there
         began, feed = time.monotonic(), self._feed(steps.replicas)
         before = [self.model.put(self.model.students[b].copy()) for b in blocks]
         students = [self.model.students[b] for b in blocks]
