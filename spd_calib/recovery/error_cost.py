@@ -53,6 +53,15 @@ def token_weights(cost: ErrorCost | None, y: Tensor, mask: Tensor) -> Tensor:
     return 1 / y[mask].square().mean(-1).clamp(min=1e-12)
 
 
+def bounded(weights: Tensor, error: Tensor, *, of: Tensor) -> Tensor:
+    """Return the weights of tokens [N], lowered where their error [N, d] is larger than what it is an error of, [N, d].
+
+    Such a token costs what one without anything right does. A token that becomes an attention sink in the planned model
+    alone is 10,000 times as wrong: a regression would be of that token, and a judgement, too.
+    """
+    return weights / (error.square().sum(-1) / of.square().sum(-1).clamp(min=1e-12)).clamp(min=1)
+
+
 def fits_in_memory(feed: Feed) -> bool:
     """Say whether the error costs of all blocks may be held."""
     d, n = feed.batches[0].dense.shape[-1], feed.model.lm.num_blocks

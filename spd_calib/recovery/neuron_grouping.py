@@ -16,10 +16,10 @@ from spd_calib.models.mlp import activations
 from spd_calib.parallel.streams import Streams, in_full
 
 from .assignment import balanced, order_of
-from .error_cost import ErrorCost
+from .error_cost import ErrorCost, bounded
 from .feed import Batch, Feed
 from .permute import permute_neurons
-from .reads import mlp_reads
+from .reads import mlp_reads, settled
 from .refit import Fits
 from .ridge import RidgeFit
 from .student import Student
@@ -95,7 +95,10 @@ def neuron_errors(
             errors.append(_neurons(student, u if fits is None else _mapped(u, fits[rank])) - right)
         found = torch.stack(errors)
         if cost is not None:
-            found *= cost.token_weights(feed.dense_output(batch), batch.mask).sqrt()[:, None]
+            should = feed.dense_output(batch)
+            error = (settled(student.run(s, **feed.kwargs(batch))) - should)[batch.mask]
+            weights = bounded(cost.token_weights(should, batch.mask), error, of=should[batch.mask])
+            found *= weights.sqrt()[:, None]
         yield found
 
 

@@ -20,7 +20,7 @@ from spd_calib.models.mlp import activations
 from spd_calib.models.parts import LayerParts, LinearRows
 from spd_calib.models.shard import ALL_ROWS, RankLinear, Rows
 
-from .error_cost import ErrorCost, token_weights
+from .error_cost import ErrorCost, bounded, token_weights
 from .feed import Batch, Feed
 from .reads import mlp_reads, settled
 from .ridge import Products, Ridge, RidgeFit
@@ -63,8 +63,9 @@ def refit_o(student: Student, feed: Feed, *, cost: ErrorCost | None = None) -> D
             block, s = student.block, feed.inputs(batch)
             partials, heads = block.attend(s, **feed.kwargs(batch))
             before, _ = block.behind_attention(KEPT, s, partials, heads)
-            missing, z = (feed.dense_read(batch) - settled(before))[batch.mask], torch.cat(heads, -1)[batch.mask]
-            weights = token_weights(cost, feed.dense_output(batch), batch.mask)
+            should, z = feed.dense_read(batch)[batch.mask], torch.cat(heads, -1)[batch.mask]
+            missing = should - settled(before)[batch.mask]
+            weights = bounded(token_weights(cost, feed.dense_output(batch), batch.mask), missing, of=should)
             if parts.attention_out_norm is None:
                 missing = missing / parts.o_scale
             else:
@@ -113,14 +114,13 @@ def refit_down(student: Student, feed: Feed, *, cost: ErrorCost | None = None) -
     fitting, choosing = Products(), Products()
     for products, batches in ((fitting, feed.fitting), (choosing, feed.choosing)):
         for batch in batches:
-            should = feed.dense_output(batch)
+            should = _unscaled(feed.dense_output(batch), parts)[batch.mask]
             before, neurons = _before_down(student, feed, batch)
-            wanted, given = (_unscaled(should, parts)[batch.mask] - before) / parts.scale, parts.down(neurons)
-            weights = token_weights(cost, should, batch.mask)
-            if parts.mlp_out_norm is None:
-                missing = wanted - given
-            else:
-                missing = wanted - parts.mlp_out_norm(given)
+            wanted, given = (should - before) / parts.scale, parts.down(neurons)
+            missing = wanted - (given if parts.mlp_out_norm is None else parts.mlp_out_norm(given))
+            weights = token_weights(cost, feed.dense_output(batch), batch.mask)
+            weights = bounded(weights, missing, of=should / parts.scale)
+            if parts.mlp_out_norm is not None:
                 missing, weights = _before_norm(missing, weights, norm=parts.mlp_out_norm, of=given)
             products.add(_features(neurons, parts.down.bias is not None), missing, weights=weights)
     return {"down": _add(parts.down, Ridge(fitting, choosing).best())}
@@ -145,15 +145,19 @@ def _before_norm(missing: Tensor, weights: Tensor, *, norm: nn.Module, of: Tenso
 
 @torch.no_grad()
 def output_error(student: Student, feed: Feed, batches: Sequence[Batch], *, cost: ErrorCost | None = None) -> float:
-    """Return E |planned - dense|^2 / E |dense|^2 at the output of the feed's present block, under `cost`."""
+    """Return E |planned - dense|^2 / E |dense|^2 at the output of the feed's present block, under `cost`.
+
+    No token counts as more than all of it wrong.
+    """
     wrong = size = 0.0
     direction = None if cost is None else cost.direction
     for batch in batches:
         should = feed.dense_output(batch)
         error = (settled(student.run(feed.inputs(batch), **feed.kwargs(batch))) - should)[batch.mask]
         weights = token_weights(cost, should, batch.mask)
-        wrong += (_squares(error, direction) * weights).sum().item()
-        size += (_squares(should[batch.mask], direction) * weights).sum().item()
+        all_of_it = _squares(should[batch.mask], direction)
+        wrong += (torch.minimum(_squares(error, direction), all_of_it) * weights).sum().item()
+        size += (all_of_it * weights).sum().item()
     return wrong / max(size, 1e-30)
 
 
