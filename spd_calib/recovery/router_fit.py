@@ -55,7 +55,9 @@ def fit_router(student: Student, feed: Feed, *, forms: Sequence[PredictorForm]) 
     router, norm = mixture.router.get_parameter("weight").double(), student.parts.norm2.get_parameter("weight").double()
     seen = router * norm
     metric = seen.T @ seen
-    metric = metric + FLOOR * metric.diagonal().mean() * torch.eye(len(metric), dtype=metric.dtype)
+    metric = metric + FLOOR * metric.diagonal().mean() * torch.eye(
+        len(metric), dtype=metric.dtype, device=metric.device
+    )
     fitting, choosing = Products(), Products()
     for products, batches in ((fitting, feed.fitting), (choosing, feed.choosing)):
         for batch in batches:
@@ -117,7 +119,8 @@ def _reduced(w: Tensor, xx: Tensor, metric: Tensor, k: int) -> tuple[Tensor, Ten
     """Return W [d, d] as A [d, k] times B [k, d]: the k directions that count most in the metric."""
     values, vectors = torch.linalg.eigh(metric)
     half, inverse = ((vectors * values.sqrt() ** sign) @ vectors.T for sign in (1, -1))
-    root = torch.linalg.cholesky(xx + 1e-6 * xx.diagonal().mean() * torch.eye(len(xx), dtype=xx.dtype))
+    identity = torch.eye(len(xx), dtype=xx.dtype, device=xx.device)
+    root = torch.linalg.cholesky(xx + 1e-6 * xx.diagonal().mean() * identity)
     v = torch.linalg.svd(root.T @ w @ half, full_matrices=False).Vh[:k]
     return w @ half @ v.T, v @ inverse
 

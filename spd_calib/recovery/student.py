@@ -101,7 +101,7 @@ class Student:
 
     def with_router(self, router: Predictor | None) -> "Student":
         """Return the same student with this predictor of its router in place of the one it has."""
-        return self._with(router=router)
+        return self._with(router=router and router.like(next(self.block.mlps.parameters())))
 
     def _with(self, **changes: Any) -> "Student":
         point = self.block.attention_point
