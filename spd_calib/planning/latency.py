@@ -90,9 +90,12 @@ class LatencyModel:
         return sum(of_kept) + sum(of_left)
 
     def of(self, treatment: Drop) -> float:
-        """Return the seconds that a sync point takes that is treated so; what a dropped one leaves is sent as it is."""
+        """Return the seconds that a sync point takes that is treated so.
+
+        What a dropped one leaves is sent with the bits of the next sync, which are not known: those that take longest.
+        """
         if treatment.strategy != Strategy.KEEP_SYNC:
-            return self.left
+            return max([self.left, *(sync.left for sync in self.quantised.values())])
         return self.all_reduce if treatment.bits is None else self.quantised[treatment.bits].kept
 
     @property
