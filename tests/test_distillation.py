@@ -38,6 +38,16 @@ def test_distillation_lessens_the_error_and_goes_on_after_a_kill() -> None:
     assert torch.equal(dense(ids), planned("llama", tp=4, layers=1).lm(ids)), "the dense model is left alone"
 
 
+def test_a_training_that_runs_off_into_no_number_goes_back_at_once() -> None:
+    model, notes = planned("llama", tp=4, layers=1), []
+    feed = Feed(model, sequences(16), batch_size=4)
+    student = model.students[0].copy()
+    schedule = Schedule(steps=12, check_every=3, rate=1e30)
+    outcome = distil_block(student, feed, schedule=schedule, hooks=TrainingHooks(tick=notes.append))
+    assert "error nan" in notes[0] and notes[0].endswith("rate times 0.25")
+    assert math.isfinite(outcome.after) and all(p.isfinite().all() for p in student.layer.parameters())
+
+
 def test_a_step_on_some_positions_of_a_large_vocabulary_still_learns(monkeypatch: pytest.MonkeyPatch) -> None:
     model = planned("llama", tp=4, layers=2)
     feed = Feed(model, sequences(32), batch_size=4)

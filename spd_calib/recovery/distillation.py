@@ -4,8 +4,8 @@ Block by block: the student block (its own weights, and the predictors) learns t
 squared error, from the dense block's input or from the planned model's own. Then, shortly, all treated blocks
 together on KL(dense || planned). Routers of experts learn the dense model's choice besides (routing_error.py). AdamW,
 linear warm-up, cosine decay, early stop on the text to choose by. What is held: one block (or, at the end, the treated
-ones), its optimizer's state, and the feed. Logits are held of LOGITS numbers at once, and computed anew on the way
-back; with a very large vocabulary each step learns from some positions of its batch.
+ones), its optimizer's state, and the feed. Of the logits LOGITS numbers are held at once; with a very large vocabulary
+each step learns from some positions of its batch.
 """
 
 import math
@@ -127,7 +127,7 @@ def distil_together(
                 s = model.run_block(index, s, **kwargs)
         dense = routed_in_dense_model(feed, batch, last=max(routed, default=-1))
         final = model.lm.final_norm(s)
-        pieces = _positions(batch.mask, model.lm.head.vocab_size, step)
+        pieces = _positions(batch.mask, model.lm.head.vocab_size, step, replicas=feed.replicas.size)
         seen = torch.cat(list(pieces))
         of_routers = _total(routing_error(dense, routed, batch.mask)[:, seen][batch.mask[:, seen]])
         kl = _divergence(model.lm, exact if step is None else head, batch, final, pieces)
@@ -160,9 +160,11 @@ def _train(students: Sequence[Student], feed: Feed, *, loss: Loss, schedule: Sch
     parameters = [p for s in students for p in s.trainable()]
     optimizer = _optimizer(parameters, schedule)
     with torch.enable_grad():
-        error = _error(replicas, loss, looked_at)
-        progress, best_values = _Progress(error, error), [p.detach().clone() for p in parameters]
-        if hooks.saved is not None:
+        best_values = [p.detach().clone() for p in parameters]
+        if hooks.saved is None:
+            error = _error(replicas, loss, looked_at)
+            progress = _Progress(error, error)
+        else:
             progress = _Progress(*(float(v) for v in hooks.saved["progress"]))
             best_values = [hooks.saved[f"best.{i}"].to(p) for i, p in enumerate(parameters)]
             _restore(hooks.saved, parameters, optimizer)
@@ -181,7 +183,7 @@ def _train(students: Sequence[Student], feed: Feed, *, loss: Loss, schedule: Sch
             if error < progress.best:
                 progress.best, progress.best_at = error, step
                 best_values = [p.detach().clone() for p in parameters]
-            elif error > HARM * progress.before:
+            elif not error <= HARM * progress.before:  # nor is it a number
                 progress.factor *= LOWER
                 _set(parameters, best_values)
                 optimizer.state.clear()  # it knows of the way from there alone
@@ -264,17 +266,18 @@ def _error(replicas: Comm, loss: Loss, batches: Sequence[Batch]) -> float:
     return (sums / tokens).mean().item()
 
 
-def _positions(mask: Tensor, vocabulary: int, step: int | None) -> Sequence[Tensor]:
+def _positions(mask: Tensor, vocabulary: int, step: int | None, *, replicas: int = 1) -> Sequence[Tensor]:
     """Return the positions of a batch, mask [B, T], in pieces whose logits are at most LOGITS numbers each.
 
-    Those of a step are drawn, others each time, and their logits are at most LEARNED numbers (one piece at least).
+    Those of a step are drawn, others each time, and all replicas' logits are at most LEARNED numbers (one piece at
+    least).
     """
     rows, length = mask.shape
     if step is None:
         order, most = torch.arange(length), length
     else:
         order = torch.randperm(length, generator=torch.Generator().manual_seed(step))
-        most = max(1, LEARNED // (rows * vocabulary))
+        most = max(1, LEARNED // (rows * replicas * vocabulary))
     return order[:most].to(mask.device).split(max(1, LOGITS // (rows * vocabulary)))
 
 
