@@ -9,6 +9,7 @@ from planned_models import extreme, heads, planned, sequences
 
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import Drops, Point, Strategy
+from spd_calib.formats.plan import Budget
 from spd_calib.models.load import load_dense, load_tokenizer, locate, read_config
 from spd_calib.recovery import closed_form
 from spd_calib.recovery import recover as recover_module
@@ -128,14 +129,52 @@ def test_what_makes_the_whole_worse_is_taken_back_block_by_block(monkeypatch: py
     assert not report.kept(2) and not report.kept(3) and report.kept(1)
 
 
-@pytest.mark.parametrize(("max_rank", "exact"), [(64, 0), (3, 0), (0, 1)])
-def test_a_killed_recovery_goes_on_where_it_was(tmp_path: Path, max_rank: int, exact: int) -> None:
-    """To the same bits, with full predictors, with low-rank ones, and where one block replicates all heads."""
+def test_a_recovery_killed_before_its_judgement_is_judged_as_if_it_had_not_been(tmp_path, monkeypatch) -> None:
+    """Blocks that nothing helped come back from the journal as copies; they are not among those treated."""
+    treat = recover_module.treat_block
+
+    def treat_some(block, *args, **kwargs):
+        if block < 2:
+            return
+        treat(block, *args, **kwargs)
+        if block == 3:
+            student = kwargs["feed"].model.students[3].copy()
+            with torch.no_grad():
+                student.parts.down.weight.mul_(-3)
+            kwargs["feed"].model.put(student)
+
+    class Killed(Exception):
+        pass
+
+    def kill(note: str) -> None:
+        if note.startswith("all treated"):
+            raise Killed
+
+    monkeypatch.setattr(recover_module, "treat_block", treat_some)
+    options = RecoveryOptions(methods=("grouping", "compensation", "refit"), max_rank=0)
+    said = {"fitting": sequences(32), "held_out": sequences(8, seed=1), "options": options}
+    whole, killed, again = (planned(layers=4) for _ in range(3))
+    expected = recover(whole, tiers=extreme(whole), **said)
+    with pytest.raises(Killed), TensorJournal(tmp_path / "state", {"run": 1}) as journal:
+        recover(killed, tiers=extreme(killed), **said, journal=journal, tick=kill)
+    with TensorJournal(tmp_path / "state", {"run": 1}) as journal:
+        report = recover(again, tiers=extreme(again), **said, journal=journal)
+    tried = [[(a.detail["up_to_block"], a.kept) for a in r.attempts if a.block is None] for r in (expected, report)]
+    assert tried[0] == tried[1] == [(3, False), (2, True)] and report.kl == expected.kl
+
+
+@pytest.mark.parametrize(("max_rank", "exact", "within"), [(64, 0, None), (3, 0, None), (0, 1, None), (0, 0, 0.1)])
+def test_a_killed_recovery_goes_on_where_it_was(tmp_path: Path, max_rank: int, exact: int, within) -> None:
+    """To the same bits: with full and low-rank predictors, a block of replicated heads, and one given back."""
     schedule = Schedule(steps=6, check_every=2)
     options = RecoveryOptions(
         methods=METHODS, exchange=0.0, max_rank=max_rank, block_schedule=schedule, whole_schedule=schedule
     )
-    text = {"fitting": sequences(16), "held_out": sequences(4, seed=1), "heads": heads(exact) if exact else None}
+    budget = within and Budget(kind="max_kl", value=within, strategies=[Strategy.BLOCK_DROP])
+    text = {
+        "fitting": sequences(16), "held_out": sequences(4, seed=1), "heads": heads(exact) if exact else None,
+        "budget": budget,
+    }  # fmt: skip
     whole = planned(layers=2)
     expected = recover(whole, **text, tiers=extreme(whole), options=options)
 

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import tiny
 import torch
 from planned_models import EVERY
@@ -10,8 +11,10 @@ from safetensors.torch import load_file
 
 import spd_calib
 from spd_calib.api.progress import Progress
+from spd_calib.errors import InputError
 from spd_calib.formats.files import read
 from spd_calib.formats.plan import Plan
+from spd_calib.formats.profile import Profile
 
 SELECTION = spd_calib.TextSelection(seq_len=24, max_samples=24, verify_samples=8)
 
@@ -128,6 +131,39 @@ def test_within_a_budget_blocks_are_given_back_and_the_plan_says_so(spd, llama, 
     assert made.budget.kind == "max_kl" and made.budget.value == 0.05
     assert ("mlp_drop" in made.requires) == made.drops.requires_mlp_drop
     assert abs(verified_again(made, tmp_path / "out", text).kl - made.verified.kl) < 1e-4 * max(made.verified.kl, 1e-3)
+
+
+def test_a_checkpoint_whose_blocks_were_all_given_back_is_profiled_as_what_it_is(spd, llama, text, tmp_path) -> None:
+    """The dense model: so nothing is dropped whatever a new plan says."""
+    plan = write_plan(tmp_path / "plan.json", llama, 4, ["block_drop"] * 4)
+    said = ["--data", text, "--seq-len", 24, "--max-samples", 24, "--verify-samples", 8, "--device", "cpu"]
+    run = spd("recover", plan, *said, "-o", tmp_path / "out", "--methods", "compensation", "--max-kl", 0)
+    assert run.code == 0, run.err
+    made = read(Plan, tmp_path / "out" / "plan.json")
+    assert not made.drops and made.verified.kl < 1e-9
+    run = spd("profile", tmp_path / "out", "--tp", 4, *said, "-o", tmp_path / "again.json")
+    assert run.code == 0, run.err
+    assert not read(Profile, tmp_path / "again.json").settled
+
+
+def test_a_recovery_for_another_budget_does_not_go_on_from_this_one(llama, text, tmp_path) -> None:
+    class Killed(Exception):
+        pass
+
+    def kill(note: str) -> None:
+        if "given back alone" in note:
+            raise Killed
+
+    plan = write_plan(tmp_path / "plan.json", llama, 4, ["block_drop"] * 4)
+    said = {"data": str(text), "text": SELECTION, "run": spd_calib.RunOptions(device="cpu")}
+    with pytest.raises(Killed):
+        spd_calib.recover(plan, tmp_path / "out", **said, max_kl=0.0001, progress=Progress(step=kill))
+    with pytest.raises(InputError, match="another recovery"):
+        spd_calib.recover(plan, tmp_path / "out", **said, max_kl=0.002)
+    steps, expected = [], []
+    counting = Progress(step=steps.append, expect=expected.append)
+    spd_calib.recover(plan, tmp_path / "whole", **said, max_kl=0.0001, progress=counting)
+    assert 0 < len(steps) <= sum(expected)
 
 
 def test_heads_are_replicated_where_the_recovered_model_costs_most(spd, llama, text, tmp_path) -> None:

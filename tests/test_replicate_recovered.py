@@ -1,15 +1,17 @@
 """Heads replicated in a recovered model: where the whole wins most, and exactly the dense block there."""
 
 import pytest
+import tiny
 import torch
 from planned_models import EVERY, extreme, heads, planned, sequences
 
 from spd_calib.errors import InputError
-from spd_calib.formats.drops import Point
+from spd_calib.formats.drops import Drops, Point, Strategy
 from spd_calib.planning.model_sizes import Added
 from spd_calib.planning.replication import Affordable
 from spd_calib.recovery.held_out import HeldOut
 from spd_calib.recovery.options import RecoveryOptions
+from spd_calib.recovery.planned_model import PlannedModel
 from spd_calib.recovery.recover import recover
 from spd_calib.recovery.replicate import with_every_head, worth_replicating
 from spd_calib.recovery.report import REPLICATED, TOGETHER
@@ -48,7 +50,21 @@ def test_a_block_with_every_head_is_the_dense_block_with_its_sync_dropped() -> N
     recording = model.lm.record(ids)
     assert (model.lm.logits(model.run(recording)) - model.lm.logits(recording.final)).abs().max() < 1e-5
     assert set(model.drops) == {Point(0, "attention"), Point(1, "attention")}  # dropped, all the same
-    assert worth_replicating(model, HeldOut(model, sequences(4)), [0, 1], most=0, tick=lambda note: None) == []
+    assert worth_replicating(model, HeldOut(model, sequences(4)), [0, 1], heads=heads(0), tick=lambda note: None) == []
+
+
+def test_where_mlps_are_dropped_too_a_block_is_said_to_win_what_it_does() -> None:
+    """Its MLP's sync stays dropped, and it reads streams that differ by rank: it is not the dense block."""
+    points = [Point(i, "attention") for i in range(3)] + [Point(i, "mlp") for i in range(2)]
+    model = PlannedModel(tiny.build("llama", layers=3), 4, Drops.of(dict.fromkeys(points, Strategy.BLOCK_DROP)))
+    text = HeldOut(model, sequences(8, seed=1))
+    before = text.measure().kl()
+    chosen = worth_replicating(model, text, [0, 1, 2], heads=heads(3), tick=lambda note: None)
+    assert chosen
+    for attempt in chosen:
+        as_it_was = model.put(with_every_head(model, [attempt.block], EVERY)[0])
+        assert attempt.fell == pytest.approx(before - text.measure().kl(), rel=1e-4)
+        model.put(as_it_was)
 
 
 def test_a_mixture_of_experts_is_refused_before_anything_is_fitted() -> None:

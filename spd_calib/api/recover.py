@@ -138,11 +138,15 @@ def recover(
         "options": repr(options),
         "dtype": run.dtype,
         "tiers": repr(tiers),
+        "budget": repr(budget),
     }
     if heads:
         identity |= {"heads": repr(heads)}
         progress.say(f"heads to replicate in {heads.blocks} blocks: {100 * heads.share:.1f} % more weights to read")
-    progress.expect(_steps_at_most(tiers, options, passes=2 if heads else 1, choices=bool(heads) + bool(budget)))
+    gives_back = 0 if budget is None else 2 if "refit" in options.methods else 1  # before the rest is treated anew, too
+    progress.expect(
+        _steps_at_most(tiers, options, passes=2 if heads or gives_back == 2 else 1, choices=bool(heads) + gives_back)
+    )
     made: Plan | None = None
     with TensorJournal(output.absolute().parent / f"{output.name}.partial", identity) as journal:
         report = treat(

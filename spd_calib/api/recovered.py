@@ -85,7 +85,7 @@ def find_recovered(session: Session) -> RecoveredCheckpoint | None:
     if not path.is_file() or b'"spd-calib/plan"' not in path.read_bytes():
         return None
     plan = read(Plan, path)
-    if plan.recovered_from is None:
+    if plan.recovered_from is None or not plan.drops:  # with every block given back it is the dense model
         return None
     check_same_model(plan.model, session.ref)
     ranks = plan.tensor_parallel.size

@@ -69,7 +69,7 @@ def whole_blocks_for(drops: Drops, *, session: Session, share: Amount) -> Afford
     if not most:
         raise InputError("No attention's sync point is dropped by block_drop, so no heads can be replicated.")
     sizes = sizes_of(session)
-    heads = affordable(sizes, fraction(share, "replicate"), tp=session.tp, most=most)
+    heads = affordable(sizes, fraction(share, "replicate"), tp=session.tp, most=most, whole=True)
     if not heads.blocks:
         one = affordable(sizes, 1.0, tp=session.tp, most=1).share
         raise InputError(

@@ -44,10 +44,11 @@ class Replicated:
     reasons: Mapping[int, str] = field(default_factory=dict)
 
 
-def affordable(sizes: ModelSizes, share: float, *, tp: int, most: int) -> Affordable:
+def affordable(sizes: ModelSizes, share: float, *, tp: int, most: int, whole: bool = False) -> Affordable:
     """Return the heads in at most `most` blocks that add no more than `share` of the weights that a dense rank reads.
 
-    Raises InputError for a single rank, SpdError where that is less than one KV group.
+    With `whole` all heads of a block or none of them. Raises InputError for a single rank, SpdError where that share is
+    less than one KV group.
     """
     if tp == 1:
         raise InputError("A single rank has every head already; leave `replicate` out.")
@@ -63,6 +64,7 @@ def affordable(sizes: ModelSizes, share: float, *, tp: int, most: int) -> Afford
             f"`replicate` {100 * share:.3g}% of the weights is less than one KV group takes in one block, "
             f"{100 * least:.3g} %; allow more, or leave it out."
         )
+    within = [] if whole else within
     added = sum([prices[others]] * blocks + [prices[n] for n in within[-1:]], start=NOTHING_ADDED)
     some = following(sizes, within[-1], tp=tp) if within else None
     return Affordable(blocks, following(sizes, others, tp=tp), some, added, added.weights / dense)

@@ -78,6 +78,19 @@ class FinishedSteps:
             tensors = {f"{b}/{n}": t for b in blocks for n, t in self.model.students[b].state().items()}
             self.journal.save(name, tensors, note={"attempts": [asdict(a) for a in self.judge.attempts]})
 
+    def choice(self, name: str, choose: Callable[[], list[Attempt]]) -> list[Attempt]:
+        """Return what `choose` finds, on every replica; a run that goes on has the choice of the one before."""
+
+        def of_main() -> list[Attempt]:
+            if (saved := self.saved(name)) is not None:
+                return [Attempt(**a) for a in saved[1]["attempts"]]
+            found = choose()
+            if self.journal is not None:
+                self.journal.save(name, {}, note={"attempts": [asdict(a) for a in found]})
+            return found
+
+        return self.agreed(of_main) or []
+
     def share(self, blocks: Sequence[int]) -> None:
         """Give all replicas what the main one made of `blocks`."""
         for block in blocks if self.replicas.size > 1 else ():

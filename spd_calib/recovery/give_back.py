@@ -6,6 +6,7 @@ little, towards the dense model.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from spd_calib.formats.plan import Budget
 from spd_calib.formats.profile import Comparison
@@ -13,9 +14,10 @@ from spd_calib.planning.budget import cost, describe, kept
 
 from .held_out import HeldOut, kl_fall
 from .planned_model import PlannedModel
-from .report import GIVEN_BACK, Attempt
+from .report import GIVEN_BACK, REPLICATED, Attempt
 from .student import Student
 
+NONE: Mapping[int, Student] = MappingProxyType({})
 RANKED_ON = 16  # sequences, to see what each block costs: of 4 it is noise but for the costliest
 
 
@@ -42,21 +44,30 @@ def give_back(
     return order[:low]
 
 
-def ranked(model: PlannedModel, text: HeldOut, blocks: Sequence[int], *, tick: Callable[[str], None]) -> list[Attempt]:
+def ranked(
+    model: PlannedModel,
+    text: HeldOut,
+    blocks: Sequence[int],
+    *,
+    instead: Mapping[int, Student] = NONE,
+    tick: Callable[[str], None],
+) -> list[Attempt]:
     """Return an attempt at giving back each of `blocks` alone, those that win most first; the model stays as it was.
 
-    The KL is that of the whole on some of the text.
+    A block of which `instead` has a student is replaced by that. The KL is that of the whole on some of the text.
     """
     some = HeldOut(model, text.sequences[:RANKED_ON], batch_size=text.batch_size)
     treated, before, found = dict(model.students), some.measure(), list[Attempt]()
     for block in blocks:
         began = time.monotonic()
         _leave_out(model, treated, [block])
+        if block in instead:
+            model.students[block] = instead[block]
         after = some.measure()
         fell, error = kl_fall(before, after)
-        seconds = time.monotonic() - began
-        found.append(Attempt(block, GIVEN_BACK, before.kl(), after.kl(), fell, error, True, seconds))
-        tick(f"block {block} given back alone: KL {before.kl():.4f} -> {after.kl():.4f}")
+        seconds, treatment = time.monotonic() - began, REPLICATED if block in instead else GIVEN_BACK
+        found.append(Attempt(block, treatment, before.kl(), after.kl(), fell, error, True, seconds))
+        tick(f"block {block} {treatment} alone: KL {before.kl():.4f} -> {after.kl():.4f}")
     _leave_out(model, treated, [])
     return sorted(found, key=lambda attempt: attempt.fell or 0.0, reverse=True)
 

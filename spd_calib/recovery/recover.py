@@ -84,10 +84,10 @@ def recover(
     if is_main and treatments:
         run.treat_in_closed_form(treatments, as_is)
     run.finished.share(list(treatments))
-    exact = run.replicate(heads, text, list(dropped)) if heads else []
+    exact = run.replicate(heads, list(dropped)) if heads else []
     early: list[int] = []
     if budget and "refit" in options.methods:
-        early = run.give_back(budget.model_copy(update={"value": AHEAD * budget.value}), text)
+        early = run.give_back(budget.model_copy(update={"value": AHEAD * budget.value}), "given-back-early")
     others = {i: t for i, t in treatments.items() if i not in exact and i in model.students}
     if exact or early:
         if is_main and others:
@@ -97,7 +97,7 @@ def recover(
     if "distillation" in options.methods and trained:
         run.distil(trained)
     if budget:
-        run.give_back(budget, text)
+        run.give_back(budget, "given-back")
     return RecoveryReport(dict(tiers), before, judge.tally.kl() if is_main else 0.0, judge.attempts)
 
 
@@ -175,7 +175,8 @@ class _Run:
         the last may be taken back.
         """
         judge = self.finished.judge
-        made = [student for i, student in sorted(self.model.students.items()) if student is not as_is[i]]
+        treated = {attempt.block for attempt in judge.attempts if attempt.kept}
+        made = [student for i, student in sorted(self.model.students.items()) if i in treated]
         good, bad, tried = 0, len(made) + 1, len(made)
         while good < tried < bad:
             for place, student in enumerate(made):
@@ -190,23 +191,27 @@ class _Run:
             self.model.put(student)
         judge.undo([as_is[student.index] for student in made[good:]])
 
-    def replicate(self, heads: Affordable, text: HeldOut, blocks: Sequence[int]) -> list[int]:
+    def replicate(self, heads: Affordable, blocks: Sequence[int]) -> list[int]:
         """Replicate heads where the whole wins most by it, and return these blocks; all replicas call this at once."""
         judge = self.finished.judge
-        chosen = self.finished.agreed(
-            lambda: worth_replicating(self.model, text, blocks, most=heads.blocks, tick=judge.tick)
+        chosen = self.finished.choice(
+            "replicated", lambda: worth_replicating(self.model, judge.held_out, blocks, heads=heads, tick=judge.tick)
         )
-        exact = [attempt.block for attempt in chosen or [] if attempt.block is not None]
-        judge.replaced(with_every_head(self.model, exact, heads.every), chosen or [])
+        exact = [attempt.block for attempt in chosen if attempt.block is not None]
+        judge.replaced(with_every_head(self.model, exact, heads.every), chosen)
         return exact
 
-    def give_back(self, budget: Budget, text: HeldOut) -> list[int]:
-        """Give blocks back to the dense model until the whole keeps `budget`; return them; all replicas call this."""
+    def give_back(self, budget: Budget, name: str) -> list[int]:
+        """Give blocks back to the dense model until the whole keeps `budget`; return them; all replicas call this.
+
+        `name` is that of the step.
+        """
         judge, model = self.finished.judge, self.model
-        given = self.finished.agreed(
-            lambda: give_back(model, text, budget, measured=judge.tally.comparison(), tick=judge.tick)
+        given = self.finished.choice(
+            name,
+            lambda: give_back(model, judge.held_out, budget, measured=judge.tally.comparison(), tick=judge.tick),
         )
-        blocks = [attempt.block for attempt in given or [] if attempt.block is not None]
+        blocks = [attempt.block for attempt in given if attempt.block is not None]
         model.students = {block: student for block, student in model.students.items() if block not in blocks}
         if self.finished.is_main and given:
             judge.replaced([], given)

@@ -64,7 +64,7 @@ def recovered_plan(
 
 def _block(block: PlannedBlock, model: PlannedModel, report: RecoveryReport) -> PlannedBlock:
     student = model.students.get(block.index)
-    if student is None and block.index in report.given_back:
+    if student is None and any(strategy != Strategy.KEEP_SYNC for strategy, _ in block.syncs):  # it was given back
         nothing = dict.fromkeys(("recovery", "compensation", "mlp_compensation", "router", "replicated"))
         kept = dict.fromkeys(("strategy", "mlp_strategy"), Strategy.KEEP_SYNC)
         return block.model_copy(update={**nothing, **kept, "reason": "kept again: without it the budget is broken"})
@@ -95,6 +95,7 @@ def _reason(report: RecoveryReport, block: int) -> str:
     tier, kept = report.tiers.get(block), report.kept(block)
     for attempt in report.attempts:
         if attempt.block == block and attempt.treatment == REPLICATED:
-            return f"{tier}; all heads of other ranks replicated: KL {attempt.fell:.3g} less than recovered"
+            trained = "".join(f"; {treatment}" for treatment in kept if treatment != REPLICATED)
+            return f"{tier}; all heads of other ranks replicated: KL {attempt.fell:.3g} less than recovered{trained}"
     done = "recovered by " + ", ".join(dict.fromkeys(kept)) if kept else "left as it is: no treatment helped the whole"
     return f"{tier}; {done}" if tier != "insensitive" else "insensitive: dropped as it is"

@@ -10,7 +10,7 @@ from spd_calib.sensitivity.tiers import Tier
 REPORT_FILE = "recovery.json"  # in the checkpoint's folder
 TOGETHER = "all without training"  # what was done in closed form, to all blocks, as one treatment
 
-GIVEN_BACK = "given back"  # to the dense model, in the end, since the whole broke its budget
+GIVEN_BACK = "given back"  # to the dense model, since the whole broke its budget
 REPLICATED = "heads replicated"  # of other ranks, on every rank, in a block of the dense model
 
 
@@ -40,11 +40,6 @@ class RecoveryReport:
     kl_as_is: float
     kl: float
     attempts: Sequence[Attempt]
-
-    @property
-    def given_back(self) -> set[int | None]:
-        """Return the blocks that are the dense model's again."""
-        return {a.block for a in self.attempts if a.treatment == GIVEN_BACK}
 
     def kept(self, block: int) -> list[str]:
         """Return the treatments of a block that stayed."""
