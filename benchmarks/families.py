@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import Drops, Point, Strategy
-from spd_calib.models.config_checks import refuse_other_kinds
+from spd_calib.models.config_checks import choose_attention, refuse_other_kinds
 from spd_calib.models.load import check_config
 from spd_calib.models.source import Source
 from spd_calib.models.text_part import text_config
@@ -35,8 +35,10 @@ HEAD = """# Every causal language model of transformers
 What happens with each class of transformers {version} at its default configuration; written by `make families`.
 *Runs*: a small random copy of it gives the dense model's logits with every sync point kept on two ranks, and with every
 one dropped on a single rank (of a mixture of experts, its first MLP's). Everything else ends in the sentence shown and
-exit code 2: none gives a number. Of the models of text and images those that transformers lists among the causal ones
-stand here; [all that are taken](limits.md#models-of-text-and-images).
+exit code 2: none gives a number. A default configuration is often that of no real checkpoint: those of DeepSeek V2,
+Gemma 4, HunYuan and Nemotron are refused for it, and [their checkpoints run](architectures.md). Of the models of text
+and images those that transformers lists among the causal ones stand here; [all that are
+taken](limits.md#models-of-text-and-images).
 
 | class | what happens |
 |---|---|
@@ -85,6 +87,7 @@ def outcome(model_type: str, name: str) -> str:
     try:
         whole, config = config, text_config(Source("It", Path(), None), config)
         refuse_other_kinds(Source("It", Path(), None), config)
+        choose_attention(config)
         check_config(config, RANKS)
         run(small(config))
     except InputError as e:

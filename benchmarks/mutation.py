@@ -129,8 +129,9 @@ def report(record: dict) -> str:
     reasons = yaml.safe_load((KEPT / "explained.yaml").read_text(encoding="utf-8")) or []
     parts = [
         "<!-- written by benchmarks/mutation.py: make mutation -->\n\n# Mutants\n\n",
-        f"mutmut {record['mutmut']}, {record['date']}; `make mutation`. A mutant is a small change of the code; it is "
-        "killed where a test then fails.\n\n| module | mutants | tried | killed | lived, explained | lived |\n",
+        f"mutmut {record['mutmut']}, {record['date']}; `make mutation`, or `make mutation EVERY=3`: every third one. "
+        "A mutant is a small change of the code; it is killed where a test then fails.\n\n"
+        "| module | mutants | tried | killed | lived, explained | lived |\n",
         "|---|---|---|---|---|---|\n",
     ]
     total = {"mutants": 0, "tried": 0, "killed": 0, "explained": 0}

@@ -252,14 +252,14 @@ def main() -> None:
     parser.add_argument("--shares", default="0.25,0.5,0.7,0.9,1", help="of the attention syncs, to drop")
     parser.add_argument("--methods", default=";".join(METHODS[1:]), help="separated by semicolons")
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--sequences", type=int, default=72, help="to fit on")
+    parser.add_argument("--sequences", type=int, default=144, help="to fit on")
     parser.add_argument("--judged", type=int, default=8, help="sequences to judge the whole by")
     parser.add_argument(
-        "--measured", type=int, default=16, help="sequences from all over the last quarter, to measure on"
+        "--measured", type=int, default=64, help="sequences from all over the last quarter, to measure on"
     )
     parser.add_argument("--trained", type=int, default=480, help="sequences to train on")
-    parser.add_argument("--steps", type=int, default=400, help="of distillation")
-    parser.add_argument("--rate", type=float, default=0.0002, help="of distillation")
+    parser.add_argument("--steps", type=int, default=320, help="of distillation")
+    parser.add_argument("--rate", type=float, default=0.0005, help="of distillation")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--report", action="store_true", help="write the table and the figure, make no rows")

@@ -22,19 +22,28 @@ def shipped() -> list[str]:
     return sorted(f.name.removesuffix(".json") for f in _folder().iterdir() if f.name.endswith(".json"))
 
 
+def shipped_for(ranks: int) -> list[str]:
+    """Return the names of those whose all-reduces were timed with so many ranks."""
+    return [name for name in shipped() if _shipped(name).ranks == ranks]
+
+
 def load(name: str) -> Machine | Hardware:
     """Return a shipped table by its name, what a hardware.json holds, or a CSV with COLUMNS.
 
     Raises InputError for anything else.
     """
     if name in shipped():
-        return Machine.model_validate_json((_folder() / f"{name}.json").read_text(encoding="utf-8"))
+        return _shipped(name)
     path = Path(name)
     if path.suffix == ".csv":
         return _from_csv(path)
     if not path.exists() and path.suffix != ".json":
         raise InputError(f"`hardware` {name} is no file and none of {', '.join(shipped())}.")
     return read(Hardware, path)
+
+
+def _shipped(name: str) -> Machine:
+    return Machine.model_validate_json((_folder() / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def _from_csv(path: Path) -> Machine:

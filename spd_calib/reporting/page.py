@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from spd_calib.formats.common import ModelRef, TextRef
 from spd_calib.planning.budget import describe
+from spd_calib.planning.machine_tables import shipped_for
 
 from . import figures, tables
 from .draw import svg
@@ -171,7 +172,8 @@ def _latency(run: Run) -> Section:
         )
         shown += tables.hardware(run.hardware)
     if not shown:
-        command = "spd-calib plan profile.json --max-ppl-increase 1% --hardware h100-nvlink -o plan.json"
+        table = next(iter(shipped_for(run.profile.tensor_parallel.size)), "hardware.json")
+        command = f"spd-calib plan profile.json --max-ppl-increase 1% --hardware {table} -o plan.json"
         return _left_out("latency", heading, command=command, why=run.stale.get("hardware", ""))
     return Section("latency", heading, said, drawn, "A step's time, as a share of the dense model's.", shown)
 
