@@ -84,7 +84,7 @@ def test_what_is_not_given_back_is_fitted_anew_behind_what_will_run() -> None:
         )
         return model, report
 
-    text, within = sequences(8, seed=1), budget(0.02)
+    text, within = sequences(8, seed=1), budget(0.04)
     (whole, _), (model, report) = recovered(None), recovered(within)
     anew = next(a for a in report.attempts if "anew" in a.detail)
     assert anew.kept and set(anew.detail["anew"]) >= set(model.students) and 0 < len(model.students) < 4

@@ -9,7 +9,7 @@ from spd_calib.formats.drops import Drops, Point, Strategy
 from spd_calib.parallel.streams import Streams
 from spd_calib.recovery import refit, ridge
 from spd_calib.recovery.error_cost import ErrorCost
-from spd_calib.recovery.feed import Batch, Feed
+from spd_calib.recovery.feed import START, STARTS, Batch, Feed
 from spd_calib.recovery.planned_model import PlannedModel
 from spd_calib.recovery.reads import settled
 
@@ -39,7 +39,7 @@ def by_hand(model: PlannedModel, feed: Feed, block: int) -> dict[str, torch.Tens
     dense = model.lm.blocks[block]
     parts, tp = model.students[block].parts, dense.comm.size
     found: dict[str, list[torch.Tensor]] = {}
-    for batch in feed.fitting:
+    for batch in feed.regressed[0]:
         x, kwargs = feed.inputs(batch).shared, batch.kwargs[block]
         partials, heads = model.students[block].block.attend(feed.inputs(batch), **kwargs)
         bias = 0 if parts.o.bias is None else parts.o.bias
@@ -53,6 +53,7 @@ def by_hand(model: PlannedModel, feed: Feed, block: int) -> dict[str, torch.Tens
             "h": batch.dense + sum(should) + bias,
             "before": x + sum(partials) + bias,
             "output": feed.dense_output(batch),
+            "weight": torch.full((*batch.mask.shape, 1), batch.weight),
         }
         rows |= {f"mlp {r}": parts.norm2(x + partials[r] + bias) for r in range(tp)}
         for name, value in rows.items():
@@ -120,10 +121,10 @@ def test_the_maps_are_regressions_on_raw_activations(one_ridge, family: str, wei
     assert torch.allclose(student.parts.o.weight.double(), old.o.weight + change[: old.o.in_features].T, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
-def test_down_is_a_weighted_regression_on_all_ranks_neurons(one_ridge, family: str) -> None:
+@pytest.mark.parametrize(("family", "starts"), [("llama", False), ("llama", True), ("opt", False)])
+def test_down_is_a_weighted_regression_on_all_ranks_neurons(one_ridge, family: str, starts: bool) -> None:
     model = planned(family, tp=4, layers=2)
-    feed = Feed(model, sequences(64), batch_size=4)
+    feed = Feed(model, sequences(64), batch_size=4, starts=starts)
     feed.move_to(1)
     student, rows, old = model.students[1].copy(), by_hand(model, feed, 1), model.students[1].parts
     part, neurons = old.down.in_features // 4, []
@@ -135,11 +136,12 @@ def test_down_is_a_weighted_regression_on_all_ranks_neurons(one_ridge, family: s
     bias = 0 if old.down.bias is None else old.down.bias.double()
     y = rows["output"] - rows["before"] - x @ old.down.weight.double().T - bias
     features = x if family == "llama" else torch.cat([x, x.new_ones(len(x), 1)], 1)
-    change = lstsq(features, y, at_most_all(y, rows["output"]) / rows["output"].square().mean(-1))
-    before = refit.output_error(student, feed, feed.choosing)
+    by = rows["weight"][:, 0] / rows["output"].square().mean(-1)
+    change = lstsq(features, y, at_most_all(y, rows["output"]) * by)
+    before = refit.output_error(student, feed, feed.regressed[1])
     (detail,) = refit.refit_down(student, feed).values()
     assert torch.allclose(student.parts.down.weight.double(), old.down.weight + change[: x.shape[1]].T, atol=1e-4)
-    after = refit.output_error(student, feed, feed.choosing)
+    after = refit.output_error(student, feed, feed.regressed[1])
     assert after < before
     if family == "opt":  # no token is more than all wrong, so moments foretell it
         assert after == pytest.approx(before * detail["left"], rel=1e-3)
@@ -256,3 +258,22 @@ def test_a_token_that_is_wrong_without_measure_is_not_what_is_fitted(one_ridge, 
         fit(student, feed)
         found.append(torch.cat([student.parts.o.weight.flatten(), student.parts.down.weight.flatten()]) - before)
     assert found[0].norm() > 0 and (found[1] - found[0]).norm() < 0.2 * found[0].norm()
+
+
+def test_a_text_is_begun_anew_at_many_of_its_tokens_unless_all_of_it_begins_alike() -> None:
+    model, text = planned(layers=2), sequences(16)
+    feed = Feed(model, text, batch_size=4, starts=True)
+    feed.move_to(1)
+    for batch, first in zip(feed.batches, range(0, 16, 4), strict=True):
+        starts = batch.starts
+        assert starts.mask.shape[1] == START and starts.mask.all() and len(starts.mask) == 4 * STARTS
+        assert starts.weight == pytest.approx(4 / len(starts.mask))
+        pieces = torch.tensor([s[at : at + START] for s in text[first : first + 4] for at in range(1, 25 - START)])
+        entering = Feed(model, pieces.tolist(), batch_size=len(pieces))
+        entering.move_to(1)
+        stands = entering.batches[0].planned.shared
+        distance = (starts.planned.shared[:, None] - stands[None]).abs().amax((2, 3))
+        assert distance.min(1).values.max() < 1e-5 and len(set(distance.argmin(1).tolist())) == 4 * STARTS
+    assert feed.fitting[0].starts in feed.regressed[0] and feed.choosing[0].starts in feed.regressed[1]
+    with_bos = Feed(model, [[7, *s] for s in text], batch_size=4, starts=True)
+    assert all(batch.starts is None for batch in with_bos.batches) and with_bos.regressed[0] == with_bos.fitting

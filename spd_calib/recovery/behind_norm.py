@@ -93,7 +93,7 @@ def rank_moments(
         if more := block.attend_replicated(student.drops.at(block.attention_point), s, **feed.kwargs(batch)):
             partials, heads = more.beside(partials), more.heads_beside(heads)
         should, costs = h[batch.mask], weights_of_reads(cost, batch, output=y, part=y - h)
-        weights = 1 / should.square().mean(-1).clamp(min=1e-12) * (1.0 if costs is None else costs)
+        weights = costs / should.square().mean(-1).clamp(min=1e-12)
         for rank, of_rank in enumerate(found):
             share = block.attention_branch(partials[rank])[batch.mask]
             of_rank.add(heads[rank][batch.mask], share, should - s.read(rank)[batch.mask], weights=weights)

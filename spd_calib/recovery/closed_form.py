@@ -116,7 +116,7 @@ class _Trial:
 
     def __init__(self, student: Student, feed: Feed, judge: Judge, cost: ErrorCost | None):
         self.student, self.feed, self.judge, self.cost = student, feed, judge, cost
-        self.error, self.improved = output_error(student, feed, feed.choosing, cost=cost), False
+        self.error, self.improved = output_error(student, feed, feed.regressed[1], cost=cost), False
 
     def refit(self, name: str, refit: Callable[..., Detail], *, cost: ErrorCost | None) -> None:
         """Try one of the refits on a copy of the student."""
@@ -136,7 +136,7 @@ class _Trial:
 
     def decide(self, student: Student, name: str, *, began: float, detail: dict) -> bool:
         """Take a treated student in place of the present one if the error is less with it; say whether it is."""
-        error = output_error(student, self.feed, self.feed.choosing, cost=self.cost)
+        error = output_error(student, self.feed, self.feed.regressed[1], cost=self.cost)
         kept = self.judge.note(student.index, name, before=self.error, after=error, began=began, detail=detail)
         if kept:
             self.student, self.error, self.improved = student, error, True

@@ -46,11 +46,11 @@ class ErrorCost:
         return (relative / relative.median()).clamp(max=MOST) / squares
 
 
-def token_weights(cost: ErrorCost | None, y: Tensor, mask: Tensor) -> Tensor:
-    """Return the weights of the real tokens [N] under `cost`; without one, 1 / mean(y^2), for the norms that read y."""
+def token_weights(cost: ErrorCost | None, y: Tensor, batch: Batch) -> Tensor:
+    """Return the weights of a batch's tokens [N] under `cost`; without one, 1 / mean(y^2): norms read y."""
     if cost is not None:
-        return cost.token_weights(y, mask)
-    return 1 / y[mask].square().mean(-1).clamp(min=1e-12)
+        return batch.weight * cost.token_weights(y, batch.mask)
+    return batch.weight / y[batch.mask].square().mean(-1).clamp(min=1e-12)
 
 
 def bounded(weights: Tensor, error: Tensor, *, of: Tensor) -> Tensor:

@@ -1,4 +1,9 @@
-"""The text that is fitted on, as it enters one block after the other in the dense and in the planned model."""
+"""The text that is fitted on, as it enters one block after the other in the dense and in the planned model.
+
+With `starts`, the text is also begun anew at many of its tokens. The first token of a sequence is what all others look
+at (attention sinks), whatever it is: where the planned model makes nothing of it, the whole sequence is lost. In text
+without a BOS every token may be the first one, and a text has few first tokens.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +18,10 @@ from spd_calib.sensitivity.measure import batches
 
 from .planned_model import PlannedModel
 
+STARTS, START = 16, 4  # starts for each sequence, and their tokens
 
-@dataclass
+
+@dataclass(eq=False)
 class Batch:
     """One batch on its way through both models."""
 
@@ -25,6 +32,8 @@ class Batch:
     final: Tensor  # leaving the dense model's final norm
     read: Tensor | None = None  # [B, T, d], what the dense model's MLP reads in the present block, before its norm
     output: Tensor | None = None  # [B, T, d], leaving the present block of the dense model; both once asked for
+    starts: "Batch | None" = None  # sequences of START tokens that begin at tokens of this batch
+    weight: float = 1.0  # of each of its tokens
 
 
 class Feed:
@@ -46,6 +55,7 @@ class Feed:
         batch_size: int = 8,
         own_inputs: bool = True,
         replicas: Comm | None = None,
+        starts: bool = False,
     ):
         self.model, self.index, self.own_inputs = model, 0, own_inputs
         self.replicas = replicas or SimulatedComm(1)
@@ -53,12 +63,18 @@ class Feed:
         for all_ids, all_lengths in batches(sequences, batch_size, model.lm.device):
             rows = list(range(self.replicas.ranks[0], len(all_lengths), self.replicas.size))
             input_ids, lengths = all_ids[rows or [0]], [all_lengths[row] for row in rows] or [0]
-            recording = model.lm.record(input_ids)
-            mask = torch.arange(input_ids.shape[1], device=input_ids.device) < torch.tensor(lengths)[:, None].to(
-                input_ids.device
-            )
-            x = recording.streams[0].shared
-            self.batches.append(Batch(x, Streams(x), recording.kwargs, mask, recording.final))
+            batch = self._entering(input_ids, lengths)
+            if starts and len(begun := _begun_anew(input_ids, lengths)):
+                batch.starts = self._entering(begun, [START] * len(begun))
+                batch.starts.weight = len(rows) / len(begun)  # together they count as the first tokens there are
+            self.batches.append(batch)
+
+    def _entering(self, input_ids: Tensor, lengths: Sequence[int]) -> Batch:
+        """Return a batch in front of the first block, token ids [B, T], of which so many of each row are real."""
+        recording, device = self.model.lm.record(input_ids), input_ids.device
+        mask = torch.arange(input_ids.shape[1], device=device) < torch.tensor(lengths, device=device)[:, None]
+        x = recording.streams[0].shared
+        return Batch(x, Streams(x), recording.kwargs, mask, recording.final)
 
     @property
     def fitting(self) -> list[Batch]:
@@ -69,6 +85,11 @@ class Feed:
     def choosing(self) -> list[Batch]:
         """Return the batches to choose by (ridges, orders of heads, the best step of training): the last eighth."""
         return self.batches[-max(1, len(self.batches) // 8) :]
+
+    @property
+    def regressed(self) -> tuple[list[Batch], list[Batch]]:
+        """Return the batches to fit and to choose by, each with its starts, whose tokens have weights."""
+        return with_starts(self.fitting), with_starts(self.choosing)
 
     def some(self, tokens: int) -> list[Batch]:
         """Return the first batches to fit on that hold so many tokens together, at least one."""
@@ -112,7 +133,7 @@ class Feed:
     @torch.no_grad()
     def advance(self) -> None:
         """Move all batches through the present block of both models."""
-        for batch in self.batches:
+        for batch in with_starts(self.batches):
             batch.planned = self.model.run_block(self.index, batch.planned, **self.kwargs(batch))
             batch.dense, batch.read, batch.output = self.dense_output(batch), None, None
         self.index += 1
@@ -121,3 +142,21 @@ class Feed:
         """Move on until `block` is the present one; a block behind it stays behind."""
         while self.index < block:
             self.advance()
+
+
+def with_starts(batches: Sequence[Batch]) -> list[Batch]:
+    """Return the batches, each followed by its starts, if it has any."""
+    return [b for batch in batches for b in (batch, batch.starts) if b is not None]
+
+
+def _begun_anew(input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Return sequences of START tokens [N, START] from all over those given; none where all begin alike, with a BOS."""
+    rows = [
+        ids[at : at + START]
+        for ids, length in zip(input_ids, lengths, strict=True)
+        if length > START
+        for at in torch.linspace(1, length - START, STARTS).long().unique().tolist()
+    ]
+    if not rows or bool((input_ids[:, 0] == input_ids[0, 0]).all()):
+        return input_ids[:0, :START]
+    return torch.stack(rows)

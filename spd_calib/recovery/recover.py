@@ -158,7 +158,7 @@ class _Run:
 
     def _pass_over_blocks(self, treatments: Mapping[int, ClosedForm], name: str) -> None:
         """Treat one block after the other; each is kept in the journal by the name of the pass."""
-        steps, feed, costs = self.finished, self._feed(SimulatedComm(1)), None
+        steps, feed, costs = self.finished, self._feed(SimulatedComm(1), starts=True), None
         if fits_in_memory(feed):
             costs = error_costs(feed, feed.some(COST_TOKENS), seed=self.options.seed)
         for block, treatment in treatments.items():
@@ -254,9 +254,15 @@ class _Run:
                 self.model.put(student)
         steps.keep(name, blocks)
 
-    def _feed(self, replicas: Comm) -> Feed:
-        size = min(self.options.batch_size, max(1, len(self.fitting) // 8))
-        return Feed(self.model, self.fitting, batch_size=size, own_inputs=self.options.own_inputs, replicas=replicas)
+    def _feed(self, replicas: Comm, *, starts: bool = False) -> Feed:
+        return Feed(
+            self.model,
+            self.fitting,
+            batch_size=min(self.options.batch_size, max(1, len(self.fitting) // 8)),
+            own_inputs=self.options.own_inputs,
+            replicas=replicas,
+            starts=starts,
+        )
 
 
 def _ignore(note: str) -> None:

@@ -43,7 +43,7 @@ def refit_attention(student: Student, feed: Feed, *, cost: ErrorCost | None = No
         return {}
     constant = all(layer.bias is not None for layer in layers.values())
     fitting, choosing = Products(), Products()
-    for products, batches in ((fitting, feed.fitting), (choosing, feed.choosing)):
+    for products, batches in zip((fitting, choosing), feed.regressed, strict=True):
         for batch in batches:
             read = student.block.norm1(feed.inputs(batch).shared)[batch.mask]
             should = dense.norm1(batch.dense)[batch.mask]
@@ -58,14 +58,14 @@ def refit_o(student: Student, feed: Feed, *, cost: ErrorCost | None = None) -> D
     """Refit o_proj in place, so that the MLP's residual stream is the dense model's; return what the report says."""
     parts = student.parts
     fitting, choosing = Products(), Products()
-    for products, batches in ((fitting, feed.fitting), (choosing, feed.choosing)):
+    for products, batches in zip((fitting, choosing), feed.regressed, strict=True):
         for batch in batches:
             block, s = student.block, feed.inputs(batch)
             partials, heads = block.attend(s, **feed.kwargs(batch))
             before, _ = block.behind_attention(KEPT, s, partials, heads)
             should, z = feed.dense_read(batch)[batch.mask], torch.cat(heads, -1)[batch.mask]
             missing = should - settled(before)[batch.mask]
-            weights = bounded(token_weights(cost, feed.dense_output(batch), batch.mask), missing, of=should)
+            weights = bounded(token_weights(cost, feed.dense_output(batch), batch), missing, of=should)
             if parts.attention_out_norm is None:
                 missing = missing / parts.o_scale
             else:
@@ -82,7 +82,7 @@ def fit_mlp_reads(student: Student, feed: Feed, *, cost: ErrorCost | None = None
     constant = all(layer.bias is not None for layer in parts.mlp_in)
     ranks = range(block.comm.size)
     fitting, choosing = [Products() for _ in ranks], [Products() for _ in ranks]
-    for products, batches in ((fitting, feed.fitting), (choosing, feed.choosing)):
+    for products, batches in zip((fitting, choosing), feed.regressed, strict=True):
         for batch in batches:
             h, y = feed.dense_read(batch), feed.dense_output(batch)
             weights = weights_of_reads(cost, batch, output=y, part=_unscaled(y, parts) - h)
@@ -112,13 +112,13 @@ def refit_down(student: Student, feed: Feed, *, cost: ErrorCost | None = None) -
     """Refit down_proj in place, to leave the block where the dense model does; return what the report says."""
     parts = student.parts
     fitting, choosing = Products(), Products()
-    for products, batches in ((fitting, feed.fitting), (choosing, feed.choosing)):
+    for products, batches in zip((fitting, choosing), feed.regressed, strict=True):
         for batch in batches:
             should = _unscaled(feed.dense_output(batch), parts)[batch.mask]
             before, neurons = _before_down(student, feed, batch)
             wanted, given = (should - before) / parts.scale, parts.down(neurons)
             missing = wanted - (given if parts.mlp_out_norm is None else parts.mlp_out_norm(given))
-            weights = token_weights(cost, feed.dense_output(batch), batch.mask)
+            weights = token_weights(cost, feed.dense_output(batch), batch)
             weights = bounded(weights, missing, of=should / parts.scale)
             if parts.mlp_out_norm is not None:
                 missing, weights = _before_norm(missing, weights, norm=parts.mlp_out_norm, of=given)
@@ -154,7 +154,7 @@ def output_error(student: Student, feed: Feed, batches: Sequence[Batch], *, cost
     for batch in batches:
         should = feed.dense_output(batch)
         error = (settled(student.run(feed.inputs(batch), **feed.kwargs(batch))) - should)[batch.mask]
-        weights = token_weights(cost, should, batch.mask)
+        weights = token_weights(cost, should, batch)
         all_of_it = _squares(should[batch.mask], direction)
         wrong += (torch.minimum(_squares(error, direction), all_of_it) * weights).sum().item()
         size += (all_of_it * weights).sum().item()
@@ -166,11 +166,12 @@ def _squares(x: Tensor, direction: Tensor | None) -> Tensor:
     return (x * (x if direction is None else x @ direction.to(x))).sum(-1)
 
 
-def weights_of_reads(cost: ErrorCost | None, batch: Batch, *, output: Tensor, part: Tensor) -> Tensor | None:
+def weights_of_reads(cost: ErrorCost | None, batch: Batch, *, output: Tensor, part: Tensor) -> Tensor:
     """Return what a share of error in `part` of the output costs, [N]: a read is of unit size behind its norm."""
+    squares = part[batch.mask].square().mean(-1)
     if cost is None:
-        return None
-    return cost.token_weights(output, batch.mask) * part[batch.mask].square().mean(-1)
+        return torch.full_like(squares, batch.weight)
+    return token_weights(cost, output, batch) * squares
 
 
 def _before_down(student: Student, feed: Feed, batch: Batch) -> tuple[Tensor, Tensor]:
