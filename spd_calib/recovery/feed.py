@@ -60,6 +60,7 @@ class Feed:
         self.model, self.index, self.own_inputs = model, 0, own_inputs
         self.replicas = replicas or SimulatedComm(1)
         self.batches: list[Batch] = []
+        starts = starts and len({ids[0] for ids in sequences}) > 1  # with a BOS all begin alike
         for all_ids, all_lengths in batches(sequences, batch_size, model.lm.device):
             rows = list(range(self.replicas.ranks[0], len(all_lengths), self.replicas.size))
             input_ids, lengths = all_ids[rows or [0]], [all_lengths[row] for row in rows] or [0]
@@ -150,13 +151,11 @@ def with_starts(batches: Sequence[Batch]) -> list[Batch]:
 
 
 def _begun_anew(input_ids: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Return sequences of START tokens [N, START] from all over those given; none where all begin alike, with a BOS."""
+    """Return sequences of START tokens [N, START] from all over those given; none of those that are no longer."""
     rows = [
         ids[at : at + START]
         for ids, length in zip(input_ids, lengths, strict=True)
         if length > START
         for at in torch.linspace(1, length - START, STARTS).long().unique().tolist()
     ]
-    if not rows or bool((input_ids[:, 0] == input_ids[0, 0]).all()):
-        return input_ids[:0, :START]
-    return torch.stack(rows)
+    return torch.stack(rows) if rows else input_ids[:0]
