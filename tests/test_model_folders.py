@@ -265,6 +265,20 @@ def test_one_number_of_the_configuration_changed(sound, tmp_path, data):
     check_folder(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "key"), [("arcee", "intermediate_size"), ("llama", "intermediate_size"), ("opt", "ffn_dim")]
+)
+def test_mlps_without_a_neuron_are_refused(sound, tmp_path, name, key):
+    folder = tmp_path / "m"
+    shutil.copytree(sound[name], folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert config[key]
+    (folder / "config.json").write_text(json.dumps(config | {key: 0}))
+    with pytest.raises(InputError, match="0 neurons"):
+        open_session(str(folder), 2)
+    assert not check_folder(folder)
+
+
 def run(folder: Path) -> None:
     """Open the folder and use it, as the commands do."""
     session = open_session(str(folder), 2)

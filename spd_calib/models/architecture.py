@@ -166,6 +166,8 @@ class HeadCounts:
 
 def check_divides(counts: HeadCounts, tp: int) -> None:
     """Raise InputError, naming what does not divide and what would, unless `tp` ranks can share the block."""
+    if not counts.neurons:
+        raise InputError("The configuration's MLPs have 0 neurons, which no model has; fetch the model again.")
     usable = [n for n in range(1, counts.heads + 1) if not _indivisible(counts, n)]
     if tp < 1 or (what := _indivisible(counts, tp)):
         what = what if tp >= 1 else f"{tp} is no number of ranks"
