@@ -34,12 +34,12 @@ def at_most_all(error: torch.Tensor, of: torch.Tensor) -> torch.Tensor:
     return (of.square().sum(-1) / error.square().sum(-1)).clamp(max=1)
 
 
-def by_hand(model: PlannedModel, feed: Feed, block: int) -> dict[str, torch.Tensor]:
-    """Stacked over the batches to fit on: what is read and should be read by q, k, v; by each rank's MLP; outputs."""
+def by_hand(model: PlannedModel, feed: Feed, block: int, *, choosing: bool = False) -> dict[str, torch.Tensor]:
+    """Stacked over the batches to fit on (or to choose by): outputs, what is and should be read by q, k, v, by MLPs."""
     dense = model.lm.blocks[block]
     parts, tp = model.students[block].parts, dense.comm.size
     found: dict[str, list[torch.Tensor]] = {}
-    for batch in feed.regressed[0]:
+    for batch in feed.regressed[choosing]:
         x, kwargs = feed.inputs(batch).shared, batch.kwargs[block]
         partials, heads = model.students[block].block.attend(feed.inputs(batch), **kwargs)
         bias = 0 if parts.o.bias is None else parts.o.bias
@@ -126,24 +126,32 @@ def test_down_is_a_weighted_regression_on_all_ranks_neurons(one_ridge, family: s
     model = planned(family, tp=4, layers=2)
     feed = Feed(model, sequences(64), batch_size=4, starts=starts)
     feed.move_to(1)
-    student, rows, old = model.students[1].copy(), by_hand(model, feed, 1), model.students[1].parts
-    part, neurons = old.down.in_features // 4, []
-    for rank in range(4):
-        u, own = rows[f"mlp {rank}"].float(), slice(rank * part, (rank + 1) * part)
-        z = [u @ m.weight[own].T + (0 if m.bias is None else m.bias[own]) for m in old.mlp_in]
-        neurons.append(old.activation(z[0]) * (z[1] if len(z) == 2 else 1))
-    x = torch.cat(neurons, -1).detach().double()
-    bias = 0 if old.down.bias is None else old.down.bias.double()
-    y = rows["output"] - rows["before"] - x @ old.down.weight.double().T - bias
-    features = x if family == "llama" else torch.cat([x, x.new_ones(len(x), 1)], 1)
-    by = rows["weight"][:, 0] / rows["output"].square().mean(-1)
-    change = lstsq(features, y, at_most_all(y, rows["output"]) * by)
+    student, old = model.students[1].copy(), model.students[1].parts
+    part, bias = old.down.in_features // 4, 0 if old.down.bias is None else old.down.bias.double()
+
+    def regression(rows: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """All ranks' neurons, what down_proj leaves missing behind them, and the tokens' weights."""
+        neurons = []
+        for rank in range(4):
+            u, own = rows[f"mlp {rank}"].float(), slice(rank * part, (rank + 1) * part)
+            z = [u @ m.weight[own].T + (0 if m.bias is None else m.bias[own]) for m in old.mlp_in]
+            neurons.append(old.activation(z[0]) * (z[1] if len(z) == 2 else 1))
+        x = torch.cat(neurons, -1).detach().double()
+        y = rows["output"] - rows["before"] - x @ old.down.weight.double().T - bias
+        by = at_most_all(y, rows["output"]) * rows["weight"][:, 0] / rows["output"].square().mean(-1)
+        return x if family == "llama" else torch.cat([x, x.new_ones(len(x), 1)], 1), y, by
+
+    x, y, by = regression(by_hand(model, feed, 1))
+    change = lstsq(x, y, by)
     before = refit.output_error(student, feed, feed.regressed[1])
     (detail,) = refit.refit_down(student, feed).values()
-    assert torch.allclose(student.parts.down.weight.double(), old.down.weight + change[: x.shape[1]].T, atol=1e-4)
+    assert torch.allclose(student.parts.down.weight.double(), old.down.weight + change[: 4 * part].T, atol=1e-4)
+    x, y, by = regression(by_hand(model, feed, 1, choosing=True))
+    left = ((y - x @ change).square().sum(-1) @ by) / (y.square().sum(-1) @ by)
+    assert detail["left"] == pytest.approx(left.item(), rel=1e-3)  # moments foretell it
     after = refit.output_error(student, feed, feed.regressed[1])
     assert after < before
-    if family == "opt":  # no token is more than all wrong, so moments foretell it
+    if family == "opt":  # no token is more than all wrong, so it is that of the output, too
         assert after == pytest.approx(before * detail["left"], rel=1e-3)
 
 

@@ -143,10 +143,7 @@ def recover(
     if heads:
         identity |= {"heads": repr(heads)}
         progress.say(f"heads to replicate in {heads.blocks} blocks: {100 * heads.share:.1f} % more weights to read")
-    gives_back = 0 if budget is None else 2 if "refit" in options.methods else 1  # before the rest is treated anew, too
-    progress.expect(
-        _steps_at_most(tiers, options, passes=2 if heads or gives_back == 2 else 1, choices=bool(heads) + gives_back)
-    )
+    progress.expect(_steps_at_most(tiers, options, replicates=heads is not None, gives_back=budget is not None))
     made: Plan | None = None
     with TensorJournal(output.absolute().parent / f"{output.name}.partial", identity) as journal:
         report = treat(
@@ -235,12 +232,14 @@ def _announce(progress: Progress, text: Text, *, judged: int, tiers: Mapping[int
     )
 
 
-def _steps_at_most(tiers: Mapping[int, Tier], options: RecoveryOptions, *, passes: int, choices: int) -> int:
+def _steps_at_most(tiers: Mapping[int, Tier], options: RecoveryOptions, *, replicates: bool, gives_back: bool) -> int:
     """Return how many steps there will be: training may end early, and treatments that do nothing are left out.
 
-    There are as many `passes` over the blocks. Each of `choices` among them, of those to replicate and of those to give
-    back, looks at every one alone.
+    Where heads are replicated, or, with refit, blocks given back before the end, the others are treated anew. Each
+    choice among the blocks, of those to replicate and of those to give back, looks at every one alone.
     """
+    early = gives_back and "refit" in options.methods
+    passes, choices = 1 + (replicates or early), replicates + gives_back + early
     treated = sum(tier != "insensitive" for tier in tiers.values())
     steps, end = (-(-s.steps // s.check_every) + 1 for s in (options.block_schedule, options.whole_schedule))
     trained = (
