@@ -13,6 +13,7 @@ from spd_calib.models.predictor import Predictor
 from spd_calib.parallel.streams import Streams
 from spd_calib.recovery import distillation
 from spd_calib.recovery.distillation import Schedule, TrainingHooks, distil_block, distil_together
+from spd_calib.recovery.error_cost import ErrorCost
 from spd_calib.recovery.feed import Batch, Feed
 from spd_calib.recovery.held_out import HeldOut
 from spd_calib.recovery.planned_model import PlannedModel
@@ -200,13 +201,45 @@ def test_a_blocks_router_learns_besides_what_its_block_gives() -> None:
         y = student.run(batch.planned, **batch.kwargs[student.index]).shared
         x, target = batch.dense, feed.dense_output(batch)
         assert torch.allclose(x, dense.hidden_states[student.index], atol=1e-5)
-        error = float((y - target).square().sum() / (target - x).square().sum())
+        # where nothing else is known, an error counts as a share of the output, as all of it at most
+        wrong, added = (
+            (e.square().sum(-1) / target.square().sum(-1)).clamp(max=1).sum() for e in (y - target, target - x)
+        )
+        error = float(wrong / added)
         if student.index == 0:
             error += ROUTING * naive_router_kl(model, batch, 0, dense.router_logits[0])
         router = None if student.router is None else student.router.bias.clone()
         outcome = distil_block(student, feed, schedule=Schedule(steps=10, check_every=5))
         assert outcome.before == pytest.approx(error, rel=1e-4) and outcome.after < outcome.before
         assert router is None or not torch.equal(router, student.router.bias)
+
+
+def test_a_blocks_error_counts_by_what_it_costs() -> None:
+    """Token by token: a size by class, a direction, no token more than all of it wrong; starts by their weight."""
+    model = planned("llama", tp=4, layers=1)
+    feed, student = Feed(model, sequences(32), batch_size=4, starts=True), model.students[0].copy()
+    with torch.no_grad():
+        student.parts.down.weight *= 1.5  # so that some tokens are all wrong
+    metric, sizes = torch.arange(1.0, student.block.width + 1), [1.0, 4.0, 50.0]
+    (batch,) = feed.choosing
+    edge = 1.001 * feed.dense_output(batch).square().mean(-1).sqrt().median()  # no token lies on it
+    cost = ErrorCost(torch.diag(metric), edge[None], torch.tensor(sizes), torch.tensor(2.0))
+    wrong, added, all_wrong = 0.0, 0.0, list[bool]()
+    assert batch.starts is not None and batch.starts.weight < 1
+    for part in (batch, batch.starts):
+        y, target = student.run(part.planned, **part.kwargs[0]).shared, feed.dense_output(part)
+        for row in range(len(target)):
+            for place, (a, b, x) in enumerate(zip(y[row], target[row], part.dense[row], strict=True)):
+                square = float(b.square().mean())
+                size = sizes[2 if place == 0 else int(square > edge**2)]
+                weight = part.weight * min(size * square / 2, 64) / square
+                of_y, of_x, all_of_it = (float((metric * e.square()).sum()) for e in (a - b, x - b, b))
+                wrong += weight * min(of_y, all_of_it)
+                added += weight * min(of_x, all_of_it)
+                all_wrong.append(of_y > all_of_it)
+    assert any(all_wrong) and not all(all_wrong)
+    outcome = distil_block(student, feed, cost=cost, schedule=Schedule(steps=20, check_every=10))
+    assert outcome.before == pytest.approx(wrong / added, rel=1e-4) and outcome.after < 0.9 * outcome.before
 
 
 def test_replicas_share_every_batch() -> None:

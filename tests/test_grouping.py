@@ -102,7 +102,8 @@ def test_neuron_costs_are_the_formula(refitted: bool) -> None:
     generator, fits, cost = torch.Generator().manual_seed(0), None, None
     if refitted:
         fits = [RidgeFit(torch.randn(d + 1, d, generator=generator) / d, 0.0, 0.0), None]
-        cost = ErrorCost(torch.diag(torch.arange(1.0, d + 1)), torch.zeros(1), torch.tensor([1.0, 2.0, 3.0]))
+        sizes, typical = torch.tensor([1.0, 2.0, 3.0]), torch.tensor(2.0)
+        cost = ErrorCost(torch.diag(torch.arange(1.0, d + 1)), torch.zeros(1), sizes, typical)
     costs = neuron_grouping.neuron_costs(student, feed, feed.batches, cost=cost, fits=fits)
     expected = np.zeros_like(costs)
     for batch in feed.batches:
@@ -110,9 +111,7 @@ def test_neuron_costs_are_the_formula(refitted: bool) -> None:
         right = parts.norm2(batch.dense + sum(partials) + parts.o.bias)
         weights = torch.ones(batch.mask.shape)
         if refitted:  # all norms are above the edge; that of a share of |y| is bounded far above
-            squares = feed.dense_output(batch).square().mean(-1)
             weights[:, 0] = 1.5
-            weights /= (weights * squares)[batch.mask].median()
         for rank in range(2):
             wrong = parts.norm2(batch.dense + partials[rank] + parts.o.bias)
             if fits is not None and fits[rank] is not None:
@@ -159,16 +158,12 @@ def test_tokens_weigh_what_an_error_there_costs() -> None:
         for c in range(len(edges) + 2):
             own = [g for (_, g, _), k in zip(rows, of_class, strict=True) if k == c]
             sizes.append((sum(own) + PRIOR * mean) / (len(own) + PRIOR))
+        squares = np.array([norm**2 for norm, _, _ in rows])
+        relative = np.array([sizes[c] for c in of_class]) * squares
+        expected = np.minimum(relative / np.sort(relative)[(len(rows) - 1) // 2], 64) / squares
         feed.move_to(block)
-        done = 0
-        for batch in feed.batches:
-            y = feed.dense_output(batch)[batch.mask]
-            squares = y.square().mean(-1).double().numpy()
-            relative = np.array([sizes[c] for c in of_class[done : done + len(y)]]) * squares
-            middle = np.sort(relative)[(len(y) - 1) // 2]
-            expected = np.minimum(relative / middle, 64) / squares
-            assert np.allclose(cost.token_weights(feed.dense_output(batch), batch.mask), expected, rtol=1e-3)
-            done += len(y)
+        weights = [cost.token_weights(feed.dense_output(batch), batch.mask) for batch in feed.batches]
+        assert np.allclose(torch.cat(weights), expected, rtol=1e-3)
 
 
 def test_the_direction_of_the_error_cost_is_a_metric_at_every_block() -> None:

@@ -70,18 +70,17 @@ def test_the_maps_are_regressions_on_raw_activations(one_ridge, family: str, wei
     rows, old = by_hand(model, feed, 1), model.students[1].parts
     n, d = rows["output"].shape
     median = 1.001 * rows["output"].square().mean(-1).sqrt().median()  # no token lies on it
-    cost = ErrorCost(torch.eye(d), median[None], torch.tensor([2.0, 6.0, 1e4])) if weighted else None
+    typical = 2 * median.square()
+    cost = ErrorCost(torch.eye(d), median[None], torch.tensor([2.0, 6.0, 1e4]), typical) if weighted else None
     first = torch.cat([torch.arange(b.mask.shape[1]).expand_as(b.mask)[b.mask] == 0 for b in feed.fitting])
 
     def weights(y: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-        """Of each batch apart: what an error costs, as a share of |y|, at most 64 times the median's."""
+        """What an error costs, as a share of |y|, at most 64 times what is typical."""
         if not weighted:
             return torch.ones(n, dtype=y.dtype)
         squares = y.square().mean(-1)
-        relative = torch.where(first, 5e3, torch.where(squares.sqrt() > median, 3.0, 1.0)) * squares
-        of_batches = relative.split([int(b.mask.sum()) for b in feed.fitting])
-        bounded = torch.cat([(r / r.median()).clamp(max=64) for r in of_batches])
-        return bounded / squares * part.square().mean(-1)
+        relative = torch.where(first, 1e4, torch.where(squares.sqrt() > median, 6.0, 2.0)) * squares
+        return (relative / typical).clamp(max=64) / squares * part.square().mean(-1)
 
     def moved(
         x: torch.Tensor, should: torch.Tensor, w: torch.Tensor, by: torch.Tensor

@@ -1,11 +1,11 @@
 """Training what the plan changed until it gives what the dense model gave.
 
-Block by block: the student block (its own weights, and the predictors) learns the dense block's output by mean
-squared error, from the dense block's input or from the planned model's own. Then, shortly, all treated blocks
-together on KL(dense || planned). Routers of experts learn the dense model's choice besides (routing_error.py). AdamW,
-linear warm-up, cosine decay, early stop on the text to choose by. What is held: one block (or, at the end, the treated
-ones), its optimizer's state, and the feed. Of the logits LOGITS numbers are held at once; with a very large vocabulary
-each step learns from some positions of its batch.
+Block by block: the student block (its own weights, and the predictors) learns the dense block's output, from the dense
+block's input or from the planned model's own; an error counts by what it costs in KL (error_cost.py). Then, shortly,
+all treated blocks together on KL(dense || planned). Routers of experts learn the dense model's choice besides
+(routing_error.py). AdamW, linear warm-up, cosine decay, early stop on the text to choose by. What is held: one block
+(or, at the end, the treated ones), its optimizer's state, and the feed. Of the logits LOGITS numbers are held at once;
+with a very large vocabulary each step learns from some positions of its batch.
 """
 
 import math
@@ -22,7 +22,8 @@ from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.routing import telling_routers
 from spd_calib.parallel.streams import in_full
 
-from .feed import Batch, Feed
+from .error_cost import ErrorCost, costs_of_errors
+from .feed import Batch, Feed, with_starts
 from .routing_error import routed_in_dense_block, routed_in_dense_model, routing_error
 from .student import Student
 
@@ -88,22 +89,33 @@ class TrainingHooks:
 
 
 def distil_block(
-    student: Student, feed: Feed, *, schedule: Schedule, hooks: TrainingHooks = TrainingHooks()
+    student: Student,
+    feed: Feed,
+    *,
+    cost: ErrorCost | None = None,
+    schedule: Schedule,
+    hooks: TrainingHooks = TrainingHooks(),
 ) -> Outcome:
-    """Train a student of the feed's present block on what the dense block gives there."""
+    """Train a student of the feed's present block on what the dense block gives; `cost` is that of errors there."""
+
+    def cost_of(batch: Batch, y: Tensor) -> Tensor:
+        target = feed.dense_output(batch)
+        return costs_of_errors(cost, (y - target)[batch.mask], target, batch)
+
     with torch.no_grad():
-        targets = {id(b): feed.dense_output(b) for b in feed.batches}
-        added = [_total((targets[id(b)] - b.dense)[b.mask].square().sum(-1)) for b in feed.choosing]
-        size, tokens = feed.replicas.all_reduce([sum(added, torch.zeros(2, device=added[0].device))]).tolist()
+        added = [_total(cost_of(b, b.dense)) for b in with_starts(feed.choosing)]
+        size, tokens = feed.replicas.all_reduce([torch.stack(added).sum(0)]).tolist()
         scale = tokens / max(size, 1e-30)  # the error is a share of what the block adds
 
-    def loss(batch: Batch, _: int | None) -> Tensor:
+    def loss_of(batch: Batch) -> Tensor:
         routed: dict[int, Routing] = {}
         with telling_routers([student.block], routed.__setitem__), _products(schedule, feed.model.lm.device):
             y = student.run(feed.inputs(batch), **feed.kwargs(batch))
-        difference = (in_full(y) - targets[id(batch)])[batch.mask]  # a deferred MLP is settled later
         of_routers = routing_error(routed_in_dense_block(feed, batch), routed, batch.mask)[batch.mask]
-        return _total(difference.square().sum(-1) * scale + of_routers)
+        return _total(cost_of(batch, in_full(y)) * scale + batch.weight * of_routers)  # a deferred MLP is settled later
+
+    def loss(batch: Batch, _: int | None) -> Tensor:
+        return torch.stack([loss_of(b) for b in with_starts([batch])]).sum(0)
 
     return _train([student], feed, loss=loss, schedule=schedule, hooks=hooks)
 

@@ -29,28 +29,30 @@ ORDINARY = 2  # the last class whose gradients make up the direction
 class ErrorCost:
     """The cost of errors at one block's output: their direction [d, d], and the size of each class of tokens.
 
-    `edges` [classes - 2] are the norms between classes; the last class is that of first tokens.
+    `edges` [classes - 2] are the norms between classes; the last class is that of first tokens. `typical` is the median
+    of what an error as a share of |y| costs.
     """
 
     direction: Tensor
     edges: Tensor
     sizes: Tensor
+    typical: Tensor
 
     def token_weights(self, y: Tensor, mask: Tensor) -> Tensor:
         """Return E|g|^2 of each real token [N], y [B, T, d] the dense output, in any unit.
 
-        Bounded: of an error as a share of |y| none costs more than MOST times the median of the batch.
+        Bounded: of an error as a share of |y| none costs more than MOST times what is typical.
         """
-        squares = y[mask].float().square().mean(-1).clamp(min=1e-12)
+        squares = _mean_squares(y[mask])
         relative = self.sizes.to(y)[_classes(y, self.edges)[mask]] * squares
-        return (relative / relative.median()).clamp(max=MOST) / squares
+        return (relative / self.typical.to(y)).clamp(max=MOST) / squares
 
 
 def token_weights(cost: ErrorCost | None, y: Tensor, batch: Batch) -> Tensor:
     """Return the weights of a batch's tokens [N] under `cost`; without one, 1 / mean(y^2): norms read y."""
     if cost is not None:
         return batch.weight * cost.token_weights(y, batch.mask)
-    return batch.weight / y[batch.mask].square().mean(-1).clamp(min=1e-12)
+    return batch.weight / _mean_squares(y[batch.mask])
 
 
 def bounded(weights: Tensor, error: Tensor, *, of: Tensor) -> Tensor:
@@ -91,8 +93,25 @@ def error_costs(feed: Feed, batches: Iterable[Batch], *, seed: int = 0) -> list[
             gradients = torch.autograd.grad(nll, outputs)
         sums = sums or [_Sums.between(_edges(y.detach(), batch.mask), y) for y in outputs]
         for of_block, y, g in zip(sums, outputs, gradients, strict=True):
-            of_block.add(_classes(y.detach(), of_block.edges)[batch.mask], g[batch.mask].double())
+            y = y.detach()
+            of_block.add(_classes(y, of_block.edges)[batch.mask], y[batch.mask], g[batch.mask].double())
     return [of_block.cost() for of_block in sums]
+
+
+def costs_of_errors(cost: ErrorCost | None, error: Tensor, output: Tensor, batch: Batch) -> Tensor:
+    """Return what the errors [N, d] of a batch's tokens cost, [N], where the dense block gives `output` [B, T, d].
+
+    No token counts as more than all of it wrong; its gradient leads on as that of a smaller error does.
+    """
+    direction = None if cost is None else cost.direction
+    squares, all_of_it = _squares(error, direction), _squares(output[batch.mask], direction)
+    share = all_of_it / squares.detach().clamp(min=1e-30)
+    return squares * share.clamp(max=1) * token_weights(cost, output, batch)
+
+
+def _squares(x: Tensor, direction: Tensor | None) -> Tensor:
+    """Return |x|^2 [N] in the metric `direction` [d, d]."""
+    return (x * (x if direction is None else x @ direction.to(x))).sum(-1)
 
 
 @dataclass
@@ -103,14 +122,16 @@ class _Sums:
     squares: Tensor  # [classes]
     number: Tensor  # [classes]
     products: Tensor  # [d, d]
+    seen: list[tuple[Tensor, Tensor]]  # the tokens' classes and mean squares of y, [N] each
 
     @classmethod
     def between(cls, edges: Tensor, y: Tensor) -> "_Sums":
         d, zeros = y.shape[-1], torch.zeros(len(edges) + 2, dtype=torch.float64, device=y.device)
-        return cls(edges, zeros, zeros.clone(), zeros.new_zeros(d, d))
+        return cls(edges, zeros, zeros.clone(), zeros.new_zeros(d, d), [])
 
-    def add(self, classes: Tensor, g: Tensor) -> None:
-        """Add tokens: their classes [N] and gradients [N, d]."""
+    def add(self, classes: Tensor, y: Tensor, g: Tensor) -> None:
+        """Add tokens: their classes [N], what leaves the dense block at them [N, d], and gradients [N, d]."""
+        self.seen.append((classes, _mean_squares(y)))
         self.squares.index_add_(0, classes, g.square().sum(-1))
         self.number += torch.bincount(classes, minlength=len(self.number))
         ordinary = g[classes <= ORDINARY]
@@ -121,7 +142,8 @@ class _Sums:
         direction = self.products / self.products.diagonal().mean().clamp(min=1e-300)
         identity = torch.eye(len(direction), dtype=direction.dtype, device=direction.device)
         sizes = (self.squares + PRIOR * mean) / (self.number + PRIOR)
-        return ErrorCost(0.9 * direction + 0.1 * identity, self.edges, sizes)
+        relative = torch.cat([sizes[classes] * squares for classes, squares in self.seen])
+        return ErrorCost(0.9 * direction + 0.1 * identity, self.edges, sizes, relative.median().clamp(min=1e-300))
 
 
 def _edges(y: Tensor, mask: Tensor) -> Tensor:
@@ -131,7 +153,12 @@ def _edges(y: Tensor, mask: Tensor) -> Tensor:
 
 
 def _norms(y: Tensor) -> Tensor:
-    return y.float().square().mean(-1).sqrt()
+    return _mean_squares(y).sqrt()
+
+
+def _mean_squares(y: Tensor) -> Tensor:
+    """Return the mean of y^2 at each token, never zero."""
+    return y.float().square().mean(-1).clamp(min=1e-12)
 
 
 def _classes(y: Tensor, edges: Tensor) -> Tensor:

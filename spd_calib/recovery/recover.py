@@ -6,9 +6,12 @@ text that nothing was fitted on, falls by more than the standard error of that f
 afterwards (replicate.py), there is a second pass. Everything tried stands in the report.
 """
 
+import bisect
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import Strategy
@@ -19,7 +22,7 @@ from spd_calib.sensitivity.tiers import Tier
 
 from .closed_form import COST_TOKENS, ClosedForm, treat_block
 from .distillation import distil_block, distil_together
-from .error_cost import error_costs, fits_in_memory
+from .error_cost import ErrorCost, error_costs, fits_in_memory
 from .feed import Feed
 from .finished import FinishedSteps
 from .give_back import give_back
@@ -129,6 +132,13 @@ class _Run:
     options: RecoveryOptions
     finished: FinishedSteps
 
+    @cached_property
+    def costs(self) -> list[ErrorCost] | None:
+        """Return the costs of errors at every block's output, on every replica the same; None if too large to hold."""
+        few = bisect.bisect_right(list(itertools.accumulate(map(len, self.fitting))), COST_TOKENS)
+        feed = self._feed(SimulatedComm(1), self.fitting[: max(1, few)])
+        return error_costs(feed, feed.batches, seed=self.options.seed) if fits_in_memory(feed) else None
+
     def treat_in_closed_form(self, treatments: Mapping[int, ClosedForm], as_is: Mapping[int, Student]) -> None:
         """Treat one block after the other without training, then judge the whole; on the main replica alone."""
         name, began = "closed-form", time.monotonic()
@@ -158,14 +168,12 @@ class _Run:
 
     def _pass_over_blocks(self, treatments: Mapping[int, ClosedForm], name: str) -> None:
         """Treat one block after the other; each is kept in the journal by the name of the pass."""
-        steps, feed, costs = self.finished, self._feed(SimulatedComm(1), starts=True), None
-        if fits_in_memory(feed):
-            costs = error_costs(feed, feed.some(COST_TOKENS), seed=self.options.seed)
+        steps, feed = self.finished, self._feed(SimulatedComm(1), starts=True)
         for block, treatment in treatments.items():
             feed.move_to(block)
             if steps.take_over(steps.saved(f"{name}-{block}"), measured=False):
                 continue
-            treat_block(block, treatment, feed=feed, judge=steps.judge, options=self.options, costs=costs)
+            treat_block(block, treatment, feed=feed, judge=steps.judge, options=self.options, costs=self.costs)
             steps.keep(f"{name}-{block}", [block])
 
     def _keep_as_far_as_it_helps(self, as_is: Mapping[int, Student], *, began: float) -> None:
@@ -220,7 +228,7 @@ class _Run:
     def distil(self, blocks: Sequence[int]) -> None:
         """Train one block after the other, then all together; all replicas call this at once."""
         if self.options.block_schedule.steps:
-            feed = self._feed(self.finished.replicas)
+            feed = self._feed(self.finished.replicas, starts=True)
             for block in blocks:
                 feed.move_to(block)
                 self._distil_block(block, feed)
@@ -233,7 +241,8 @@ class _Run:
             return
         began, student = time.monotonic(), self.model.students[block].copy()
         hooks = steps.training(name, f"block {block}")
-        outcome = distil_block(student, feed, schedule=self.options.block_schedule, hooks=hooks)
+        cost = self.costs[block] if self.costs else None
+        outcome = distil_block(student, feed, cost=cost, schedule=self.options.block_schedule, hooks=hooks)
         before, detail = self.model.put(student), outcome.detail()
         if not steps.agreed(lambda: steps.judge.decide(block, "distillation", began=began, detail=detail)):
             self.model.put(before)
@@ -254,10 +263,10 @@ class _Run:
                 self.model.put(student)
         steps.keep(name, blocks)
 
-    def _feed(self, replicas: Comm, *, starts: bool = False) -> Feed:
+    def _feed(self, replicas: Comm, sequences: Sequences | None = None, *, starts: bool = False) -> Feed:
         return Feed(
             self.model,
-            self.fitting,
+            sequences or self.fitting,
             batch_size=min(self.options.batch_size, max(1, len(self.fitting) // 8)),
             own_inputs=self.options.own_inputs,
             replicas=replicas,

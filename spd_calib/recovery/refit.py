@@ -20,7 +20,7 @@ from spd_calib.models.mlp import activations
 from spd_calib.models.parts import LayerParts, LinearRows
 from spd_calib.models.shard import ALL_ROWS, RankLinear, Rows
 
-from .error_cost import ErrorCost, bounded, token_weights
+from .error_cost import ErrorCost, bounded, costs_of_errors, token_weights
 from .feed import Batch, Feed
 from .reads import mlp_reads, settled
 from .ridge import Products, Ridge, RidgeFit
@@ -150,20 +150,12 @@ def output_error(student: Student, feed: Feed, batches: Sequence[Batch], *, cost
     No token counts as more than all of it wrong.
     """
     wrong = size = 0.0
-    direction = None if cost is None else cost.direction
     for batch in batches:
         should = feed.dense_output(batch)
-        error = (settled(student.run(feed.inputs(batch), **feed.kwargs(batch))) - should)[batch.mask]
-        weights = token_weights(cost, should, batch)
-        all_of_it = _squares(should[batch.mask], direction)
-        wrong += (torch.minimum(_squares(error, direction), all_of_it) * weights).sum().item()
-        size += (all_of_it * weights).sum().item()
+        error = settled(student.run(feed.inputs(batch), **feed.kwargs(batch))) - should
+        wrong += costs_of_errors(cost, error[batch.mask], should, batch).sum().item()
+        size += costs_of_errors(cost, should[batch.mask], should, batch).sum().item()
     return wrong / max(size, 1e-30)
-
-
-def _squares(x: Tensor, direction: Tensor | None) -> Tensor:
-    """Return |x|^2 [N] in the metric `direction` [d, d]."""
-    return (x * (x if direction is None else x @ direction.to(x))).sum(-1)
 
 
 def weights_of_reads(cost: ErrorCost | None, batch: Batch, *, output: Tensor, part: Tensor) -> Tensor:
