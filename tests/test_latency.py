@@ -459,6 +459,8 @@ def test_bits_take_their_own_time_and_the_drops_before_them_theirs():
     assert model.saved(2, {8: 3}) == pytest.approx(1 - model.seconds(2, {8: 3}) / dense)
     assert [model.rest(3, bits) for bits in (None, 8)] == [{}, {8: 5}]
     assert [model.of(d) for d in (KEPT, Drop(Strategy.KEEP_SYNC, bits=8), Drop(Strategy.PLAIN_DROP))] == [16, 9, 3]
+    dearer = replace(model, quantised=of_bits | {4: Sync(5.0, 6.0)})  # behind norms: twice as wide, and packed
+    assert dearer.of(Drop(Strategy.BLOCK_DROP)) == 6, "whichever bits the next sync has, no less is saved"
     found = model.latency(2, {4: 1, 8: 3})
     assert found.quantised_seconds == {8: 9.0, 4: 5.0} and list(found.quantised_seconds) == [8, 4]
     assert found.planned_seconds == model.seconds(2, {8: 3, 4: 1}) and found.dense_seconds == dense
