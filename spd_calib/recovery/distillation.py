@@ -103,7 +103,7 @@ def distil_block(
         return costs_of_errors(cost, (y - target)[batch.mask], target, batch)
 
     with torch.no_grad():
-        added = [_total(cost_of(b, b.dense)) for b in with_starts(feed.choosing)]
+        added = [_total(cost_of(b, b.dense), b.weight) for b in with_starts(feed.choosing)]
         size, tokens = feed.replicas.all_reduce([torch.stack(added).sum(0)]).tolist()
         scale = tokens / max(size, 1e-30)  # the error is a share of what the block adds
 
@@ -112,7 +112,8 @@ def distil_block(
         with telling_routers([student.block], routed.__setitem__), _products(schedule, feed.model.lm.device):
             y = student.run(feed.inputs(batch), **feed.kwargs(batch))
         of_routers = routing_error(routed_in_dense_block(feed, batch), routed, batch.mask)[batch.mask]
-        return _total(cost_of(batch, in_full(y)) * scale + batch.weight * of_routers)  # a deferred MLP is settled later
+        error = cost_of(batch, in_full(y)) * scale  # a deferred MLP is settled later
+        return _total(error + batch.weight * of_routers, batch.weight)
 
     def loss(batch: Batch, _: int | None) -> Tensor:
         return torch.stack([loss_of(b) for b in with_starts([batch])]).sum(0)
@@ -266,9 +267,9 @@ def _divergence(
     return total + through - through.detach()
 
 
-def _total(of_tokens: Tensor) -> Tensor:
-    """Return the sum and the number of the tokens' losses, [2]."""
-    return torch.stack([of_tokens.sum(), torch.tensor(float(len(of_tokens)), device=of_tokens.device)])
+def _total(of_tokens: Tensor, weight: float = 1.0) -> Tensor:
+    """Return the sum of the tokens' losses, and their number, each counted as `weight`, [2]."""
+    return torch.stack([of_tokens.sum(), torch.tensor(weight * len(of_tokens), device=of_tokens.device)])
 
 
 @torch.no_grad()
