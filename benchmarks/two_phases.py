@@ -38,7 +38,7 @@ from spd_calib.planning.sync_bits import every_sync
 from spd_calib.planning.two_phases import RequestModel
 from spd_calib.sensitivity.measure import Subject
 from spd_calib.sensitivity.predictions import FIELDS
-from spd_calib.sensitivity.served import served_tallies
+from spd_calib.sensitivity.served import measure_served
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARES = (0, 1, 2, 3)  # thirds of the attentions' syncs
@@ -60,7 +60,7 @@ def sequences_of(args: argparse.Namespace) -> Tensor:
 
 def kl_by_sequence(lm: TensorParallelLM, ids: Tensor, plans: Sequence[ByPhase]) -> list[Tensor]:
     """Return KL(dense || served) of each plan, the mean over the tokens of each sequence's second half [sequences]."""
-    tallies = served_tallies(Subject(lm), ids.tolist(), plans=plans, batch_size=len(ids))
+    tallies = measure_served(Subject(lm), ids.tolist(), plans=plans, batch_size=len(ids))
     return [torch.stack(t.sums)[:, FIELDS.index("kl")] / torch.tensor(t.tokens) for t in tallies]
 
 

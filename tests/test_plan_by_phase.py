@@ -168,7 +168,7 @@ def test_a_plan_in_two_phases_from_the_command_to_its_measurement(spd, profile, 
     session = open_session(str(llama), 4)
     texts = reload_texts(session, profile, path=profile_file)
     (found,) = measure_served(Subject(session.load()), texts[0].verification, plans=[phases])
-    assert found.kl == pytest.approx(plan.verified.kl, rel=1e-4)
+    assert found.comparison().kl == pytest.approx(plan.verified.kl, rel=1e-4)
     again = spd("plan", profile_file, *options)
     assert again.code == 0 and read(Plan, out).blocks == plan.blocks
     assert spd("diff", out, out).code == 0

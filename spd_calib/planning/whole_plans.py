@@ -62,7 +62,7 @@ def measure_plans_served(
     by_text = [
         measure_served(subject, sequences, plans=plans, batch_size=batch_size, tick=tick) for sequences in texts
     ]  # fmt: skip
-    return [average(of_one_plan) for of_one_plan in zip(*by_text, strict=True)]
+    return [average([tally.comparison() for tally in of_one_plan]) for of_one_plan in zip(*by_text, strict=True)]
 
 
 def _with_tasks(subject: Subject, drops: Drops, measured: Comparison, *, task_loss: TaskLoss) -> Comparison:

@@ -13,7 +13,6 @@ from torch import Tensor
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import NOTHING_DROPPED, Drops
 from spd_calib.formats.phases import ByPhase
-from spd_calib.formats.profile import Comparison
 
 from .measure import Subject, Tick
 from .metrics import Tally
@@ -29,28 +28,12 @@ def measure_served(
     plans: Sequence[ByPhase],
     batch_size: int = 8,
     tick: Tick | None = None,
-) -> list[Comparison]:
+) -> list[Tally]:
     """Compare each of `plans`, as it is served, with the dense model on the second halves of `sequences` of token ids.
 
-    Returns and raises as `served_tallies`, but for means in place of sums.
-    """
-    found = served_tallies(subject, sequences, plans=plans, batch_size=batch_size, tick=tick)
-    return [tally.comparison() for tally in found]
-
-
-def served_tallies(
-    subject: Subject,
-    sequences: Sequence[Sequence[int]],
-    *,
-    plans: Sequence[ByPhase],
-    batch_size: int = 8,
-    tick: Tick | None = None,
-) -> list[Tally]:
-    """Return the sums by sequence, in one order for all plans, that `measure_served` gives the means of.
-
-    A plan is run with what the subject drops always. `tick` is called after each batch of each plan (`served_batches`).
-    Raises InputError for sequences of fewer than FEWEST_TOKENS tokens, and that names the block where NaN or Inf first
-    appears, if any does.
+    The tallies hold the sequences in one order. A plan is run with what the subject drops always. `tick` is called
+    after each batch of each plan (`served_batches`). Raises InputError for a sequence of fewer than FEWEST_TOKENS
+    tokens, and one that names the block where NaN or Inf first appears, if any does.
     """
     if any(len(ids) < FEWEST_TOKENS for ids in sequences):
         raise InputError(
