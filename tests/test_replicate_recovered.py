@@ -1,4 +1,4 @@
-"""Heads replicated in a recovered model: where the whole wins most, and exactly the dense block there."""
+"""Heads replicated in a recovered model: where the whole wins most, and the dense block there, until it is refitted."""
 
 import pytest
 import tiny
@@ -35,10 +35,11 @@ def test_the_blocks_that_cost_most_after_recovery_are_the_dense_models() -> None
     alone.students = students
     before = HeldOut(alone, text).measure().kl()
     assert set(sorted(wins, key=wins.__getitem__)[2:]) == set(chosen)
+    cut = [a.treatment for a in report.attempts].index(REPLICATED)
     for block, fell in chosen.items():
         assert fell == pytest.approx(before + wins[block], rel=1e-3)
         assert model.students[block].predictors is None
-        undone = [a for a in report.attempts if a.block == block and a.treatment != REPLICATED]
+        undone = [a for a in report.attempts[:cut] if a.block == block]
         assert undone and not any(a.kept for a in undone)
 
 
@@ -75,16 +76,26 @@ def test_a_mixture_of_experts_is_refused_before_anything_is_fitted() -> None:
     assert not notes
 
 
-def test_the_other_blocks_are_treated_anew_behind_those_that_are_exact() -> None:
+def test_all_blocks_are_treated_anew_those_with_every_head_from_the_dense_block() -> None:
     """What they made up for is gone; where that wins nothing the first treatments stay."""
     options = RecoveryOptions(methods=("compensation", "refit"), max_rank=0)
     model, text = planned(layers=3), sequences(8, seed=1)
     report = recover(model, fitting=sequences(16), held_out=text, tiers=extreme(model), options=options, heads=heads(1))
     (exact,) = model.drops.replicated
     whole = [a for a in report.attempts if a.treatment == TOGETHER]
-    assert len(whole) == 2 and set(whole[1].detail["anew"]) == {0, 1, 2} - {exact}
+    assert len(whole) == 2 and set(whole[1].detail["anew"]) == {0, 1, 2}
     assert report.kl == pytest.approx(whole[1].kl_after if whole[1].kept else whole[1].kl_before)
     other = next(b for b in (0, 1, 2) if b != exact)
     cut = [a.treatment for a in report.attempts].index(REPLICATED)
     first, second = ([a for a in part if a.block == other] for part in (report.attempts[:cut], report.attempts[cut:]))
     assert first and second and not any(a.kept for a in (first if whole[1].kept else second))
+    replicated, *refits = (a for a in report.attempts[cut:] if a.block == exact)
+    assert replicated.kept and "undone" not in replicated.detail, "it has every head still"
+    assert {a.treatment.partition(" of ")[0] for a in refits} == {"refit"}, "nothing is missing that could be predicted"
+    untouched = all(
+        torch.equal(p, q)
+        for p, q in zip(
+            model.students[exact].layer.parameters(), model.lm.model.model.layers[exact].parameters(), strict=True
+        )
+    )
+    assert untouched == (not any(a.kept for a in refits))

@@ -91,11 +91,11 @@ def recover(
     early: list[int] = []
     if budget and "refit" in options.methods:
         early = run.give_back(budget.model_copy(update={"value": AHEAD * budget.value}), "given-back-early")
-    others = {i: t for i, t in treatments.items() if i not in exact and i in model.students}
+    left = {i: t for i, t in treatments.items() if i in model.students}
     if exact or early:
-        if is_main and others:
-            run.treat_anew(others, as_is)
-        run.finished.share(list(others))
+        if is_main and left:  # those with every head, too: they read what the others leave
+            run.treat_anew(left, {i: student for i, student in as_is.items() if i not in exact})
+        run.finished.share(list(left))
     trained = [i for i in trained if i in model.students]
     if "distillation" in options.methods and trained:
         run.distil(trained)
@@ -149,7 +149,7 @@ class _Run:
         self.finished.keep(name, list(treatments))
 
     def treat_anew(self, treatments: Mapping[int, ClosedForm], as_is: Mapping[int, Student]) -> None:
-        """Treat blocks once more from what they were, behind others that are the dense model's by now.
+        """Treat blocks once more, those of `as_is` from that, where some are the dense model's by now.
 
         What they were fitted to before made up for what those others cost. The first treatments stay where the whole is
         no better with the second.
@@ -159,7 +159,7 @@ class _Run:
             return
         judge, first = steps.judge, [self.model.students[block] for block in treatments]
         attempts = list(judge.attempts)
-        judge.undo([as_is[block] for block in treatments])
+        judge.undo([student for block, student in as_is.items() if block in treatments])
         self._pass_over_blocks(treatments, name)
         if not judge.decide(None, TOGETHER, began=began, detail={"anew": list(treatments)}):
             judge.undo(first)

@@ -1,7 +1,7 @@
 """Replicating heads in a recovered model: in the blocks that cost most after recovery, which are others than before.
 
 A block with all heads of other ranks replicated is the dense block, its attention's sync still dropped: its price are
-weights that a rank reads more, not a sync.
+weights that a rank reads more, not a sync. The second pass refits it behind what the blocks in front of it leave.
 """
 
 from collections.abc import Callable, Sequence
