@@ -7,10 +7,12 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -75,3 +77,23 @@ def test_every_dependency_is_pinned():
     pinned = {re.split("==", pin)[0].lower().replace("_", "-") for pin in pins if "==" in pin}
     wanted = [*PROJECT["dependencies"], *(d for extra in PROJECT["optional-dependencies"].values() for d in extra)]
     assert {re.match(r"[\w.-]+", name)[0].lower().replace("_", "-") for name in wanted} <= pinned
+
+
+def test_every_pin_installs_on_the_oldest_python_that_is_allowed():
+    """A Debian 12 has Python 3.11.2: a pin that wants 3.11.5 would end its `make demo` in pip's resolver."""
+    oldest = PROJECT["requires-python"].removeprefix(">=") + ".0"
+    pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    refused = {
+        pin: wanted
+        for pin in pins
+        if "==" in pin and (wanted := _python_of(pin.split("==")[0])) and oldest not in SpecifierSet(wanted)
+    }
+    assert not refused
+
+
+def _python_of(name: str) -> str | None:
+    """Return which Python an installed distribution asks for; None for one that is not installed here."""
+    try:
+        return metadata(name)["Requires-Python"]
+    except PackageNotFoundError:
+        return None
