@@ -44,8 +44,8 @@ class ErrorCost:
         Bounded: of an error as a share of |y| none costs more than MOST times what is typical.
         """
         squares = _mean_squares(y[mask])
-        relative = self.sizes.to(y)[_classes(y, self.edges)[mask]] * squares
-        return (relative / self.typical.to(y)).clamp(max=MOST) / squares
+        relative = self.sizes.to(squares)[_classes(y, self.edges)[mask]] * squares  # float32: float16 would lose them
+        return (relative / self.typical.to(squares)).clamp(max=MOST) / squares
 
 
 def token_weights(cost: ErrorCost | None, y: Tensor, batch: Batch) -> Tensor:
