@@ -235,7 +235,7 @@ def _announce(progress: Progress, text: Text, *, judged: int, tiers: Mapping[int
 def _steps_at_most(tiers: Mapping[int, Tier], options: RecoveryOptions, *, replicates: bool, gives_back: bool) -> int:
     """Return how many steps there will be: training may end early, and treatments that do nothing are left out.
 
-    Where heads are replicated, or, with refit, blocks given back before the end, the others are treated anew. Each
+    Where heads are replicated, or, with refit, blocks given back before the end, those left are treated anew. Each
     choice among the blocks, of those to replicate and of those to give back, looks at every one alone.
     """
     early = gives_back and "refit" in options.methods

@@ -149,7 +149,7 @@ class _Run:
         self.finished.keep(name, list(treatments))
 
     def treat_anew(self, treatments: Mapping[int, ClosedForm], as_is: Mapping[int, Student]) -> None:
-        """Treat blocks once more, those of `as_is` from that, where some are the dense model's by now.
+        """Treat blocks once more, now that some are the dense model's; those that `as_is` has begin from what it has.
 
         What they were fitted to before made up for what those others cost. The first treatments stay where the whole is
         no better with the second.
