@@ -18,7 +18,7 @@ OF_VLLM = gdn_attention.cpu_gdn_attention_core
 def install() -> None:
     """Have vLLM register this recurrence beside its own kernel, before the first model is loaded in this process."""
     gdn_attention.cpu_gdn_attention_core = _core
-    configure.check_cpu_kernels = lambda config: None  # it would say that there is none
+    configure.check_attention = lambda config: None  # it would say that there is none
 
 
 def _core(mixed_qkv: Tensor, b: Tensor, a: Tensor, core_attn_out: Tensor, layer_name: LayerNameType) -> None:

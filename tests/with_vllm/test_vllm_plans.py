@@ -80,6 +80,12 @@ def check(rows):
     assert not [row for row in rows if not row.ok]
 
 
+def assert_dense(case: Case, observed: Observed) -> None:
+    """What the engine did before any plan was set; not bit for bit, since its first batch may hold a prompt fewer."""
+    for found, expected in zip(observed.prompt, case.dense.prompt, strict=True):
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
 def test_no_plan_is_the_dense_model(case):
     assert {count for rank in case.dense.all_reduces for count in rank} == {9}
     check(compared(case, NOTHING_DROPPED, case.dense))
@@ -119,7 +125,7 @@ def test_against_the_reference(case):
 
 def test_a_plan_taken_back_is_the_dense_model(case):
     case.engine.set(PLANS["mlp-and-plain"][0])
-    assert run(case, NOTHING_DROPPED).prompt == case.dense.prompt
+    assert_dense(case, run(case, NOTHING_DROPPED))
 
 
 def test_a_runtime_that_ignores_the_plan_is_caught(case):
@@ -145,4 +151,4 @@ def test_workers_return_their_errors_and_stay_in_step(case):
         beyond = Point(int(words.split()[1]), sync_point)
         with pytest.raises(SpdError, match=f"{words} is no sync point that can be dropped in a model of 4 blocks"):
             case.engine.set(Drops.of({beyond: Strategy.BLOCK_DROP}))
-    assert run(case, NOTHING_DROPPED).prompt == case.dense.prompt
+    assert_dense(case, run(case, NOTHING_DROPPED))

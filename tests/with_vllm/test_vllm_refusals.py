@@ -5,6 +5,8 @@ import importlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -152,6 +154,40 @@ def test_heads_that_no_kernel_on_a_cpu_runs(tmp_path, family, words):
     folder = tiny.save(tiny.build(family), tmp_path / "narrow")
     plan = write_plan(tmp_path / "plan.json", folder, 2, [D, K, K, K])
     refused(folder, plan, f"no kernel for heads of {words}")
+
+
+OVERFLOWS = """
+from types import SimpleNamespace
+from vllm.platforms import current_platform
+from spd_calib.runtimes.vllm.cpu_kernels import check_products
+from spd_calib.errors import InputError
+
+current_platform.import_kernels()
+groups = {"group_0": {"targets": ["Linear"], "weights": WEIGHTS, "input_activations": {"num_bits": 8, "type": "int"}}}
+said = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": groups}
+model = SimpleNamespace(hf_config=SimpleNamespace(quantization_config=said, to_dict=lambda: {}))
+try:
+    check_products(SimpleNamespace(model_config=model))
+except InputError as e:
+    print(e)
+"""
+
+
+def test_products_of_whole_numbers_that_overflow_on_this_cpu_are_refused():
+    """As oneDNN's do on a processor without VNNI: here one that is told not to use it."""
+    weights = repr({"num_bits": 8, "type": "int", "strategy": "channel"})
+    script = OVERFLOWS.replace("WEIGHTS", weights)
+    told = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    found = subprocess.run([sys.executable, "-c", script], env=told, capture_output=True, text=True, timeout=300)
+    assert found.stdout.strip().endswith("overflow; run the plan on a GPU, or on another CPU."), found.stderr[-2000:]
+
+
+def test_whole_numbers_of_4_bits_need_a_kernel_that_not_every_cpu_has(folder, tmp_path, monkeypatch):
+    copy = Path(shutil.copytree(folder, tmp_path / "gptq"))
+    quantise(copy, "gptq", group=8)
+    plan = write_plan(tmp_path / "plan.json", copy, 2, [D, K, K, D])
+    monkeypatch.setattr(torch.ops, "_C", SimpleNamespace())
+    refused(copy, plan, "no kernel on this CPU for weights in 4-bit whole numbers (gptq)", dtype="bfloat16")
 
 
 def test_a_dtype_that_no_kernel_for_linear_attention_on_a_cpu_knows(folder_of, tmp_path):

@@ -7,7 +7,6 @@ in its key, so that code compiled for one plan never serves another.
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from spd_calib.errors import InputError
@@ -22,6 +21,7 @@ from spd_calib.runtimes.plan_checks import (
     named_in_environment,
 )
 
+from .cpu_kernels import check_attention, check_products
 from .forms import SUPPORTED as ARCHITECTURES
 from .forms import is_supported
 from .rows import to_rows
@@ -112,7 +112,8 @@ def check(plan: Plan, path: Path, *, config: Any) -> None:
         raise InputError(f"{path} cannot be run with quantised experts: what vLLM makes of them has not been tested.")
     if what := not_as_measured(config):
         raise InputError(f"{path} cannot be run with {what}: the vLLM runtime of spd-calib does not support it.")
-    check_cpu_kernels(config)
+    check_attention(config)
+    check_products(config)
     check_same_model(
         plan,
         path,
@@ -171,30 +172,6 @@ def _offloads(offload: Any) -> bool:
     """Say whether layers would wait for weights that lie elsewhere: vLLM wraps their forward to that end."""
     prefetches = offload.offload_backend == "prefetch" or offload.prefetch.offload_group_size > 0
     return prefetches or offload.uva.cpu_offload_gb > 0
-
-
-def check_cpu_kernels(config: Any) -> None:
-    """Raise InputError for attention that vLLM has no kernel for on a CPU; it would find out minutes later."""
-    from vllm.platforms import current_platform
-    from vllm.utils.import_utils import resolve_obj_by_qualname
-
-    if current_platform.is_cpu():
-        model = config.model_config
-        asked = SimpleNamespace(use_mla=model.use_mla, use_sparse=False)
-        chosen = current_platform.get_attn_backend_cls(config.attention_config.backend, asked)
-        backend: Any = resolve_obj_by_qualname(chosen)
-        width, known = model.get_head_size(), backend.get_supported_head_sizes()
-        if width not in known:
-            raise InputError(
-                f"vLLM's attention on a CPU has no kernel for heads of width {width}, only of "
-                f"{', '.join(map(str, known))}; run the plan on a GPU, or under torchrun."
-            )
-        dtype = str(model.dtype).removeprefix("torch.")
-        if dtype != "bfloat16" and "linear_attention" in (getattr(model.hf_text_config, "layer_types", None) or ()):
-            raise InputError(
-                f"vLLM's linear attention on a CPU has a kernel for bfloat16 alone, not for {dtype}: start it with "
-                "--dtype bfloat16, and check it with --as-served '--dtype bfloat16'."
-            )
 
 
 def _architecture(model: Any) -> str:
