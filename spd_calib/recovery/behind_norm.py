@@ -22,6 +22,7 @@ from spd_calib.models.predictor import Predictor
 
 from .error_cost import ErrorCost
 from .feed import Batch, Feed
+from .moments import widened
 from .predictor_fit import RIDGES, Fit, PredictorForm, project
 from .refit import weights_of_reads
 from .student import Student
@@ -44,6 +45,7 @@ class RankMoments:
 
     def add(self, z: Tensor, e: Tensor, t: Tensor, *, weights: Tensor) -> None:
         """Add tokens: z [N, p], e and t [N, d], each token with a weight [N]."""
+        z, e, t = map(widened, (z, e, t))
         w = weights[:, None]
         self.weight += weights.double().sum().item()
         self.z, self.e, self.t = (old + (w * x).sum(0).double() for old, x in ((self.z, z), (self.e, e), (self.t, t)))

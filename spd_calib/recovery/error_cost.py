@@ -17,6 +17,7 @@ from spd_calib.formats.drops import NOTHING_DROPPED
 from spd_calib.parallel.streams import Streams
 
 from .feed import Batch, Feed
+from .moments import widened
 
 METRIC_BYTES = 4 * 2**30  # of all blocks' directions: at d = 8192 half a gigabyte a block, float64
 QUANTILES = (0.5, 0.9, 0.97, 0.985, 0.993, 0.997)  # of |y|, between classes of tokens
@@ -111,6 +112,7 @@ def costs_of_errors(cost: ErrorCost | None, error: Tensor, output: Tensor, batch
 
 def _squares(x: Tensor, direction: Tensor | None) -> Tensor:
     """Return |x|^2 [N] in the metric `direction` [d, d]."""
+    x = widened(x)
     return (x * (x if direction is None else x @ direction.to(x))).sum(-1)
 
 
@@ -158,7 +160,7 @@ def _norms(y: Tensor) -> Tensor:
 
 def _mean_squares(y: Tensor) -> Tensor:
     """Return the mean of y^2 at each token, never zero."""
-    return y.float().square().mean(-1).clamp(min=1e-12)
+    return widened(y).square().mean(-1).clamp(min=1e-12)
 
 
 def _classes(y: Tensor, edges: Tensor) -> Tensor:

@@ -46,6 +46,11 @@ class HeadMoments:
         return HeadMoments(self.fitting.permuted(order), self.choosing.permuted(order))
 
 
+def widened(x: Tensor) -> Tensor:
+    """Return x in float32 where its dtype is narrower: what is summed over tokens would be rounded to that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 @torch.no_grad()
 def moments(student: Student, feed: Feed, batches: Iterable[Batch]) -> Moments:
     """Return the moments of all heads' outputs, rank after rank, over the real tokens of some of the feed's batches."""

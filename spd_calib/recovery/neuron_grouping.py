@@ -18,6 +18,7 @@ from spd_calib.parallel.streams import Streams, in_full
 from .assignment import balanced, order_of
 from .error_cost import ErrorCost, bounded
 from .feed import Batch, Feed
+from .moments import widened
 from .permute import permute_neurons
 from .reads import mlp_reads, settled
 from .refit import Fits
@@ -93,7 +94,7 @@ def neuron_errors(
                 right = _neurons(student, norm(whole.read(rank)[batch.mask]))
             u = norm(partly.read(rank)[batch.mask])
             errors.append(_neurons(student, u if fits is None else _mapped(u, fits[rank])) - right)
-        found = torch.stack(errors)
+        found = widened(torch.stack(errors))
         if cost is not None:
             should = feed.dense_output(batch)
             error = (settled(student.run(s, **feed.kwargs(batch))) - should)[batch.mask]

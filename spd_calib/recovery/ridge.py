@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .moments import widened
+
 # relative to the mean diagonal of the features' products
 RIDGES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0, 100.0)
 
@@ -17,7 +19,7 @@ RIDGES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0, 30.0, 
 class Products:
     """Sums over tokens of X^T X [p, p], X^T Y [p, q] and Y^T Y [q, q], float64, for features X and targets Y.
 
-    Empty until something is added. Products of one batch are made in the dtype of the features.
+    Empty until something is added. Products of one batch are made in float32, or in float64 of such features.
     """
 
     xx: Tensor = field(default_factory=lambda: torch.zeros(()))
@@ -26,6 +28,7 @@ class Products:
 
     def add(self, x: Tensor, y: Tensor, *, weights: Tensor | None = None) -> None:
         """Add tokens: x [N, p], y [N, q], each token with a weight [N], by default 1."""
+        x, y = map(widened, (x, y))
         weighted_x, weighted_y = (x, y) if weights is None else (x * weights[:, None], y * weights[:, None])
         self.xx = self.xx + (weighted_x.T @ x).double()
         self.xy = self.xy + (weighted_x.T @ y).double()
