@@ -286,9 +286,14 @@ class TensorParallelLM:
 
     @torch.no_grad()
     def _check_equals_dense(self, dense: Tensor, probe: Tensor) -> None:
-        """Raise InputError unless the model with every sync point kept gives `dense`, by a forward and by record."""
+        """Raise InputError unless the model with every sync point kept gives `dense`, by a forward and by record.
+
+        Of a mixture in half precision more than half of the tokens must agree: at a few, rounding alone decides which
+        expert is chosen.
+        """
         for logits in (self(probe), self.logits(self.record(probe).final)):
-            error = (logits.float() - dense.float()).abs().max().item()
+            off = (logits.float() - dense.float()).abs().amax(-1)
+            error = (off.median() if self.mixtures and logits.dtype != torch.float32 else off.max()).item()
             if not error <= tolerance(dense):
                 raise InputError(
                     f"{type(self.model).__name__} split over {self.comm.size} ranks, every sync point kept, differs "
