@@ -39,7 +39,7 @@ def test_recovery_makes_the_whole_plan_better_and_only_keeps_what_does() -> None
         alone = [a.detail for a in report.attempts if a.block == block and a.kl_before is None]
         error = alone[0]["error_before"]
         for a in (a for a in report.attempts if a.block == block and a.kl_before is None):
-            assert a.detail["error_before"] == error and a.kept == (a.detail["error_after"] < error)
+            assert a.detail["error_before"] == error and a.kept == (a.detail["error_after"] < error - 1e-13)
             error = a.detail["error_after"] if a.kept else error
     for a in (a for a in report.attempts if a.kl_before is not None):
         assert a.kl_before == pytest.approx(now) and a.kept == (a.fell > a.fell_stderr)
@@ -126,7 +126,7 @@ def test_what_makes_the_whole_worse_is_taken_back_block_by_block(monkeypatch: py
     assert together == [(3, False), (1, True), (2, False)]
     assert [model.students[i] is as_is[i] for i in range(4)] == [False, False, True, True]
     assert report.kl < report.kl_as_is and report.kl == HeldOut(model, sequences(8, seed=1)).measure().kl()
-    assert not report.kept(2) and not report.kept(3) and report.kept(1)
+    assert [any(a.kept for a in report.of(i)) for i in range(4)] == [True, True, False, False]
 
 
 def test_a_recovery_killed_before_its_judgement_is_judged_as_if_it_had_not_been(tmp_path, monkeypatch) -> None:

@@ -12,9 +12,11 @@ from safetensors.torch import load_file
 import spd_calib
 from spd_calib.api.progress import Progress
 from spd_calib.errors import InputError
+from spd_calib.formats.drops import Point
 from spd_calib.formats.files import read
 from spd_calib.formats.plan import Plan
 from spd_calib.formats.profile import Profile
+from spd_calib.models.plan_files import load_plan
 
 SELECTION = spd_calib.TextSelection(seq_len=24, max_samples=24, verify_samples=8)
 
@@ -118,6 +120,55 @@ def test_refitted_weights_are_the_checkpoint(llama, text, tmp_path) -> None:
     assert any("refit of down" in b.reason for b in made.blocks)
     again = verified_again(made, tmp_path / "out", text)
     assert abs(again.kl - made.verified.kl) < 1e-4 * made.verified.kl
+
+
+@pytest.mark.parametrize(("family", "max_rank"), [("llama", 8), ("opt", 0), ("gemma2", 8), ("mixtral", 8)])
+def test_in_bfloat16_as_much_is_won_as_in_float32(family, max_rank, text, tmp_path) -> None:
+    folder = tiny.save(tiny.build(family), tmp_path / "model")
+    plan = write_plan(tmp_path / "plan.json", folder, 2, ["block_drop"] * 4)
+    reports = {}
+    for dtype in ("float32", "bfloat16"):
+        spd_calib.recover(
+            plan, tmp_path / dtype, data=str(text), text=SELECTION, max_rank=max_rank, exchange=0.0, steps=3,
+            final_steps=0, methods=["grouping", "compensation", "refit", "distillation"], tau1=0, tau2=0,
+            run=spd_calib.RunOptions(device="cpu", dtype=dtype),
+        )  # fmt: skip
+        reports[dtype] = json.loads((tmp_path / dtype / "recovery.json").read_text())
+    wide, narrow = (r["kl"] / r["kl_as_is"] for r in reports.values())
+    assert wide < 0.95 and narrow == pytest.approx(wide, rel=0.2), reports
+
+
+@pytest.mark.parametrize("methods", [["grouping", "compensation", "refit"], ["grouping", "refit"]])
+def test_a_mixture_kept_until_it_is_recovered_says_what_its_routers_read(spd, methods, text, tmp_path) -> None:
+    """By the paper's rule; else a runtime would know nothing of the router's predictor."""
+    folder = tiny.save(tiny.build("mixtral"), tmp_path / "model")
+    given = ("--data", text, "--seq-len", 24, "--max-samples", 12, "--verify-samples", 8, "--device", "cpu")
+    profile, plan = tmp_path / "profile.json", tmp_path / "plan.json"
+    assert spd("profile", folder, "--tp", 4, *given, "--strategy", "block_drop", "-o", profile).code == 0
+    assert spd("plan", profile, "--tau1", 0, "--tau2", 0, "--device", "cpu", "-o", plan).code == 0
+    assert all(b.recovery and b.router is None for b in read(Plan, plan).blocks)
+    options = {"data": str(text), "text": SELECTION, "run": spd_calib.RunOptions(device="cpu")}
+    made = spd_calib.recover(plan, tmp_path / "out", methods=methods, **options)
+    assert "router_predictor" in made.requires and all(b.router is not None for b in made.blocks)
+    assert any(b.router.kind != "zero" for b in made.blocks) == ("compensation" in methods)
+    _, drops = load_plan(tmp_path / "out" / "plan.json")
+    found = [drops.at(Point(b.index, "attention")).router for b in made.blocks]
+    assert [r.kind if r else "zero" for r in found] == [b.router.kind for b in made.blocks]
+
+
+def test_what_was_not_done_is_not_said(spd, llama, text, tmp_path) -> None:
+    """Plain drops are left as they are, and a training is said of the blocks that it trained."""
+    given = ("--data", text, "--seq-len", 24, "--max-samples", 24, "--verify-samples", 8, "--device", "cpu")
+    plain = write_plan(tmp_path / "plain.json", llama, 4, ["plain_drop"] * 4)
+    run = spd("recover", plain, *given, "-o", tmp_path / "out", "--methods", "distillation")
+    assert run.code == 2 and "plain_drop alone" in run.err
+    mixed = write_plan(tmp_path / "mixed.json", llama, 4, ["plain_drop", "block_drop", "block_drop", "keep_sync"])
+    run = spd("recover", mixed, *given, "-o", tmp_path / "out", "--methods", "refit,distillation", "--steps", 0,
+              "--final-steps", 25, "--tau1", 0, "--tau2", 0)  # fmt: skip
+    assert run.code == 0, run.err
+    reasons = [b.reason for b in read(Plan, tmp_path / "out" / "plan.json").blocks]
+    assert reasons[0].endswith("dropped as it is") and "distill" in reasons[1] and "distill" in reasons[2]
+    assert "None" not in "".join(reasons)
 
 
 def test_within_a_budget_blocks_are_given_back_and_the_plan_says_so(spd, llama, text, tmp_path) -> None:

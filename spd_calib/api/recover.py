@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from spd_calib.errors import InputError
-from spd_calib.formats.drops import Strategy
+from spd_calib.formats.drops import Point, Strategy
 from spd_calib.formats.files import sha256_as_written, sha256_of
 from spd_calib.formats.plan import Budget, Plan
 from spd_calib.models.load import load_dense
@@ -117,6 +117,12 @@ def recover(
         raise InputError(
             "The plan drops MLPs' sync points alone, which nothing but training wins back; add distillation to the "
             "methods, or plan with attentions' sync points, too."
+        )
+    dropped = [drops.strategy(Point(block, "attention")) for block in drops.blocks("attention")]
+    if dropped and Strategy.BLOCK_DROP not in dropped:
+        raise InputError(
+            "The plan drops attentions' sync points by plain_drop alone, which no treatment is for; plan with "
+            "`strategy` block_drop."
         )
     checkpoint.check_output(output)
     session = open_model_of(document, path=path, model=model, replicas=True)

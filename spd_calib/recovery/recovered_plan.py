@@ -77,25 +77,32 @@ def _block(block: PlannedBlock, model: PlannedModel, report: RecoveryReport) -> 
             "recovery": None,
             "compensation": form_of(student.drops, student.block.attention_point),
             "mlp_compensation": form_of(student.drops, student.block.mlp_point),
-            "router": _router(block, student),
+            "router": _router(student),
             "kl": None,  # of the block before it was treated
             "reason": "; ".join([*([block.reason] if block.replicated else []), _reason(report, block.index)]),
         }
     )
 
 
-def _router(block: PlannedBlock, student: Student) -> RouterPredictor | None:
-    """Return what the block's router reads now; None where it has none, or reads what it did in the dense model."""
-    if block.router is None or student.router is None:
-        return block.router
+def _router(student: Student) -> RouterPredictor | None:
+    """Return what the block's router reads; None where it has none, or reads what it did in the dense model."""
+    if student.parts.experts is None or student.strategy != Strategy.BLOCK_DROP:
+        return None
+    if student.router is None:
+        return RouterPredictor(kind="zero", rank=0)
     return RouterPredictor(kind=student.router.kind, rank=student.router.rank)
 
 
 def _reason(report: RecoveryReport, block: int) -> str:
-    tier, kept = report.tiers.get(block), report.kept(block)
-    for attempt in report.attempts:
-        if attempt.block == block and attempt.treatment == REPLICATED:
-            trained = "".join(f"; {treatment}" for treatment in kept if treatment != REPLICATED)
-            return f"{tier}; all heads of other ranks replicated: KL {attempt.fell:.3g} less than recovered{trained}"
-    done = "recovered by " + ", ".join(dict.fromkeys(kept)) if kept else "left as it is: no treatment helped the whole"
-    return f"{tier}; {done}" if tier != "insensitive" else "insensitive: dropped as it is"
+    """Return what was done to a block, and its tier, where it has one: a plain drop beside others has none."""
+    tried, tier = report.of(block), report.tiers.get(block)
+    kept = dict.fromkeys(attempt.treatment for attempt in tried if attempt.kept)
+    done = ", ".join(treatment for treatment in kept if treatment != REPLICATED)
+    if (replicated := next((a for a in tried if a.treatment == REPLICATED), None)) is not None:
+        said = f"all heads of other ranks replicated: KL {replicated.fell:.3g} less than recovered"
+        said += f"; {done}" if done else ""
+    elif done:
+        said = f"recovered by {done}"
+    else:
+        said = "left as it is: no treatment helped" if tried else "dropped as it is"
+    return f"{tier}; {said}" if tier else said

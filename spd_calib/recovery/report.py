@@ -11,6 +11,7 @@ REPORT_FILE = "recovery.json"  # in the checkpoint's folder
 TOGETHER = "all without training"  # what was done in closed form, to all blocks, as one treatment
 
 GIVEN_BACK = "given back"  # to the dense model, since the whole broke its budget
+DENSE_AGAIN = "dense weights again"  # for the same reason, in a block with all heads on every rank: it stays dropped
 REPLICATED = "heads replicated"  # of other ranks, on every rank, in a block of the dense model
 
 
@@ -41,13 +42,9 @@ class RecoveryReport:
     kl: float
     attempts: Sequence[Attempt]
 
-    def kept(self, block: int) -> list[str]:
-        """Return the treatments of a block that stayed."""
-        return [
-            a.treatment
-            for a in self.attempts
-            if a.kept and (a.block == block or (a.block is None and a.treatment != TOGETHER))
-        ]
+    def of(self, block: int) -> list[Attempt]:
+        """Return what was tried on a block, alone or with others that were trained with it."""
+        return [a for a in self.attempts if a.block == block or block in a.detail.get("blocks", ())]
 
     def json(self) -> dict:
         """Return the report as JSON values, as recovery.json holds it."""
