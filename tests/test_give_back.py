@@ -2,16 +2,17 @@
 
 import pytest
 import torch
-from planned_models import extreme, planned, sequences
+from planned_models import EVERY, extreme, heads, planned, sequences
 
-from spd_calib.formats.drops import Strategy
+from spd_calib.formats.drops import Point, Strategy
 from spd_calib.formats.plan import Budget
 from spd_calib.planning.budget import kept
 from spd_calib.recovery.give_back import give_back
 from spd_calib.recovery.held_out import HeldOut
 from spd_calib.recovery.options import RecoveryOptions
 from spd_calib.recovery.recover import recover
-from spd_calib.recovery.report import GIVEN_BACK
+from spd_calib.recovery.replicate import with_every_head
+from spd_calib.recovery.report import DENSE_AGAIN, GIVEN_BACK, REPLICATED
 
 
 def budget(value: float, kind: str = "max_kl") -> Budget:
@@ -73,6 +74,38 @@ def test_a_recovery_ends_within_its_budget() -> None:
     )
     given = [a.block for a in report.attempts if a.treatment == GIVEN_BACK]
     assert report.kl <= 0.3 * as_is and given and set(given) == {0, 1, 2} - set(model.students)
+
+
+def test_a_block_with_all_heads_keeps_a_budget_without_its_sync() -> None:
+    """Its dense weights are enough: given back with the others, it is dropped still."""
+    model, text = planned(layers=3), sequences(8, seed=1)
+    (exact,) = with_every_head(model, [1], EVERY)
+    off = exact.copy()
+    with torch.no_grad():
+        off.parts.down.weight.mul_(1.5)  # as a fit to other text may leave it
+    model.put(off)
+    held_out = HeldOut(model, text)
+    tried = given_back(model, held_out, budget(1e-6))
+    assert {a.block: a.treatment for a in tried} == {0: GIVEN_BACK, 1: DENSE_AGAIN, 2: GIVEN_BACK}
+    assert set(model.drops) == {Point(1, "attention")} and kl_by_hand(model, text) < 1e-6
+
+
+def test_a_replicated_block_of_a_recovery_is_never_kept_again() -> None:
+    model, text = planned(layers=3), sequences(8, seed=1)
+    report = recover(
+        model,
+        fitting=sequences(16),
+        held_out=text,
+        tiers=extreme(model),
+        options=RecoveryOptions(methods=("grouping", "refit"), max_rank=0),
+        heads=heads(1),
+        budget=budget(1e-6),
+    )
+    (block,) = [a.block for a in report.attempts if a.treatment == REPLICATED]
+    assert set(model.students) == {block} and report.kl < 1e-6
+    assert all(a.kept for a in report.attempts if a.treatment == REPLICATED), "its heads are where they were put"
+    fitted = [a for a in report.attempts if a.block == block and "refit" in a.treatment]
+    assert not any(a.kept for a in fitted) or kl_by_hand(model, text) < 1e-6
 
 
 def test_what_is_not_given_back_is_fitted_anew_behind_what_will_run() -> None:

@@ -92,10 +92,8 @@ def test_all_blocks_are_treated_anew_those_with_every_head_from_the_dense_block(
     replicated, *refits = (a for a in report.attempts[cut:] if a.block == exact)
     assert replicated.kept and "undone" not in replicated.detail, "it has every head still"
     assert {a.treatment.partition(" of ")[0] for a in refits} == {"refit"}, "nothing is missing that could be predicted"
-    untouched = all(
-        torch.equal(p, q)
-        for p, q in zip(
-            model.students[exact].layer.parameters(), model.lm.model.model.layers[exact].parameters(), strict=True
-        )
-    )
+    dense = planned(layers=3).students[exact].layer.parameters()
+    untouched = all(torch.equal(p, q) for p, q in zip(model.students[exact].layer.parameters(), dense, strict=True))
     assert untouched == (not any(a.kept for a in refits))
+    missing = refits[0].detail["error_before"]
+    assert missing > 1e-3 or not any(a.kept for a in refits), "where nothing is missing rounding is all there is to fit"

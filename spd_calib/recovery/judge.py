@@ -4,12 +4,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
+
 from spd_calib.sensitivity.metrics import Tally
 
 from .held_out import HeldOut, kl_fall
 from .planned_model import PlannedModel
-from .report import Attempt
+from .report import REPLICATED, Attempt
 from .student import Student
+
+ROUNDING = 10.0  # units of the dtype's precision squared, by which an error may fall for no reason
 
 
 class Judge:
@@ -32,9 +36,12 @@ class Judge:
         return self._tally
 
     def note(self, block: int, treatment: str, *, before: float, after: float, began: float, detail: dict) -> bool:
-        """Write down a treatment judged by the error at its block's output; return whether that fell."""
+        """Write down a treatment judged by the error at its block's output; return whether that fell.
+
+        The error is a share of squares: in a block that misses nothing, that of rounding itself.
+        """
         seconds, detail = time.monotonic() - began, {"error_before": before, "error_after": after, **detail}
-        kept = after < before
+        kept = before - after > ROUNDING * torch.finfo(self.model.lm.model.dtype).eps ** 2
         self.attempts.append(Attempt(block, treatment, None, None, None, None, kept, seconds, detail))
         verdict = "kept" if kept else "refused"
         self.tick(f"block {block}, {treatment}: error at its output {before:.4f} -> {after:.4f}, {verdict}")
@@ -59,12 +66,17 @@ class Judge:
         return stays
 
     def undo(self, students: Sequence[Student]) -> None:
-        """Give the model these students back, and write down that what was done to their blocks does not stay."""
+        """Give the model these students back, and write down that what was done to their blocks does not stay.
+
+        Heads that were replicated stay where they are.
+        """
         blocks = {student.index for student in students}
         for student in students:
             self.model.put(student)
         self.attempts = [
-            replace(a, kept=False, detail={**a.detail, "undone": True}) if a.block in blocks and a.kept else a
+            replace(a, kept=False, detail={**a.detail, "undone": True})
+            if a.block in blocks and a.kept and a.treatment != REPLICATED
+            else a
             for a in self.attempts
         ]
 

@@ -25,7 +25,7 @@ from .distillation import distil_block, distil_together
 from .error_cost import ErrorCost, error_costs, fits_in_memory
 from .feed import Feed
 from .finished import FinishedSteps
-from .give_back import give_back
+from .give_back import give_back, replace_blocks, with_dense_weights
 from .held_out import HeldOut
 from .journal import TensorJournal
 from .judge import Judge
@@ -212,7 +212,7 @@ class _Run:
     def give_back(self, budget: Budget, name: str) -> list[int]:
         """Give blocks back to the dense model until the whole keeps `budget`; return them; all replicas call this.
 
-        `name` is that of the step.
+        `name` is that of the step. Those of them with all heads on every rank are still students: of its weights.
         """
         judge, model = self.finished.judge, self.model
         given = self.finished.choice(
@@ -220,9 +220,10 @@ class _Run:
             lambda: give_back(model, judge.held_out, budget, measured=judge.tally.comparison(), tick=judge.tick),
         )
         blocks = [attempt.block for attempt in given if attempt.block is not None]
-        model.students = {block: student for block, student in model.students.items() if block not in blocks}
+        exact = with_dense_weights(model)
+        replace_blocks(model, model.students, blocks, instead=exact)
         if self.finished.is_main and given:
-            judge.replaced([], given)
+            judge.replaced([exact[block] for block in blocks if block in exact], given)
         return blocks
 
     def distil(self, blocks: Sequence[int]) -> None:
@@ -257,7 +258,7 @@ class _Run:
         students = [self.model.students[b] for b in blocks]
         hooks = steps.training(name, "all treated blocks together")
         outcome = distil_together(students, feed, schedule=self.options.whole_schedule, hooks=hooks)
-        detail = outcome.detail()
+        detail = outcome.detail() | {"blocks": list(blocks)}
         if not steps.agreed(lambda: steps.judge.decide(None, "distillation end to end", began=began, detail=detail)):
             for student in before:
                 self.model.put(student)

@@ -12,7 +12,7 @@ from spd_calib.planning.replication import Affordable
 from .give_back import ranked
 from .held_out import HeldOut
 from .planned_model import PlannedModel
-from .report import Attempt
+from .report import REPLICATED, Attempt
 from .student import Student
 
 
@@ -24,7 +24,7 @@ def worth_replicating(
     Each wins something. The model stays as it was.
     """
     exact = {student.index: student for student in with_every_head(model, blocks, heads.every)}
-    order = ranked(model, text, blocks, instead=exact, tick=tick)
+    order = ranked(model, text, dict.fromkeys(blocks, REPLICATED), instead=exact, tick=tick)
     return [attempt for attempt in order[: heads.blocks] if attempt.fell and attempt.fell > 0]
 
 
