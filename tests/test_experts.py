@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import Drop, Drops, Point, Strategy
+from spd_calib.formats.files import read
+from spd_calib.formats.profile import Profile
 from spd_calib.models.predictor import Predictor
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.session import open_session
@@ -55,6 +57,27 @@ def test_the_reference_is_the_dense_model(family: str) -> None:
     model, ids = tiny.build(family), tiny.tokens(2, 8)
     with torch.no_grad():
         assert gap(reference.logits(model, ids, 4, KEEP), model(ids).logits) < 1e-5
+
+
+def test_a_mixture_is_profiled_without_plain_drops(spd, text, tmp_path) -> None:
+    """By default; asked for, they are refused before anything is measured, and nothing is left behind."""
+    folder, out = tiny.save(tiny.build("mixtral"), tmp_path / "model"), tmp_path / "profile.json"
+    given = ("--tp", 2, "--data", text, "--seq-len", 24, "--max-samples", 8, "--verify-samples", 8, "--device", "cpu")
+    run = spd("profile", folder, *given, "--strategy", "plain_drop", "-o", out)
+    assert run.code == 2 and "use block_drop" in run.err and sorted(tmp_path.iterdir()) == [folder]
+    assert spd("profile", folder, *given, "-o", out).code == 0
+    assert {m.strategy for m in read(Profile, out).measurements} == {Strategy.BLOCK_DROP}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2"])
+def test_in_bfloat16_rounding_may_flip_a_few_choices_but_not_most(family: str) -> None:
+    probe, dense, lm = tiny.tokens(2, 16), *(tiny.build(family).to(torch.bfloat16) for _ in range(2))
+    lm = TensorParallelLM.simulated(lm, 2)  # where one token's choice flips, its logits are off by 0.5 and more
+    with torch.no_grad():
+        lm._check_equals_dense(dense(probe).logits, probe)
+        lm.blocks[1].outs[0].weight.mul_(3)  # as another form would be
+        with pytest.raises(InputError, match="does not know of"):
+            lm._check_equals_dense(dense(probe).logits, probe)
 
 
 @pytest.mark.parametrize("tp", [2, 4])

@@ -156,6 +156,22 @@ def test_a_mixture_kept_until_it_is_recovered_says_what_its_routers_read(spd, me
     assert [r.kind if r else "zero" for r in found] == [b.router.kind for b in made.blocks]
 
 
+def test_behind_a_norm_blocks_kept_until_recovered_have_estimates_as_others_do(spd, text, tmp_path) -> None:
+    folder = tiny.save(tiny.build("gemma2"), tmp_path / "model")
+    given = ("--data", text, "--seq-len", 24, "--max-samples", 24, "--verify-samples", 8, "--device", "cpu")
+    profile = tmp_path / "profile.json"
+    assert spd("profile", folder, "--tp", 4, *given, "--strategy", "block_drop", "-o", profile).code == 0
+    costs = {}
+    for name, budget in (("waiting", ("--tau1", 0, "--tau2", 0)), ("dropped", ("--drop", "100%"))):
+        plan, out = tmp_path / f"{name}.json", tmp_path / name
+        options = ("--strategy", "block_drop") if name == "dropped" else ()
+        assert spd("plan", profile, *budget, *options, "--device", "cpu", "-o", plan).code == 0
+        assert spd("recover", plan, *given, "-o", out, "--methods", "grouping,refit").code == 0
+        assert all(b.compensation and b.compensation.scaled for b in read(Plan, out / "plan.json").blocks)
+        costs[name] = json.loads((out / "recovery.json").read_text())["kl_as_is"]
+    assert costs["waiting"] == pytest.approx(costs["dropped"], rel=0.1)
+
+
 def test_what_was_not_done_is_not_said(spd, llama, text, tmp_path) -> None:
     """Plain drops are left as they are, and a training is said of the blocks that it trained."""
     given = ("--data", text, "--seq-len", 24, "--max-samples", 24, "--verify-samples", 8, "--device", "cpu")

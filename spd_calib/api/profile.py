@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from spd_calib.formats.common import TensorParallel
+from spd_calib.formats.drops import Drops, Point, Strategy
 from spd_calib.formats.profile import Baseline, Comparison, Fisher, Measurement, Profile
 from spd_calib.parallel.session import versions
 from spd_calib.ranks import world_size
@@ -61,7 +62,7 @@ def profile(
         text: which sequences of the texts are used.
         method: 'single' drops each sync point alone; 'cumulative' is the paper's, from the last block backwards;
             'fisher' predicts all costs and interactions from one pass forward and backward.
-        strategies: 'block_drop', 'plain_drop' (default: both; of fisher, block_drop alone).
+        strategies: 'block_drop', 'plain_drop' (default: both; of fisher, or with experts, block_drop alone).
         sync_points: 'attention', 'mlp' or both.
         target_stderr: of fisher, the relative error that sampling may leave (default: 0.08).
         confidence: of single, measure a sync point only until its tier is that certain (default: on all sequences).
@@ -87,6 +88,11 @@ def profile(
     with nullcontext() if journal is None else MeasurementJournal(journal, _identity(inputs, tasks)) as kept:
         suite = tasks.with_batch_size(run.batch_size).load() if tasks else None
         subject = inputs.subject(progress)
+        if subject.lm.mixtures and Strategy.PLAIN_DROP in asked.strategies:
+            if strategies is not None:
+                subject.lm.fitted(Drops.of({Point(0, "attention"): Strategy.PLAIN_DROP}))  # refuses, and says why
+            asked = replace(asked, strategies=[Strategy.BLOCK_DROP])
+            inputs = replace(inputs, asked=asked)
         estimated = inputs.fit_estimates(subject, progress)
         if kept and kept.finished:
             progress.say(f"going on from {kept.path}: {kept.finished} measurements are finished")

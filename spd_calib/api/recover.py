@@ -27,6 +27,7 @@ from spd_calib.recovery.recover import recover as treat
 from spd_calib.recovery.recovered_plan import Measured, recovered_plan
 from spd_calib.recovery.text_part import check_writable
 from spd_calib.sensitivity.documents import TEXT
+from spd_calib.sensitivity.norm_estimates import fit_estimates
 from spd_calib.sensitivity.text import Text
 from spd_calib.sensitivity.tiers import Tier
 
@@ -138,6 +139,7 @@ def recover(
     _announce(progress, found, judged=judged, tiers=tiers, whence=whence)
     dense = load_dense(source, session.config, device=run.device, dtype=str(run.dtype))
     planned = PlannedModel(dense, session.tp, drops | load_drops(document, path))
+    _estimate_behind_norms(planned, document, fitting, batch_size=run.batch_size)
     identity = {
         "plan": sha256_of(path) if path else sha256_as_written(document),
         "text": found.calibration_ref().sha256,
@@ -226,6 +228,17 @@ def _like_the_plans(text: TextSelection, plan: Plan) -> TextSelection:
         pack=text.pack or used.pack,
         column=used.column if text.column == TEXT else text.column,
     )
+
+
+def _estimate_behind_norms(
+    planned: PlannedModel, plan: Plan, fitting: Sequence[Sequence[int]], *, batch_size: int
+) -> None:
+    """Give blocks that the plan keeps until they are treated the estimates behind norms that dropped ones came with."""
+    waiting = [Point(block.index, "attention") for block in plan.blocks if block.recovery]
+    lm = planned.lm
+    lm.estimates = fit_estimates(lm, fitting, batch_size=batch_size).only(waiting) if waiting else lm.estimates
+    for point in lm.estimates:
+        planned.put(planned.as_dense(point.block, lm.fitted(planned.drops)))
 
 
 def _announce(progress: Progress, text: Text, *, judged: int, tiers: Mapping[int, Tier], whence: str) -> None:
