@@ -35,6 +35,7 @@ def test_the_command(spd, tmp_path, profile_file, text) -> None:
 
     bad = tmp_path / "bad"
     assert "none of grouping" in spd("recover", plan, *given, "-o", bad, "--methods", "magic").err
+    assert "no learning rate" in spd("recover", plan, *given, "-o", bad, "--rate", "inf").err
     assert "there already" in spd("recover", plan, *given, "-o", out).err
     changed = json.loads(plan.read_text())
     changed["model"]["weight_fingerprint"] = "0" * 64

@@ -1,5 +1,6 @@
 """Winning back what a plan costs: from a plan and text to a checkpoint with a plan in it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -102,6 +103,8 @@ def recover(
         block_schedule=Schedule(steps=steps, rate=rate, mixed=mixed, seed=run.seed),
         whole_schedule=Schedule(steps=final_steps, rate=rate, mixed=mixed, seed=run.seed),
     )
+    if not 0 <= rate < math.inf:
+        raise InputError(f"`rate` {rate} is no learning rate; give a share of a weight's size, such as 0.01.")
     budget = _budget(max_kl, max_ppl_increase)
     output = Path(output)
     document, path = document_of(Plan, plan)

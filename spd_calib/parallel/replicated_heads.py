@@ -69,7 +69,7 @@ class ReplicatedHeads:
 
 def check_replicated(block: int, parts: LayerParts, groups: Groups, *, tp: int) -> None:
     """Raise InputError unless each of `tp` ranks can compute these KV groups of a block beside its own."""
-    way_out = "plan without `replicate`, or keep the block's sync"
+    way_out = "leave `replicate` out, or keep the block's sync"
     if parts.experts is not None:
         raise InputError(
             f"Block {block} is a mixture of experts, whose router reads only what all ranks share, so replicated heads "
