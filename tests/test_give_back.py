@@ -60,18 +60,25 @@ def test_within_its_budget_nothing_is_given_back_and_beyond_any_everything() -> 
     assert len(tried) == 2 and not model.students and not model.drops and held_out.measure().kl() == 0
 
 
-def test_a_recovery_ends_within_its_budget() -> None:
-    model = planned(layers=3)
-    text = sequences(8, seed=1)
-    as_is = HeldOut(model, text).measure().kl()
-    report = recover(
+def recovered_within(model, text, asked, **more):
+    """The report of a recovery without training within a budget."""
+    options = RecoveryOptions(methods=("grouping", "refit"), max_rank=0)
+    return recover(
         model,
         fitting=sequences(16),
         held_out=text,
         tiers=extreme(model),
-        options=RecoveryOptions(methods=("grouping", "refit"), max_rank=0),
-        budget=budget(0.3 * as_is),
+        options=options,
+        budget=asked,
+        **more,
     )
+
+
+def test_a_recovery_ends_within_its_budget() -> None:
+    model = planned(layers=3)
+    text = sequences(8, seed=1)
+    as_is = HeldOut(model, text).measure().kl()
+    report = recovered_within(model, text, budget(0.3 * as_is))
     given = [a.block for a in report.attempts if a.treatment == GIVEN_BACK]
     assert report.kl <= 0.3 * as_is and given and set(given) == {0, 1, 2} - set(model.students)
 
@@ -92,15 +99,7 @@ def test_a_block_with_all_heads_keeps_a_budget_without_its_sync() -> None:
 
 def test_a_replicated_block_of_a_recovery_is_never_kept_again() -> None:
     model, text = planned(layers=3), sequences(8, seed=1)
-    report = recover(
-        model,
-        fitting=sequences(16),
-        held_out=text,
-        tiers=extreme(model),
-        options=RecoveryOptions(methods=("grouping", "refit"), max_rank=0),
-        heads=heads(1),
-        budget=budget(1e-6),
-    )
+    report = recovered_within(model, text, budget(1e-6), heads=heads(1))
     (block,) = [a.block for a in report.attempts if a.treatment == REPLICATED]
     assert set(model.students) == {block} and report.kl < 1e-6
     assert all(a.kept for a in report.attempts if a.treatment == REPLICATED), "its heads are where they were put"
@@ -111,11 +110,7 @@ def test_a_replicated_block_of_a_recovery_is_never_kept_again() -> None:
 def test_what_is_not_given_back_is_fitted_anew_behind_what_will_run() -> None:
     def recovered(within: Budget | None):
         model = planned(layers=4)
-        options = RecoveryOptions(methods=("grouping", "refit"), max_rank=0)
-        report = recover(
-            model, fitting=sequences(16), held_out=text, tiers=extreme(model), options=options, budget=within
-        )
-        return model, report
+        return model, recovered_within(model, text, within)
 
     text, within = sequences(8, seed=1), budget(0.04)
     (whole, _), (model, report) = recovered(None), recovered(within)
