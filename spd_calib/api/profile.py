@@ -91,8 +91,7 @@ def profile(
         if subject.lm.mixtures and Strategy.PLAIN_DROP in asked.strategies:
             if strategies is not None:
                 subject.lm.fitted(Drops.of({Point(0, "attention"): Strategy.PLAIN_DROP}))  # refuses, and says why
-            asked = replace(asked, strategies=[Strategy.BLOCK_DROP])
-            inputs = replace(inputs, asked=asked)
+            inputs = replace(inputs, asked=replace(asked, strategies=[Strategy.BLOCK_DROP]))
         estimated = inputs.fit_estimates(subject, progress)
         if kept and kept.finished:
             progress.say(f"going on from {kept.path}: {kept.finished} measurements are finished")

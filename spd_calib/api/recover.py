@@ -238,10 +238,13 @@ def _estimate_behind_norms(
 ) -> None:
     """Give blocks that the plan keeps until they are treated the estimates behind norms that dropped ones came with."""
     waiting = [Point(block.index, "attention") for block in plan.blocks if block.recovery]
+    if not waiting:
+        return
     lm = planned.lm
-    lm.estimates = fit_estimates(lm, fitting, batch_size=batch_size).only(waiting) if waiting else lm.estimates
+    lm.estimates = fit_estimates(lm, fitting, batch_size=batch_size).only(waiting)
+    drops = lm.fitted(planned.drops)
     for point in lm.estimates:
-        planned.put(planned.as_dense(point.block, lm.fitted(planned.drops)))
+        planned.put(planned.as_dense(point.block, drops))
 
 
 def _announce(progress: Progress, text: Text, *, judged: int, tiers: Mapping[int, Tier], whence: str) -> None:

@@ -74,11 +74,12 @@ def ranked(
 
 def with_dense_weights(model: PlannedModel) -> dict[int, Student]:
     """Return the blocks whose ranks compute all heads, by their place, with the dense weights, the MLP's sync kept."""
-    return {
-        block: model.as_dense(block, Drops({point: Drop(Strategy.BLOCK_DROP, replicated=student.replicated)}))
-        for block, student in model.students.items()
-        if student.has_every_head and (point := student.block.attention_point)
-    }
+    found = {}
+    for block, student in model.students.items():
+        if student.has_every_head:
+            drop = Drop(Strategy.BLOCK_DROP, replicated=student.replicated)
+            found[block] = model.as_dense(block, Drops({student.block.attention_point: drop}))
+    return found
 
 
 def replace_blocks(

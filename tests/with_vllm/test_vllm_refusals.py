@@ -163,8 +163,9 @@ from spd_calib.runtimes.vllm.cpu_kernels import check_products
 from spd_calib.errors import InputError
 
 current_platform.import_kernels()
-groups = {"group_0": {"targets": ["Linear"], "weights": WEIGHTS, "input_activations": {"num_bits": 8, "type": "int"}}}
-said = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": groups}
+weights = {"num_bits": 8, "type": "int", "strategy": "channel"}
+group = {"targets": ["Linear"], "weights": weights, "input_activations": {"num_bits": 8, "type": "int"}}
+said = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"group_0": group}}
 model = SimpleNamespace(hf_config=SimpleNamespace(quantization_config=said, to_dict=lambda: {}))
 try:
     check_products(SimpleNamespace(model_config=model))
@@ -175,10 +176,8 @@ except InputError as e:
 
 def test_products_of_whole_numbers_that_overflow_on_this_cpu_are_refused():
     """As oneDNN's do on a processor without VNNI: here one that is told not to use it."""
-    weights = repr({"num_bits": 8, "type": "int", "strategy": "channel"})
-    script = OVERFLOWS.replace("WEIGHTS", weights)
     told = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
-    found = subprocess.run([sys.executable, "-c", script], env=told, capture_output=True, text=True, timeout=300)
+    found = subprocess.run([sys.executable, "-c", OVERFLOWS], env=told, capture_output=True, text=True, timeout=300)
     assert found.stdout.strip().endswith("overflow; run the plan on a GPU, or on another CPU."), found.stderr[-2000:]
 
 
