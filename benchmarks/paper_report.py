@@ -8,7 +8,8 @@ from pathlib import Path
 ANY_RANK = 10**6
 DISTILLED_REPLICATED = "distilled, with heads replicated"
 WITHIN = "with heads replicated, blocks given back for +1 % perplexity"
-REPLICATED, MORE = "with heads replicated", 0.07  # of other ranks: a rank reads so many more of the weights at most
+REPLICATED = "with heads replicated"  # of other ranks: a rank reads more of the weights
+WITH_HEADS = (REPLICATED, DISTILLED_REPLICATED, WITHIN)
 MAX_RANK = {
     "free at run time": 0,
     REPLICATED: 0,
@@ -28,6 +29,17 @@ PUBLISHED = (
 )
 
 
+def key_of(row: dict) -> tuple:
+    """Return what tells a row from the others."""
+    method = row["method"]
+    more = row.get("replicate", 0.07) if method in WITH_HEADS else None  # rows of before had that share
+    return method, row["share"], row["sequences"] if method in MAX_RANK else None, more
+
+
+def _place(row: dict) -> tuple:
+    return METHODS.index(row["method"]), key_of(row)[-1] or 0, row["sequences"]
+
+
 def lost(row: dict) -> tuple[float, float]:
     """Return the mean accuracy lost over the tasks, in points, and its standard error."""
     tasks = list(row["tasks"].values())
@@ -38,7 +50,7 @@ def lost(row: dict) -> tuple[float, float]:
 def report(path: Path, command: str) -> str:
     """Return the table of the rows as Markdown, and draw the figure beside it."""
     document = json.loads(path.read_text())
-    rows = sorted(document["rows"], key=lambda r: (r["dropped"], METHODS.index(r["method"]), r["sequences"]))
+    rows = sorted(document["rows"], key=lambda r: (r["dropped"], *_place(r)))
     tasks = list(rows[0]["tasks"])
     lines = [
         f"# What dropping attention syncs costs {document['model']}, TP {document['tp']}",
@@ -54,7 +66,7 @@ def report(path: Path, command: str) -> str:
             else ""
         )
         + ". CPU seconds of one thread on a shared machine; of a distilled row those of the training alone, and with "
-        f"heads replicated (a rank reads up to {100 * MORE:.0f} % more of the weights) those of the choice and the "
+        "heads replicated (a rank reads up to so many per cent more of the weights) those of the choice and the "
         "second pass alone, where what comes before had its own row. Over: an interrupted run had made some of it.",
         "",
         "| dropped | method | fitted on | KL | perplexity | KL, second text | perplexity, second text"
@@ -68,7 +80,11 @@ def report(path: Path, command: str) -> str:
         lines.append(
             f"| {r['dropped']} of {document['blocks']} | {r['method']}"
             + (f" ({r['steps']} steps)" if r["steps"] else "")
-            + (f" (blocks {', '.join(map(str, r['replicated']))})" if r.get("replicated") else "")
+            + (
+                f" ({100 * key_of(r)[-1]:.0f} %: blocks {', '.join(map(str, r['replicated']))})"
+                if r["replicated"]
+                else ""
+            )
             + (
                 " | "
                 if r["method"] not in MAX_RANK
@@ -94,13 +110,12 @@ def draw(document: dict, rows: Sequence[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.2))
-    for method in METHODS:
-        own = {r["dropped"]: r for r in rows if r["method"] == method}.values()  # of several, fitted on most sequences
-        if not own:
-            continue
+    for method, more in dict.fromkeys((r["method"], key_of(r)[-1]) for r in sorted(rows, key=_place)):
+        own = [r for r in rows if (r["method"], key_of(r)[-1]) == (method, more)]
+        own = {r["dropped"]: r for r in own}.values()  # of several, fitted on most sequences
         points = [(0.0, 0.0, 0.0), *((100 * r["dropped"] / document["blocks"], *lost(r)) for r in own)]
         x, y, error = zip(*points, strict=True)
-        axes.errorbar(x, y, error, marker="o", capsize=3, label=method)
+        axes.errorbar(x, y, error, marker="o", capsize=3, label=method + (f" ({100 * more:.0f} %)" if more else ""))
     axes.axhline(1, color="grey", linewidth=0.8, linestyle="--")
     axes.set_xlabel("attention syncs dropped (%)")
     axes.set_ylabel("accuracy lost, mean of the tasks (points)")

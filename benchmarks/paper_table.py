@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from paper_report import DISTILLED_REPLICATED, MAX_RANK, METHODS, MORE, NAIVE, REPLICATED, WITHIN, report
+from paper_report import MAX_RANK, METHODS, NAIVE, WITH_HEADS, WITHIN, key_of, report
 from recovery_llm import rows_so_far
 from transformers import PreTrainedModel
 
@@ -128,7 +129,7 @@ class Table:
             "steps": args.steps if "distilled" in method else 0,
             "trained": args.trained if "distilled" in method else 0,
             "text": _figures(on_text), "second": _figures(on_second),
-            "replicated": sorted(left.replicated), "predictor_weights_a_rank": added,
+            "replicated": sorted(left.replicated), "replicate": args.replicate, "predictor_weights_a_rank": added,
             "seconds": seconds, "cpu_seconds": cpu, "went_on": self.went_on,  # then seconds are those since alone
             "forwards": cpu / self.forward_seconds,  # of the fitted text through the dense model, as long as that took
             "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
@@ -139,9 +140,9 @@ class Table:
     def recover(self, model: PlannedModel, share: float, method: str) -> list:
         """Treat the model's blocks by the method; one that trains takes over what was made without training."""
         args, heads, self.went_on = self.args, None, False
-        if method in (REPLICATED, DISTILLED_REPLICATED, WITHIN):
+        if method in WITH_HEADS:
             sizes = ModelSizes.of(self.load())
-            heads = affordable(sizes, MORE, tp=args.tp, most=len(model.students))
+            heads = affordable(sizes, args.replicate, tp=args.tp, most=len(model.students))
         budget = None
         if method == WITHIN:
             budget = Budget(kind="max_ppl_increase", value=0.01, strategies=[Strategy.BLOCK_DROP])
@@ -185,11 +186,16 @@ class Table:
         if trains:
             run |= {"method": method, "trained": args.trained, "schedule": repr(schedule)}
             name += f"-{METHODS.index(method)}-{args.trained}"
+        free = ROOT / "runs" / "llm" / name
+        if method in WITH_HEADS:
+            name += f"-replicated-{args.replicate:.2f}"
         if budget:
             name += f"-within-{len(self.budgeted)}"
-        own = trains or method in ("free at run time", "with predictors")  # others take over what had a row of its own
-        self.went_on |= own and (ROOT / "runs" / "llm" / name).exists()
-        with TensorJournal(ROOT / "runs" / "llm" / name, run) as journal:
+        place = ROOT / "runs" / "llm" / name
+        self.went_on |= place.exists() and (trains or method in ("free at run time", "with predictors"))
+        if heads and free.exists() and not place.exists():  # what is done before heads are replicated is the same
+            shutil.copytree(free, place)
+        with TensorJournal(place, run) as journal:
             report = recover(
                 model,
                 fitting=fitting,
@@ -201,7 +207,7 @@ class Table:
                 journal=journal,
                 tick=lambda note: _say(f"{100 * share:.0f} %, {method}: {note}"),
             )
-        return report.json()["attempts"]
+        return [attempt.model_dump() for attempt in report.attempts]
 
     @torch.no_grad()
     def on_tasks(self, planned: TensorParallelLM, drops: Drops) -> dict:
@@ -251,6 +257,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=100, help="documents of each task")
     parser.add_argument("--shares", default="0.25,0.5,0.7,0.9,1", help="of the attention syncs, to drop")
     parser.add_argument("--methods", default=";".join(METHODS[1:]), help="separated by semicolons")
+    parser.add_argument("--replicate", type=float, default=0.07, help="share of the weights that a rank may read more")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--sequences", type=int, default=144, help="to fit on")
     parser.add_argument("--judged", type=int, default=8, help="sequences to judge the whole by")
@@ -288,10 +295,8 @@ def make_rows(args: argparse.Namespace, path: Path) -> None:
     for method in args.methods.split(";"):
         for share in map(float, args.shares.split(",")):
             drops = table.cheapest(share, blocks)
-            wanted = (method, share, args.sequences if method in MAX_RANK else 0)
-            if wanted in [
-                (r["method"], r["share"], r["sequences"] if r["method"] in MAX_RANK else 0) for r in document["rows"]
-            ]:
+            wanted = {"method": method, "share": share, "sequences": args.sequences, "replicate": args.replicate}
+            if key_of(wanted) in map(key_of, document["rows"]):
                 continue
             row = table.row(drops, share, method)
             document["rows"] = [*rows_so_far(document, path), row]  # another process may have added to them
