@@ -134,7 +134,7 @@ def one(args: argparse.Namespace, method: str) -> dict:
             ),
             tick=lambda note: print(f"{method}: {note}", file=sys.stderr, flush=True),
         )  # fmt: skip
-        attempts = report.json()["attempts"]
+        attempts = [attempt.model_dump() for attempt in report.attempts]
     seconds, cpu = time.monotonic() - began, time.process_time() - cpu
     now = held.measure().comparison()
     parameters, flops = added_by_predictors(model)

@@ -101,7 +101,7 @@ def one(args: argparse.Namespace, method: str | None) -> dict:
             ),
             tick=lambda note: print(f"{method}: {note}", file=sys.stderr, flush=True),
         )
-        attempts = report.json()["attempts"]
+        attempts = [attempt.model_dump() for attempt in report.attempts]
     seconds, cpu = time.monotonic() - began, time.process_time() - cpu
     found = HeldOut(model, measured, batch_size=args.batch).measure().comparison()
     second = None

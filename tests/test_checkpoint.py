@@ -2,12 +2,14 @@
 
 import errno
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from plans import write_plan
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import spd_calib
@@ -105,3 +107,20 @@ def test_an_output_that_is_there_is_left_alone(tmp_path: Path) -> None:
         checkpoint.check_output(tmp_path / "there")
     with pytest.raises(InputError, match="does not exist"):
         checkpoint.check_output(tmp_path / "no" / "such")
+
+
+@pytest.mark.parametrize("said", ["bfloat16", "int8"])
+def test_what_is_verified_is_what_is_written_whatever_the_configuration_says(tmp_path, llama, text, said) -> None:
+    """Its files hold float32, and so do those of the checkpoint: nothing is rounded after it was measured."""
+    model = shutil.copytree(llama, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "dtype": said}))
+    plan = recovered(tmp_path, model, text)
+    session = open_session(plan.model.id, 4, expected=plan.model)
+    (found,) = load_texts_for(session, [str(text)], SELECTION)
+    original = open_session(str(model), 4).load()
+    drops = load_drops(plan, tmp_path / "out/plan.json")
+    subject = Subject(session.load(drops=drops), drops, original)
+    assert measure(subject, found.verification, plans=[drops])[1][0].kl == pytest.approx(plan.verified.kl, rel=1e-6)
+    tensors = (load_file(folder / "model.safetensors") for folder in (model, tmp_path / "out"))
+    assert [{t.dtype for t in of_folder.values()} for of_folder in tensors] == [{torch.float32}] * 2

@@ -33,6 +33,7 @@ from spd_calib.formats.hardware import Hardware
 from spd_calib.formats.pareto import Pareto
 from spd_calib.formats.plan import Plan
 from spd_calib.formats.profile import Profile
+from spd_calib.formats.recovery import Recovery
 from spd_calib.formats.results import Results
 from spd_calib.models.plan_files import load_plan, load_plan_by_phase
 
@@ -44,6 +45,7 @@ KINDS = {
     "recovered_profile.json": Profile,
     "plan.json": Plan,
     "recovered/plan.json": Plan,
+    "recovered/recovery.json": Recovery,
     "two_phases.json": Plan,
     "results.json": Results,
     "hardware.json": Hardware,

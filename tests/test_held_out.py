@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -223,3 +224,27 @@ def test_one_sequence_to_verify_on_is_too_few(spd, llama, text, tmp_path):
     outcome = spd("plan", out, "--max-ppl-increase", "900%", "-o", tmp_path / "plan.json")
     said = " ".join(outcome.err.split())
     assert outcome.code == 2 and "wants 2 sequences to verify on, or more" in said and "--verify-samples" in said, said
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_what_a_recovery_was_fitted_on_is_left_out_by_its_content(tmp_path, tokenizer, pack):
+    """Of a document that was read in part (packed) the rest is new; in another file, and in other lengths."""
+    first = load_text(options(write(tmp_path / "t.jsonl", range(9), words=11), pack=pack), tokenizer)
+    again = write(tmp_path / "copy.jsonl", [20, *range(8, -1, -1), 21, 22], words=11)
+    text = load_text(replace(options(again, 20, 2, pack), fitted=first.documents), tokenizer)
+    used = {tuple(s) for s in first.calibration}
+    assert used.isdisjoint(map(tuple, [*text.calibration, *text.verification]))
+    assert text.note is not None and "the model was fitted on them" in text.note
+    same = load_text(replace(options(tmp_path / "t.jsonl", 1, 1, pack), fitted=first.documents), tokenizer)
+    assert same.calibration + same.verification == first.verification[:2]  # behind what was fitted on, at once
+
+
+def test_further_text_leaves_out_what_was_fitted_on(tmp_path, tokenizer):
+    path = write(tmp_path / "t.jsonl", range(12))
+    fitted = load_text(options(write(tmp_path / "fitted.jsonl", [1, 5, 8, 9]), 3, 1), tokenizer).documents
+    text = load_text(replace(options(path, 2, 2), fitted=fitted), tokenizer)
+    assert text.calibration + text.verification == ids(tokenizer, [0, 2, 3, 4])
+    (more,) = further([text], 1, tokenizer=tokenizer) or [None]
+    assert more is not None and more.verification == ids(tokenizer, [6, 7])
+    (last,) = further([text], 2, tokenizer=tokenizer) or [None]
+    assert last is not None and last.verification == ids(tokenizer, [9, 10])  # 8 was fitted on, 9 verified by

@@ -1,6 +1,5 @@
 """Recovery as a whole: the rule that nothing gets worse, tiers, going on after a kill, and too little to work with."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,9 @@ from planned_models import extreme, heads, planned, sequences
 
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import Drops, Point, Strategy
+from spd_calib.formats.files import dumps
 from spd_calib.formats.plan import Budget
+from spd_calib.formats.recovery import Recovery
 from spd_calib.models.load import load_dense, load_tokenizer, locate, read_config
 from spd_calib.recovery import closed_form
 from spd_calib.recovery import recover as recover_module
@@ -45,7 +46,8 @@ def test_recovery_makes_the_whole_plan_better_and_only_keeps_what_does() -> None
         assert a.kl_before == pytest.approx(now) and a.kept == (a.fell > a.fell_stderr)
         now = a.kl_after if a.kept else now
     assert report.kl == pytest.approx(now) == HeldOut(model, sequences(12, seed=1)).measure().kl()
-    json.dumps(report.json())
+    document = report.document(tiers_from="given", documents={})
+    assert Recovery.model_validate_json(dumps(document), strict=True) == document
     everything = HeldOut(model, sequences(12, seed=1)).measure()
     assert kl_fall(everything, everything) == (0.0, 0.0)
 

@@ -1,6 +1,7 @@
 """Profiling and planning again after `recover`: against the dense model, figures made by a loop of this file's own."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,8 @@ def test_every_figure_compares_with_the_model_it_was_made_from(spd, folder, llam
     data = folder / "all.jsonl"
     given = ("--tp", 4, "--data", data, "--max-samples", 8, "--verify-samples", 6, "--device", "cpu")
     run = spd("profile", folder / "out", *given, "-o", tmp_path / "p.json", "--sync-points", "attention,mlp")
-    assert run.code == 0 and "compared with; 2 sync points stay dropped; the first 20" in " ".join(run.err.split())
+    assert run.code == 0 and "compared with; 2 sync points stay dropped" in " ".join(run.err.split())
+    assert "20 sequences are left out, since the model was fitted on them" in " ".join(run.err.split())
     profile = read(Profile, tmp_path / "p.json")
     assert profile.recovered and [(p.block, p.sync_point) for p in profile.settled] == [
         (1, "attention"), (2, "attention"),
@@ -79,7 +81,7 @@ def test_every_figure_compares_with_the_model_it_was_made_from(spd, folder, llam
     ids = [tokenizer(d).input_ids[:24] for d in documents]
     ids = [i for i in ids if len(i) == 24]
     measured, kept = ids[20:28], ids[28:34]  # 20 were fitted on
-    assert (profile.text.first, profile.verify_text.first) == (20, 28)
+    assert (profile.text.first, profile.verify_text.first) == (0, 8)  # of those that are left
     alone = kl_by_hand(folder / "out", llama, measured, {})
     assert profile.recovered.alone.kl == pytest.approx(alone, rel=1e-4)
     for strategy in (DROP, PLAIN):
@@ -172,7 +174,6 @@ def test_what_cannot_be_profiled_again(spd, folder, tmp_path) -> None:
         (("--tp", 2), "was recovered for 4 ranks"),
         (("--tp", 4, "--method", "fisher"), "by --method single"),
         (("--tp", 4, "--confidence", 0.9), "by --method single"),
-        (("--tp", 4, "--seq-len", 16), "other lengths"),
         (("--tp", 4, "--sync-points", "mlp", "--strategy", "magic"), "cannot be measured"),
     ):
         run = spd("profile", folder / "out", *data, *options)
@@ -187,3 +188,40 @@ def test_what_cannot_be_profiled_again(spd, folder, tmp_path) -> None:
         assert run.code == 2 and "another plan.json" in run.err
     finally:
         plan.write_text(before)
+
+
+def test_text_that_it_was_fitted_on_is_known_by_any_name_in_any_order_and_lengths(spd, folder, tmp_path) -> None:
+    """A copy of the text, its lines backwards, with another in front, cut elsewhere: always the same are left out."""
+    lines = (folder / "all.jsonl").read_text().splitlines()
+    new, copy = {"text": "Tom and Lily went home. " * 9}, tmp_path / "copy.jsonl"
+    copy.write_text("\n".join([json.dumps(new), *reversed(lines)]))
+    out = tmp_path / "p.json"
+    for lengths in (
+        ("--seq-len", 24),
+        ("--seq-len", 16),
+        ("--seq-len", 32, "--min-len", 24),
+        ("--seq-len", 24, "--pack"),
+    ):
+        run = spd("profile", folder / "out", "--tp", 4, "--data", copy, *lengths, "--max-samples", 500,
+                  "--verify-samples", 2, "--device", "cpu", "-o", out)  # fmt: skip
+        assert run.code == 0, run.err
+        said = " ".join(run.err.split()).partition(" sequences are left out, since the model was fitted on them")
+        assert said[1] and (int(said[0].split()[-1]) == 20 or "--pack" in lengths), (lengths, run.err)
+
+
+def test_a_folder_that_lost_what_recover_wrote_is_no_dense_model(spd, folder, tmp_path) -> None:
+    given = ("--tp", 4, "--data", folder / "all.jsonl", "--max-samples", 4, "--verify-samples", 2, "--device", "cpu")
+    for name, words in (("recovery.json", "on what text"), ("plan.json", "was written by `recover`")):
+        own = tmp_path / name
+        shutil.copytree(folder / "out", own)
+        (own / name).unlink()
+        run = spd("profile", own, *given, "-o", tmp_path / "p.json")
+        assert run.code == 2 and words in " ".join(run.err.split()) and not (tmp_path / "p.json").exists(), run.err
+
+
+def test_a_plan_is_found_in_a_folder_that_was_renamed(spd, folder, tmp_path, monkeypatch) -> None:
+    shutil.copytree(folder / "out", tmp_path / "moved")
+    text = (tmp_path / "moved/plan.json").read_text()
+    (tmp_path / "moved/plan.json").write_text(text.replace(str(folder / "out"), "out"))
+    monkeypatch.chdir(tmp_path)
+    assert spd("check", "moved/plan.json").code == 0

@@ -16,6 +16,7 @@ from spd_calib.formats.common import ModelRef
 from spd_calib.formats.files import read
 from spd_calib.formats.plan import Plan
 from spd_calib.formats.profile import Profile
+from spd_calib.formats.recovery import REPORT_FILE
 from spd_calib.models.in_memory import UNNAMED
 from spd_calib.parallel.session import Session, open_session, session_in_memory
 
@@ -23,6 +24,7 @@ from .options import RunOptions
 
 Model = str | Path | PreTrainedModel
 """A hub id, a folder, 'demo' for the one this package ships, or a transformers model in memory."""
+MAX_NAME = 255  # bytes of a file's or a folder's name, on any file system that is in use
 D = TypeVar("D", bound=BaseModel)
 
 
@@ -73,12 +75,20 @@ def open_model_of(
     is in place of the document. Raises InputError where it is not the one that the document is of.
     """
     return open_model(
-        model if model is not None else named_by(document.model, path),
+        model if model is not None else place_of_own(document, path),
         tp=document.tensor_parallel.size,
         tokenizer=tokenizer,
         expected=document.model,
         replicas=replicas,
     )
+
+
+def place_of_own(document: Profile | Plan, path: Path | None) -> str:
+    """Return where the model of a document in the file `path` lies; a recovered one's folder may be renamed since."""
+    place = named_by(document.model, path)
+    if path is not None and not Path(place).expanduser().is_dir() and path.with_name(REPORT_FILE).is_file():
+        return str(path.absolute().parent)
+    return place
 
 
 def named_by(ref: ModelRef, path: Path | None) -> str:
@@ -95,6 +105,8 @@ def place_of(name: str, path: Path | None = None) -> str:
     file's folder and from the one above it (a checkpoint's plan lies in the checkpoint); what is in none of them is
     returned as it stands: a hub id.
     """
+    if any(len(part.encode()) > MAX_NAME for part in Path(name).parts):
+        raise InputError(f"{name[:32]!r}... is too long for the name of a folder or a hub id; name a model.")
     if name == "demo":
         return str(model_dir())
     if path is not None and not Path(name).expanduser().is_dir():

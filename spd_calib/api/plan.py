@@ -41,7 +41,7 @@ from .recovered import RecoveredCheckpoint, open_profiled
 from .replication import affordable_for, any_replicated, attentions, replicated_heads
 from .sync_bits import checked_bits
 from .tasks import TaskOptions
-from .text import reload_texts, verification_rounds
+from .text import NOTHING_FITTED, reload_texts, verification_rounds
 
 
 @dataclass(frozen=True)
@@ -339,7 +339,7 @@ def _open(
         session=session,
         recovered=recovered,
         models=models,
-        texts=reload_texts(session, measured, path=path),
+        texts=reload_texts(session, measured, path=path, fitted=recovered.documents if recovered else NOTHING_FITTED),
         suites=suites,
         heads=heads,
         limit=limit,

@@ -20,19 +20,18 @@ from .norm_estimates import give_estimates
 from .opening import Model, open_model, resolved_for
 from .options import RunOptions
 from .progress import Progress
-from .recovered import RecoveredCheckpoint, find_recovered, selection_beyond_fitted
+from .recovered import RecoveredCheckpoint, find_recovered, lengths_of_then
 from .tasks import TaskOptions
-from .text import TextSelection, load_texts_for
+from .text import NOTHING_FITTED, TextSelection, load_texts_for
 
 
 @dataclass(frozen=True)
 class ProfileInputs:
-    """A model, its text and a method, before any weight is loaded; the first `skip` sequences were fitted on before."""
+    """A model, its text and a method, before any weight is loaded."""
 
     session: Session
     recovered: RecoveredCheckpoint | None
     texts: list[Text]
-    skip: int
     asked: Method
     run: RunOptions
 
@@ -63,7 +62,7 @@ class ProfileInputs:
             f"{calibration.sequences} sequences to measure on, {verification.sequences} kept for verifying"
         )
         if self.recovered:
-            progress.say(self.recovered.described(self.skip))
+            progress.say(self.recovered.described())
         return subject
 
     def fit_estimates(self, subject: Subject, progress: Progress) -> list[Point]:
@@ -105,12 +104,12 @@ def open_inputs(
     if len(names) > 1 and asked.confidence is not None:
         raise InputError("Several texts are measured to their end: leave `confidence` out.")
     session = open_model(model, tp=tp, tokenizer=tokenizer)
-    resolved, recovered, skip = resolved_for(session, run), find_recovered(session), 0
+    resolved, recovered, fitted = resolved_for(session, run), find_recovered(session), NOTHING_FITTED
     if recovered:
         if asked.name != "single" or asked.confidence is not None or tasks or len(names) > 1:
             raise InputError(
                 "A recovered checkpoint is profiled by `method` single on one text of `data`, without `confidence` "
                 "and `tasks`: leave them out."
             )
-        skip, text = selection_beyond_fitted(recovered, data=names[0], selection=text)
-    return ProfileInputs(session, recovered, load_texts_for(session, names, text, skip=skip), skip, asked, resolved)
+        text, fitted = lengths_of_then(recovered, text), recovered.documents
+    return ProfileInputs(session, recovered, load_texts_for(session, names, text, fitted=fitted), asked, resolved)

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from spd_calib.errors import InputError
+from spd_calib.formats.common import Tier
 from spd_calib.formats.drops import Point, Strategy
 from spd_calib.formats.files import sha256_as_written, sha256_of
 from spd_calib.formats.plan import Budget, Plan
@@ -30,7 +31,6 @@ from spd_calib.recovery.text_part import check_writable
 from spd_calib.sensitivity.documents import TEXT
 from spd_calib.sensitivity.norm_estimates import fit_estimates
 from spd_calib.sensitivity.text import Text
-from spd_calib.sensitivity.tiers import Tier
 
 from .opening import document_of, open_model_of, resolved_for
 from .options import RunOptions
@@ -39,6 +39,7 @@ from .provenance import provenance
 from .replication import whole_blocks_for
 from .text import TextSelection, load_texts_for
 
+WANTS_A_FOLDER = "Recovery writes a folder like the one the model came from"
 SPREAD = 4  # times as many packed sequences as are used are read, so that they are of more documents
 
 
@@ -107,6 +108,8 @@ def recover(
         raise InputError(f"`rate` {rate} is no learning rate; give a share of a weight's size, such as 0.01.")
     budget = _budget(max_kl, max_ppl_increase)
     output = Path(output)
+    if model is not None and not isinstance(model, str | Path):
+        raise InputError(f"{WANTS_A_FOLDER}; give that folder as `model`.")
     document, path = document_of(Plan, plan)
     check_one_choice(document, path)
     if document.drops.bits:
@@ -131,7 +134,7 @@ def recover(
     checkpoint.check_output(output)
     session = open_model_of(document, path=path, model=model, replicas=True)
     if (source := session.source) is None:
-        raise InputError("Recovery writes a folder like the one the model came from; give that folder as `model`.")
+        raise InputError(f"{WANTS_A_FOLDER}; give that folder as `model`.")
     check_writable(source, session.config)
     heads = None if replicate is None else whole_blocks_for(drops, session=session, share=replicate)
     run = resolved_for(session, run, dtype=document.provenance.dtype)
@@ -189,7 +192,7 @@ def recover(
                     budget=budget,
                     provenance=provenance(run),
                 ),
-                report=report.json() | {"tiers_from": whence},
+                report=report.document(tiers_from=whence, documents=found.documents),
             )
             journal.remove()
             if budget and not kept(budget, made.verified):

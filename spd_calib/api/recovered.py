@@ -1,5 +1,6 @@
 """A checkpoint that `recover` wrote: its plan and predictors, and the dense model that it was made from."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from spd_calib.formats.drops import SUBLAYERS, Drops, Point
 from spd_calib.formats.files import read, sha256_of
 from spd_calib.formats.plan import CompensationFile, Plan
 from spd_calib.formats.profile import Comparison, Profile, Recovered
+from spd_calib.formats.recovery import REPORT_FILE, Recovery
 from spd_calib.models.plan_files import load_drops
 from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.session import Session, check_same_model, is_quantised_copy
@@ -46,13 +48,23 @@ class RecoveredCheckpoint:
         lm = session.load(run.device, str(run.dtype), seed=run.seed, stream=run.stream, drops=always)
         return Subject(lm, always, load_original(self.plan, run, path=self.path))
 
-    def described(self, skip: int) -> str:
-        """Return in a sentence what it is; `skip` sequences of the text it was fitted on are left out."""
+    @property
+    def documents(self) -> Mapping[str, int | None]:
+        """Return what it was fitted on, as TextOptions.fitted. Raises InputError where recovery.json does not say."""
+        path = self.path.with_name(REPORT_FILE)
+        if not path.is_file():
+            raise InputError(
+                f"{path} is missing, which says on what text this checkpoint was fitted: measured on that it would "
+                "look better than it is; put it back, or recover again."
+            )
+        return read(Recovery, path).documents
+
+    def described(self) -> str:
+        """Return in a sentence what it is."""
         assert self.plan.recovered_from is not None
-        fitted = f"; the first {skip} sequences were fitted on, they are left out" if skip else ""
         return (
             f"recovered from {self.plan.recovered_from.id}, which everything is compared with; "
-            f"{len(self.plan.drops)} sync points stay dropped{fitted}"
+            f"{len(self.plan.drops)} sync points stay dropped"
         )
 
     def part(self, alone: Comparison) -> Recovered:
@@ -82,10 +94,16 @@ def find_recovered(session: Session) -> RecoveredCheckpoint | None:
         return None
     folder = session.source.folder
     path = folder / "plan.json"
-    if not path.is_file() or b'"spd-calib/plan"' not in path.read_bytes():
+    is_plan = path.is_file() and b'"spd-calib/plan"' in path.read_bytes()
+    plan = read(Plan, path) if is_plan else None
+    if plan is None or plan.recovered_from is None:
+        if (folder / REPORT_FILE).is_file():
+            raise InputError(
+                f"{folder} was written by `recover`, and its plan.json, which says what it drops, is gone; "
+                f"put it back, or remove {REPORT_FILE} to take the folder for a dense model."
+            )
         return None
-    plan = read(Plan, path)
-    if plan.recovered_from is None or not plan.drops:  # with every block given back it is the dense model
+    if not plan.drops:  # with every block given back it is the dense model
         return None
     check_same_model(plan.model, session.ref)
     ranks = plan.tensor_parallel.size
@@ -94,30 +112,12 @@ def find_recovered(session: Session) -> RecoveredCheckpoint | None:
     return RecoveredCheckpoint(plan, path)
 
 
-def selection_beyond_fitted(
-    recovered: RecoveredCheckpoint, *, data: str, selection: TextSelection
-) -> tuple[int, TextSelection]:
-    """Return how many sequences at the beginning of `data` it was fitted on, and the lengths: by default those of then.
-
-    Raises InputError where it was fitted on `data` in other lengths.
-    """
+def lengths_of_then(recovered: RecoveredCheckpoint, selection: TextSelection) -> TextSelection:
+    """Return the selection; where it says nothing of lengths and column, with those that the recovery verified on."""
+    if (selection.seq_len, selection.min_len, selection.pack, selection.column) != (None, None, False, TEXT):
+        return selection
     text = recovered.plan.verified.text
-    if Path(text.source).expanduser().absolute() != Path(data).expanduser().absolute():
-        return 0, selection
-    fitted = replace(selection, seq_len=text.seq_len, min_len=text.min_len, pack=text.pack, column=text.column)
-    given = replace(
-        selection,
-        seq_len=selection.seq_len or text.seq_len,
-        min_len=selection.min_len or text.min_len,
-        pack=selection.pack or text.pack,
-        column=selection.column if selection.column != TEXT else text.column,
-    )
-    if given != fitted:
-        raise InputError(
-            f"{data} was fitted on in other lengths, and cannot be told from the rest; leave out seq_len, min_len, "
-            "`pack` and `column`, or give other text."
-        )
-    return text.first, fitted
+    return replace(selection, seq_len=text.seq_len, min_len=text.min_len, pack=text.pack, column=text.column)
 
 
 def open_profiled(

@@ -1,6 +1,6 @@
 """The text that a model is measured on, and the text kept for verifying."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from spd_calib.sensitivity.documents import TEXT
 from spd_calib.sensitivity.text import Text, TextOptions, further, load_texts
 
 DEFAULT_SEQ_LEN = 2048
+NOTHING_FITTED: Mapping[str, int | None] = {}
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,16 @@ class TextSelection:
 
 
 def load_texts_for(
-    session: Session, data: Sequence[str], selection: TextSelection, *, skip: int = 0, spread: int = 1
+    session: Session,
+    data: Sequence[str],
+    selection: TextSelection,
+    *,
+    fitted: Mapping[str, int | None] = NOTHING_FITTED,
+    spread: int = 1,
 ) -> list[Text]:
     """Return the sequences of each text of `data` for a session's model, none in two of them.
 
-    The first `skip` of each text are left out; `spread` is that of TextOptions, for text that is packed.
+    `fitted` and `spread` (for text that is packed) are those of TextOptions.
 
     Raises InputError for lengths that the model cannot read, for a text that is named twice or cannot be used.
     """
@@ -58,15 +64,23 @@ def load_texts_for(
         min_len or seq_len,
         *samples,
         pack=selection.pack,
-        skip=skip,
+        fitted=fitted,
         column=selection.column,
         spread=spread if selection.pack else 1,
     )
     return load_texts([replace(common, source=resolve_data(d), name=d) for d in data], session.tokenizer)
 
 
-def reload_texts(session: Session, profile: Profile, *, path: Path | None = None) -> list[Text]:
+def reload_texts(
+    session: Session,
+    profile: Profile,
+    *,
+    path: Path | None = None,
+    fitted: Mapping[str, int | None] = NOTHING_FITTED,
+) -> list[Text]:
     """Return the very sequences that a profile speaks of, text by text; `path` is the profile's file.
+
+    `fitted` is that of TextOptions.
 
     Raises InputError where a text or the tokenizer has changed since.
     """
@@ -82,6 +96,7 @@ def reload_texts(session: Session, profile: Profile, *, path: Path | None = None
             name=measured.source,
             skip=measured.first,
             column=measured.column,
+            fitted=fitted,
         )
         for measured, kept in refs
     ]

@@ -95,9 +95,9 @@ def recover(
     from spd_calib.api.options import RunOptions
     from spd_calib.api.recover import recover as run
     from spd_calib.api.text import TextSelection
-    from spd_calib.formats.files import dumps
+    from spd_calib.formats.files import dumps, read
+    from spd_calib.formats.recovery import REPORT_FILE, Recovery
     from spd_calib.ranks import is_main_rank
-    from spd_calib.recovery.report import read_attempts
     from spd_calib.reporting.table import nats
 
     from .terminal import print_json, say, table, working
@@ -126,16 +126,17 @@ def recover(
         )
     if not is_main_rank():
         return
-    attempts = read_attempts(output)
+    attempts = read(Recovery, output / REPORT_FILE).attempts
     alone = [
-        [str(a.block), a.treatment, f"{a.detail['error_before']:.4f}", f"{a.detail['error_after']:.4f}",
+        [str(a.block), a.treatment, *(_said(a.detail[f"error_{when}"]) for when in ("before", "after")),
          "kept" if a.kept else "refused"]
         for a in attempts if a.kl_before is None
     ]  # fmt: skip
     whole = [
-        ["all" if a.block is None else str(a.block), a.treatment, nats(a.kl_before), nats(a.kl_after),
-         f"{a.fell:+.4f} ± {a.fell_stderr:.4f}", "kept" if a.kept else "refused"]
-        for a in attempts if a.kl_before is not None and a.kl_after is not None
+        ["all" if a.block is None else str(a.block), a.treatment, nats(a.kl_before),
+         "not finite" if a.kl_after is None else nats(a.kl_after),
+         "" if a.fell is None else f"{a.fell:+.4f} ± {a.fell_stderr:.4f}", "kept" if a.kept else "refused"]
+        for a in attempts if a.kl_before is not None
     ]  # fmt: skip
     if alone:
         head = ["block", "treatment", "before", "after", ""]
@@ -146,3 +147,7 @@ def recover(
     say(f"written: {output}, with plan.json and recovery.json in it; next: spd-calib check {output / 'plan.json'}")
     if json:
         print_json(dumps(made))
+
+
+def _said(error: float | None) -> str:
+    return "not finite" if error is None else f"{error:.4f}"

@@ -6,6 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
+Tier = Literal["insensitive", "sensitive", "extremely sensitive"]
+"""The paper's classes of blocks."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -50,7 +52,8 @@ class TextRef(Part):
     min_len: int = Field(ge=2, description="Documents with fewer tokens are left out")
     pack: bool = Field(description="Documents glued together and cut into sequences of seq_len tokens")
     first: Count = Field(
-        description="Index of the first sequence used, in file order, among those long enough that repeat none before"
+        description="Index of the first sequence used, in file order, among those long enough that repeat none before, "
+        "and that nothing was fitted on"
     )
     sequences: int = Field(gt=0)
     tokens: int = Field(gt=0, description="Tokens in these sequences, special tokens included")

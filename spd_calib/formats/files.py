@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from .hardware import Hardware
 from .pareto import Pareto
 from .plan import Plan
 from .profile import Profile
+from .recovery import Recovery
 from .results import Results
 
 FORMATS: dict[str, type[BaseModel]] = {
@@ -26,7 +28,14 @@ FORMATS: dict[str, type[BaseModel]] = {
     "results": Results,
     "hardware": Hardware,
     "pareto": Pareto,
+    "recovery": Recovery,
 }
+OPENINGS = {name: f'{{"format":"spd-calib/{name}"'.encode() for name in FORMATS} | {
+    "page": b"<!DOCTYPEhtml>",
+    "figure": b"\x89PNG",
+    "log of documents": b'{"task":',
+}
+"""What a file of each kind that is written begins with, white space left out."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MAX_BYTES = 64 * 2**20  # no profile comes near this; it keeps a wrong file from filling the memory
 F = TypeVar("F", bound=BaseModel)
@@ -67,7 +76,7 @@ def _load(path: Path, name: str) -> Any:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise InputError(f"{path} is larger than {MAX_BYTES >> 20} MiB: it is no {name} file.")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=partial(_each_once, path))
     except FileNotFoundError:
         raise InputError(f"There is no file {path}; `spd-calib {_writer(name)}` writes one.") from None
     except OSError as e:
@@ -78,8 +87,17 @@ def _load(path: Path, name: str) -> Any:
         ) from None
 
 
+def _each_once(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object of a JSON file. Raises InputError for a key that is there twice: readers take either."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise InputError(f"{path} holds {twice!r} twice in one object; write it again.")
+    return found
+
+
 def _writer(name: str) -> str:
-    return {"results": "eval", "hardware": "bench", "pareto": "plan --pareto"}.get(name, name)
+    return {"results": "eval", "hardware": "bench", "pareto": "plan --pareto", "recovery": "recover"}.get(name, name)
 
 
 def dumps(document: BaseModel) -> str:
@@ -130,8 +148,28 @@ def _umask() -> int:
     return mask
 
 
-def check_writable(path: Path) -> None:
-    """Fail before the work, not after it. Raises InputError where `path` could not be written."""
+def check_writable(outputs: Mapping[Path, str]) -> None:
+    """Fail before the work, not after it; `outputs` are the files to be written, and which of OPENINGS each will be.
+
+    Raises InputError where one could not be written, or would take the place of a file of another kind.
+    """
+    for path, kind in outputs.items():
+        _check_folder(path)
+        if path.is_file() and not _opens_as(path, OPENINGS[kind]):
+            raise InputError(f"{path} is there and is no {kind}, it would be lost; name another output.")
+
+
+def _opens_as(path: Path, opening: bytes) -> bool:
+    """Say whether a file is empty or opens with these bytes, white space aside."""
+    try:
+        with open(path, "rb") as f:
+            found = b"".join(f.read(4096).split())
+    except OSError as e:
+        raise unwritable(path, e) from None
+    return not found or found.startswith(opening)
+
+
+def _check_folder(path: Path) -> None:
     if path.is_dir():
         raise InputError(f"{path} is a folder; name a file.")
     if not path.parent.is_dir():

@@ -1,9 +1,10 @@
 """The tiers of a plan's blocks (the paper's three), which say what recovery tries on each."""
 
 from spd_calib.errors import InputError
+from spd_calib.formats.common import Tier
 from spd_calib.formats.drops import Drops, Point, Strategy
 from spd_calib.formats.plan import Plan
-from spd_calib.sensitivity.tiers import Tier, thresholds, tiers
+from spd_calib.sensitivity.tiers import thresholds, tiers
 
 PAPER: dict[str | None, Tier] = {
     None: "insensitive",

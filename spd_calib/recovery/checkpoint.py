@@ -18,13 +18,14 @@ from spd_calib.errors import InputError
 from spd_calib.formats.common import ModelRef
 from spd_calib.formats.files import dumps, sha256_of, unwritable
 from spd_calib.formats.plan import CompensationFile, Plan
-from spd_calib.models.load import Source, model_ref, read_config
+from spd_calib.formats.recovery import REPORT_FILE, Recovery
+from spd_calib.models.load import DTYPES, Source, model_ref, read_config
 from spd_calib.models.plan_files import predictor_tensors
-from spd_calib.models.schemes import without_quantisation
+from spd_calib.models.schemes import scheme_of, without_quantisation
+from spd_calib.models.stored import stored_tensors
 from spd_calib.models.text_part import whole_of
 
 from .planned_model import PlannedModel
-from .report import REPORT_FILE
 from .text_part import is_part, write_part
 
 COMPENSATION_FILE = "compensation.safetensors"
@@ -48,10 +49,17 @@ def check_output(output: Path) -> None:
 
 
 def storage_dtype(source: Source) -> torch.dtype:
-    """Return the dtype that a model's configuration says its weights are stored in; float32 where it says none."""
+    """Return the dtype that holds all of a model's stored weights exactly: bfloat16, float16 or float32.
+
+    Of a quantised model, whose weights are dequantised, the one that its configuration names, float32 if none of them.
+    """
     config = read_config(source)
-    dtype = getattr(config, "dtype", None) or getattr(whole_of(config), "dtype", None) or torch.float32
-    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if scheme_of(config) is not None:
+        named = str(getattr(config, "dtype", None) or getattr(whole_of(config), "dtype", None))
+        return DTYPES.get(named.removeprefix("torch."), torch.float32)
+    found = {tensor.dtype for tensor in stored_tensors(source.folder).values()} & {"BF16", "F16", "F32", "F64"}
+    narrow = {"BF16": torch.bfloat16, "F16": torch.float16}
+    return narrow.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
 
 
 @torch.no_grad()
@@ -71,11 +79,11 @@ def write_checkpoint(
     *,
     source: Source,
     make_plan: MakePlan,
-    report: dict,
+    report: Recovery,
 ) -> Plan:
     """Write weights, configuration, tokenizer, predictors, plan.json and recovery.json into the folder `output`.
 
-    `source` is the dense model's folder, `report` what recovery.json is to hold. Uses up `model`. Returns the plan.
+    `source` is the dense model's folder, `report` what recovery.json holds. Uses up `model`. Returns the plan.
     Raises SpdError where the disk refuses.
     """
     with _whole_folder(output) as folder:
@@ -97,7 +105,7 @@ def write_checkpoint(
         written = Source(str(output), folder, None)
         plan = make_plan(checkpoint=model_ref(written, read_config(written)), predictors=beside)
         (folder / "plan.json").write_text(dumps(plan), encoding="utf-8")
-        (folder / REPORT_FILE).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        (folder / REPORT_FILE).write_text(dumps(report), encoding="utf-8")
         for path in folder.iterdir():  # safetensors keeps what it writes to its owner
             path.chmod((folder / "plan.json").stat().st_mode)
     return plan

@@ -1,11 +1,12 @@
 """The steps of a recovery that are finished: kept as they are done, and taken over by the run that goes on."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import Tensor
 
+from spd_calib.formats.recovery import Attempt
 from spd_calib.parallel.comm import Comm
 from spd_calib.parallel.distributed import from_main_rank
 
@@ -13,7 +14,6 @@ from .distillation import TrainingHooks
 from .journal import TensorJournal
 from .judge import Judge
 from .planned_model import PlannedModel
-from .report import Attempt
 
 T = TypeVar("T")
 Saved = tuple[dict[str, Tensor], dict]  # tensors, and a note
@@ -76,7 +76,7 @@ class FinishedSteps:
         """Write down that a step is finished, with what it made of `blocks`."""
         if self.is_main and self.journal is not None:
             tensors = {f"{b}/{n}": t for b in blocks for n, t in self.model.students[b].state().items()}
-            self.journal.save(name, tensors, note={"attempts": [asdict(a) for a in self.judge.attempts]})
+            self.journal.save(name, tensors, note={"attempts": [a.model_dump() for a in self.judge.attempts]})
 
     def choice(self, name: str, choose: Callable[[], list[Attempt]]) -> list[Attempt]:
         """Return what `choose` finds, on every replica; a run that goes on has the choice of the one before."""
@@ -86,7 +86,7 @@ class FinishedSteps:
                 return [Attempt(**a) for a in saved[1]["attempts"]]
             found = choose()
             if self.journal is not None:
-                self.journal.save(name, {}, note={"attempts": [asdict(a) for a in found]})
+                self.journal.save(name, {}, note={"attempts": [a.model_dump() for a in found]})
             return found
 
         return self.agreed(of_main) or []

@@ -11,11 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from spd_calib.formats.drops import Drop, Drops, Strategy
 from spd_calib.formats.plan import Budget
 from spd_calib.formats.profile import Comparison
+from spd_calib.formats.recovery import Attempt
 from spd_calib.planning.budget import cost, describe, kept
 
-from .held_out import HeldOut, kl_fall
+from .held_out import HeldOut
 from .planned_model import PlannedModel
-from .report import DENSE_AGAIN, GIVEN_BACK, Attempt
+from .report import DENSE_AGAIN, GIVEN_BACK, judged_by_whole
 from .student import Student
 
 RANKED_ON = 16  # sequences, to see what each block costs: of 4 it is noise but for the costliest
@@ -64,9 +65,8 @@ def ranked(
         began = time.monotonic()
         replace_blocks(model, treated, [block], instead=instead)
         after = some.measure()
-        fell, error = kl_fall(before, after)
-        seconds = time.monotonic() - began
-        found.append(Attempt(block, treatment, before.kl(), after.kl(), fell, error, True, seconds))
+        attempt = judged_by_whole(block, treatment, before, after, began=began)
+        found.append(attempt.model_copy(update={"kept": True}))
         tick(f"block {block} {treatment} alone: KL {before.kl():.4f} -> {after.kl():.4f}")
     model.students = treated
     return sorted(found, key=lambda attempt: attempt.fell or 0.0, reverse=True)

@@ -1,16 +1,15 @@
 """Never worse: what is done to the model stays only where it is better for it, and everything tried is written down."""
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 
+from spd_calib.formats.recovery import Attempt
 from spd_calib.sensitivity.metrics import Tally
 
-from .held_out import HeldOut, kl_fall
+from .held_out import HeldOut
 from .planned_model import PlannedModel
-from .report import REPLICATED, Attempt
+from .report import REPLICATED, judged_by_error, judged_by_whole
 from .student import Student
 
 ROUNDING = 10.0  # units of the dtype's precision squared, by which an error may fall for no reason
@@ -40,12 +39,12 @@ class Judge:
 
         The error is a share of squares: in a block that misses nothing, that of rounding itself.
         """
-        seconds, detail = time.monotonic() - began, {"error_before": before, "error_after": after, **detail}
-        kept = before - after > ROUNDING * torch.finfo(self.model.lm.model.dtype).eps ** 2
-        self.attempts.append(Attempt(block, treatment, None, None, None, None, kept, seconds, detail))
-        verdict = "kept" if kept else "refused"
+        least = ROUNDING * torch.finfo(self.model.lm.model.dtype).eps ** 2
+        found = judged_by_error(block, treatment, before, after, least=least, began=began, detail=detail)
+        self.attempts.append(found)
+        verdict = "kept" if found.kept else "refused"
         self.tick(f"block {block}, {treatment}: error at its output {before:.4f} -> {after:.4f}, {verdict}")
-        return kept
+        return found.kept
 
     def decide(self, block: int | None, treatment: str, *, began: float, detail: dict) -> bool:
         """Return whether a treatment of `block` (None: of all treated blocks), which stands in the model, is to stay.
@@ -55,15 +54,16 @@ class Judge:
         """
         assert self._tally is not None
         before, after = self._tally, self.held_out.measure()
-        fell, error = kl_fall(before, after)
-        stays = fell > error
-        seconds = time.monotonic() - began
-        self.attempts.append(Attempt(block, treatment, before.kl(), after.kl(), fell, error, stays, seconds, detail))
-        where, verdict = "all treated blocks" if block is None else f"block {block}", "kept" if stays else "refused"
+        found = judged_by_whole(block, treatment, before, after, began=began, detail=detail)
+        self.attempts.append(found)
+        where, verdict = (
+            "all treated blocks" if block is None else f"block {block}",
+            "kept" if found.kept else "refused",
+        )
         self.tick(f"{where}, {treatment}: KL {before.kl():.4f} -> {after.kl():.4f}, {verdict}")
-        if stays:
+        if found.kept:
             self._tally = after
-        return stays
+        return found.kept
 
     def undo(self, students: Sequence[Student]) -> None:
         """Give the model these students back, and write down that what was done to their blocks does not stay.
@@ -74,7 +74,7 @@ class Judge:
         for student in students:
             self.model.put(student)
         self.attempts = [
-            replace(a, kept=False, detail={**a.detail, "undone": True})
+            a.model_copy(update={"kept": False, "detail": {**a.detail, "undone": True}})
             if a.block in blocks and a.kept and a.treatment != REPLICATED
             else a
             for a in self.attempts

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from spd_calib.errors import InputError
+from spd_calib.formats.common import Tier
 from spd_calib.formats.drops import Strategy
 from spd_calib.formats.plan import Budget
 from spd_calib.parallel.comm import Comm, SimulatedComm
 from spd_calib.planning.replication import Affordable
-from spd_calib.sensitivity.tiers import Tier
 
 from .closed_form import COST_TOKENS, ClosedForm, treat_block
 from .distillation import distil_block, distil_together

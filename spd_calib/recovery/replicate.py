@@ -7,12 +7,13 @@ weights that a rank reads more, not a sync. The second pass refits it behind wha
 from collections.abc import Callable, Sequence
 
 from spd_calib.formats.drops import Drop, Drops, Groups, Strategy
+from spd_calib.formats.recovery import Attempt
 from spd_calib.planning.replication import Affordable
 
 from .give_back import ranked
 from .held_out import HeldOut
 from .planned_model import PlannedModel
-from .report import REPLICATED, Attempt
+from .report import REPLICATED
 from .student import Student
 
 

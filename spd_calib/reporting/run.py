@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from spd_calib.errors import InputError
 from spd_calib.formats.common import ModelRef, TextRef
-from spd_calib.formats.files import FORMATS, F, read, sha256_as_written, sha256_of
+from spd_calib.formats.files import F, read, sha256_as_written, sha256_of
 from spd_calib.formats.hardware import Hardware
 from spd_calib.formats.pareto import Pareto
 from spd_calib.formats.plan import Plan, Verified
@@ -31,7 +31,7 @@ class Run:
     @property
     def files(self) -> dict[str, BaseModel]:
         """Return the documents that were given, by the names of their files."""
-        parts = {name: getattr(self, name) for name in FORMATS}
+        parts = {name: getattr(self, name) for name in ("profile", "plan", "results", "hardware", "pareto")}
         made = self.pareto.provenance == self.profile.provenance
         return {f"{name}.json": part for name, part in parts.items() if part and not (name == "pareto" and made)}
 

@@ -1,13 +1,13 @@
 """Calibration text: from its name to token sequences to measure on, and others kept for verifying.
 
 Held-out text must not repeat text that was measured on. So every sequence counts once: one that is the same as an
-earlier one, of any of the texts, or that comes from a document that was read before, is left out before anything is
-measured, and `Text.note` says how many were.
+earlier one, of any of the texts, or that comes from a document that was read before, or that a recovered model was
+fitted on, is left out before anything is measured, and `Text.note` says how many were.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -33,20 +33,26 @@ class TextOptions:
     verify_samples: int
     pack: bool = False
     name: str | None = None  # what stands in files in place of `source`
-    skip: int = 0  # sequences at the beginning that are left out: a recovery was fitted on them
+    skip: int = 0  # sequences at the beginning that are left out
     spread: int = 1  # the sequences to measure on are taken evenly from up to so many times as many
     column: str = TEXT  # that holds the documents
+    fitted: Mapping[str, int | None] = field(default_factory=dict)  # the Text.documents of a recovery: left out
 
 
 @dataclass(frozen=True)
 class Text:
-    """Sequences of one source. `note` says, in words, where fewer than asked for were found, and what was left out."""
+    """Sequences of one source. `note` says, in words, where fewer than asked for were found, and what was left out.
+
+    `documents` are those that the sequences before the verification are of, by the hash of their content: how many of
+    their tokens, or None for all of a document.
+    """
 
     calibration: list[Tokens]
     verification: list[Tokens]
     note: str | None
     options: TextOptions
     passed: int  # sequences of the source before the verification, beyond those skipped
+    documents: Mapping[str, int | None]
 
     def calibration_ref(self) -> TextRef:
         return _ref(self.options, self.calibration, first=self.options.skip)
@@ -89,11 +95,11 @@ def further(texts: Sequence[Text], times: int, *, tokenizer: PreTrainedTokenizer
     for time in range(times):
         found = []
         for text, reading in zip(texts, readings, strict=True):
-            sequences = reading.take(len(text.verification), seen)
+            sequences = [c.ids for c in reading.take(len(text.verification), seen)]
             if len(sequences) < len(text.verification):
                 return None
             first = text.options.skip + text.passed + (time + 1) * len(sequences)
-            found.append(Text([], sequences, None, replace(text.options, skip=first), passed=0))
+            found.append(Text([], sequences, None, replace(text.options, skip=first), passed=0, documents={}))
     return found
 
 
@@ -104,6 +110,8 @@ class _Part:
     document: str  # hash of its content
     occurrence: tuple[int, int]  # which text, and which document of it: the same content may come again
     tokens: int
+    fitted: int  # of these tokens, those that the model was fitted on
+    up_to: int | None  # how many of the document's tokens were read by the end of it; None: all that ever are
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,11 @@ class _Candidate:
     def hash(self) -> str:
         return _hash(json.dumps(self.ids))
 
+    @property
+    def is_fitted(self) -> bool:
+        """Say whether it, or enough of it, is text that the model was fitted on."""
+        return sum(p.fitted for p in self.parts) >= REPEATED_SHARE * len(self.ids)
+
 
 @dataclass
 class _Seen:
@@ -126,7 +139,8 @@ class _Seen:
     documents: dict[str, tuple[int, int]] = field(default_factory=dict)  # by hash: where it was first
 
     def repeats(self, candidate: _Candidate) -> bool:
-        again = sum(p.tokens for p in candidate.parts if self.documents.get(p.document, p.occurrence) != p.occurrence)
+        known = [self.documents.get(p.document, p.occurrence) != p.occurrence for p in candidate.parts]
+        again = sum(p.tokens if k else p.fitted for p, k in zip(candidate.parts, known, strict=True))
         return candidate.hash in self.sequences or again >= REPEATED_SHARE * len(candidate.ids)
 
     def add(self, candidate: _Candidate) -> None:
@@ -141,19 +155,21 @@ class _Reading:
     def __init__(self, options: TextOptions, number: int, tokenizer: PreTrainedTokenizerBase):
         self.documents = 0  # looked at
         self.repeated = 0  # sequences left out
+        self.fitted = 0  # of them, those that the model was fitted on
         self._candidates = self._cut(options, number, tokenizer)
 
-    def take(self, wanted: int, seen: _Seen) -> list[Tokens]:
+    def take(self, wanted: int, seen: _Seen) -> list[_Candidate]:
         """Return the next `wanted` sequences that repeat nothing, or as many as there are, and add them to `seen`."""
         return list(islice(self._fresh(seen), wanted))
 
-    def _fresh(self, seen: _Seen) -> Iterator[Tokens]:
+    def _fresh(self, seen: _Seen) -> Iterator[_Candidate]:
         for candidate in self._candidates:
             if seen.repeats(candidate):
                 self.repeated += 1
+                self.fitted += candidate.is_fitted
                 continue
             seen.add(candidate)
-            yield candidate.ids
+            yield candidate
 
     def _cut(self, options: TextOptions, number: int, tokenizer: PreTrainedTokenizerBase) -> Iterator[_Candidate]:
         n, opening = options.seq_len, _opening(tokenizer) if options.pack else []
@@ -161,10 +177,12 @@ class _Reading:
         for document in read_documents(options.source, options.column):
             self.documents += 1
             key, occurrence = _hash(json.dumps(document.content)), (number, self.documents)
+            known = options.fitted.get(key, 0)  # so many of its first tokens
             if not options.pack:
                 ids = token_ids(document, tokenizer=tokenizer, at_most=n)
                 if len(ids) >= options.min_len:
-                    yield _Candidate(ids, [_Part(key, occurrence, len(ids))])
+                    fitted = len(ids) if known is None else min(known, len(ids))
+                    yield _Candidate(ids, [_Part(key, occurrence, len(ids), fitted, up_to=None)])
                 continue
             ids, done = token_ids(document, tokenizer=tokenizer), 0
             while done < len(ids):
@@ -172,8 +190,9 @@ class _Reading:
                     held += opening[: n - 1]
                 piece = ids[done : done + n - len(held)]
                 held += piece
-                parts.append(_Part(key, occurrence, len(piece)))
+                fitted = len(piece) if known is None else max(0, min(known - done, len(piece)))
                 done += len(piece)
+                parts.append(_Part(key, occurrence, len(piece), fitted, up_to=done if done < len(ids) else None))
                 if len(held) == n:
                     yield _Candidate(held, parts)
                     held, parts = [], []
@@ -217,23 +236,32 @@ def token_ids(document: Document, *, tokenizer: PreTrainedTokenizerBase, at_most
 def _split(reading: _Reading, options: TextOptions, *, seen: _Seen) -> Text:
     """Read a text, and divide it. Raises InputError for too little of it."""
     most = options.spread * options.max_samples
-    sequences = reading.take(options.skip + most + options.verify_samples, seen)[options.skip :]
+    found = reading.take(options.skip + most + options.verify_samples, seen)[options.skip :]
+    sequences = [candidate.ids for candidate in found]
     source, notes = options.name or options.source, list[str]()
     if not reading.documents:
         raise InputError(f"{source} holds no text; name a file with documents in it.")
     if len(sequences) < 2:
-        beyond = f" beyond the {options.skip} that were fitted on" if options.skip else ""
-        repeated = f" and repeat none before them ({reading.repeated} do)" if reading.repeated else ""
+        beyond = f" beyond the {reading.fitted} that were fitted on" if reading.fitted else ""
+        others = reading.repeated - reading.fitted
+        repeated = f" and repeat none before them ({others} do)" if others else ""
         way_out = "lower seq_len or min_len, or glue documents with `pack`"
+        if reading.repeated:
+            way_out = "give other text" if reading.fitted else "give text that repeats itself less"
         raise InputError(
             f"Of {reading.documents} documents in {source}, {len(sequences)} have {options.min_len} tokens or more"
             f"{repeated}{beyond}, two are needed (one to measure on, one to verify on); "
-            f"{'give text that repeats itself less' if repeated else way_out}."
+            f"{way_out}."
         )
-    if reading.repeated:
+    if reading.fitted:
         notes.append(
-            f"{source}: {reading.repeated} sequences are left out, since they, or the documents they are from, "
-            "repeat earlier ones."
+            f"{source}: {reading.fitted} sequences are left out, since the model was fitted on them, or on the "
+            "documents they are from."
+        )
+    if others := reading.repeated - reading.fitted:
+        notes.append(
+            f"{source}: {others} sequences are left out, since they, or the documents they are from, repeat earlier "
+            "ones."
         )
     measured = min(most, len(sequences) - options.verify_samples)
     if len(sequences) < options.max_samples + options.verify_samples:
@@ -246,7 +274,11 @@ def _split(reading: _Reading, options: TextOptions, *, seen: _Seen) -> Text:
     calibration, verification = sequences[:measured], sequences[measured:]
     if measured > options.max_samples:
         calibration = evenly(calibration, options.max_samples)
-    return Text(calibration, verification, " ".join(notes) or None, options, passed=measured)
+    documents = dict[str, int | None]()
+    for part in (part for candidate in found[:measured] for part in candidate.parts):
+        if documents.get(part.document, 0) is not None:
+            documents[part.document] = part.up_to
+    return Text(calibration, verification, " ".join(notes) or None, options, passed=measured, documents=documents)
 
 
 def evenly(sequences: Sequence[Tokens], number: int) -> list[Tokens]:

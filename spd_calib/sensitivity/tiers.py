@@ -3,19 +3,18 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from scipy import stats
 
 from spd_calib.errors import InputError
+from spd_calib.formats.common import Tier
 from spd_calib.formats.profile import Comparison
 
 from .metrics import Tally
 from .predictions import FIELDS
 from .standard_error import ratio_and_stderr
 
-Tier = Literal["insensitive", "sensitive", "extremely sensitive"]
 SHARES_OF_MEAN = (1 / 4, 1.0)  # the thresholds between the tiers, of the blocks' mean KL
 MIN_BATCHES, MIN_SEQUENCES = 4, 16  # before anything is decided
 
