@@ -1,12 +1,11 @@
 """spd-calib bench: what a sync costs on this machine, and what the plan saves."""
 
 from pathlib import Path
-from shlex import split
 from typing import Annotated, Literal
 
 import typer
 
-from .options import Device, Dtype, Json, ModelPlace, Recipe
+from .options import Device, Dtype, Json, ModelPlace, Recipe, arguments
 
 
 def register(app: typer.Typer) -> None:
@@ -48,7 +47,7 @@ def bench(
 
     from .terminal import print_json, say, table, working
 
-    check_writable(output)
+    check_writable({output: "hardware"})
     settings = api.BenchSettings(
         rounds=rounds, batch_size=tuple(batch_size or [1]), tokens=tuple(tokens or [128]), new_tokens=new_tokens
     )
@@ -57,7 +56,7 @@ def bench(
             plan,
             runtime=runtime,
             model=model,
-            as_served=split(as_served),
+            as_served=arguments(as_served, "as_served"),
             settings=settings,
             run=RunOptions(device=device, dtype=dtype),
             progress=work.progress,

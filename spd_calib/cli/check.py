@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import COMMON, Device, ModelPlace, Recipe
+from .options import COMMON, Device, ModelPlace, Recipe, arguments
 
 
 def register(app: typer.Typer) -> None:
@@ -32,7 +32,6 @@ def check(
     """Check a plan against its schema, its model's form and weights and, with --runtime, against real ranks."""
     from dataclasses import asdict
     from json import dumps
-    from shlex import split
 
     from spd_calib.api import check as api
     from spd_calib.api.options import RunOptions
@@ -46,7 +45,7 @@ def check(
             runtime=runtime,  # type: ignore[arg-type]  # whatever was typed: the call refuses what it does not know
             prompts=prompt or api.PROMPTS,
             new_tokens=new_tokens,
-            as_served=None if as_served is None else split(as_served),
+            as_served=None if as_served is None else arguments(as_served, "as_served"),
             model=model,
             run=RunOptions(device=device),
             progress=work.progress,

@@ -1,5 +1,6 @@
 """Options that several commands share, and recipes."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,6 +42,14 @@ Recipe = Annotated[
         rich_help_panel=COMMON,
     ),
 ]
+
+
+def arguments(words: str, option: str) -> list[str]:
+    """Return a command line's arguments, from one string. Raises InputError, naming `option`, for an open quotation."""
+    try:
+        return shlex.split(words)
+    except ValueError as e:
+        raise InputError(f"`{option}` {words!r} is no command line: {str(e).lower()}; close it.") from None
 
 
 def section(path: Path, command: str, ctx: typer.Context) -> dict[str, Any]:

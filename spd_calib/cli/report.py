@@ -30,12 +30,11 @@ def report(
 
     from .terminal import print_json, say
 
-    written = [path for path in (output, png) if path]
+    written = ({output: "page"} if output else {}) | ({png: "figure"} if png else {})
     if not written:
         raise InputError("Nothing is asked for: give -o report.html for the page, --png for the figure, or both.")
     made = make(run, plan=plan)
-    for path in written:
-        check_writable(path)
+    check_writable(written)
     left_out = made.left_out if output else []
     if output:
         write_text(output, made.html)
