@@ -127,6 +127,24 @@ BAD = [
     (["diff", "{truncated}", "{profile}"], "not valid JSON"),
     (["diff", "{profile}", "{hardware}"], "not a profile or plan file"),
     (["demo", "-o", "{text}"], "stories.jsonl"),
+    (["profile", "{llama}", "--tp", "2", "--data", "{text}", "-o", "{plan}"], "is no profile"),
+    (["profile", "{llama}", "--tp", "2", "--data", "{text}", "-o", "{text}"], "is no profile"),
+    (["plan", "{profile}", "--drop", "1", "-o", "{profile}"], "is no plan"),
+    (["plan", "{profile}", "--drop", "1", "-o", "{llama}/model.safetensors"], "is no plan"),
+    (["plan", "{profile}", "--drop", "1", "--pareto", "{profile}"], "is no pareto"),
+    (["plan", "{profile}", "--drop", "1", "-o", "{tmp}/x.json", "--pareto", "{tmp}/x.json"], "name two files"),
+    (["eval", "{plan}", "--tasks", "x", "-o", "{plan}"], "is no results"),
+    (["bench", "{plan}", "-o", "{plan}"], "is no hardware"),
+    (["report", "{profile}", "-o", "{profile}"], "is no page"),
+    (["report", "{profile}", "--png", "{profile}"], "is no figure"),
+    (["plan", "{twice}", "--drop", "1"], "'model' twice"),
+    (["check", "{plan}", "--runtime", "vllm", "--as-served", "'"], "--as-served"),
+    (["bench", "{plan}", "--runtime", "vllm", "--as-served", "'"], "--as-served"),
+    (["check", "{plan}", "--runtime", "torchrun", "--new-tokens", "128"], "beyond the model's 128"),
+    (["bench", "{plan}", "--rounds", "1", "--tokens", "600"], "128; lower"),
+    (["generate", "{plan}", "--prompt", "x", "--seed", str(2**70)], "--seed"),
+    (["profile", "a" * 300, "--tp", "2", "--data", "{text}"], "too long for the name"),
+    (["profile", "a/b/c", "--tp", "2", "--data", "{text}"], "no model folder"),
 ]
 
 
@@ -174,6 +192,7 @@ def cruel_files(tmp: Path, profile_file: Path) -> dict[str, Path]:
         "nan.json": json.dumps(nan).encode(),
         "next_version.json": json.dumps({**profile, "version": 2}).encode(),
         "boolean_version.json": json.dumps({**profile, "version": True}).encode(),
+        "twice.json": profile_file.read_bytes().replace(b'"model"', b'"model": 1, "model"', 1),
         "unknown_key.json": json.dumps({**profile, "surprise": 1}).encode(),
         "tag.yaml": b"plan: !!python/object/apply:os.system ['exit 3']\n",
         "bomb.yaml": f"a0: &a0 [x]\n{aliases}".encode(),
@@ -208,11 +227,12 @@ def test_bad_input_is_one_sentence_and_exit_2(spd, places, arguments, word, tmp_
     arguments = [a.format(**places) for a in arguments]
     if "-o" not in arguments and arguments[0] not in WITHOUT_O and "--recipe" not in arguments:
         arguments += ["-o", str(tmp_path / "out.json")]
+    kept = {path: path.read_bytes() for path in map(Path, arguments) if len(str(path)) < 256 and path.is_file()}
     outcome = spd(*arguments)
     assert outcome.code == 2, outcome.err
     assert word.format(**places) in outcome.err, outcome.err
     assert "Traceback" not in outcome.err and outcome.out == ""
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [] and kept == {p: p.read_bytes() for p in kept}
     # the last line is the only sentence of the error: ours, or the command line's own behind its usage
     assert outcome.err.count("spd-calib: ") + outcome.err.count("\nError: ") == 1
     assert outcome.err.splitlines()[-1].startswith(("spd-calib: ", "Error: "))

@@ -8,6 +8,7 @@ import torch
 from plans import RANK, write_plan
 from safetensors.torch import load_file, save_file
 
+from spd_calib import check
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import Drops, Point, Strategy
 from spd_calib.formats.files import dumps, read, sha256_of
@@ -93,8 +94,8 @@ def test_the_predictors_that_are_loaded_are_run(planned):
         assert not torch.allclose(lm(ids), lm.logits(lm.resume(recording, plan.drops)), atol=1e-3)
 
 
-def changed(planned: Path, change) -> tuple[Plan, str]:
-    """The plan after `change` of its tensors, and the refusal of them."""
+def write_changed(planned: Path, change) -> Path:
+    """Write the plan after `change` of its tensors, as whoever writes both files by hand would; return the tensors'."""
     file = planned.with_name("compensation.safetensors")
     tensors = load_file(file)
     change(tensors)
@@ -103,6 +104,13 @@ def changed(planned: Path, change) -> tuple[Plan, str]:
     beside = plan.compensation.model_copy(update={"sha256": sha256_of(file)})
     plan = plan.model_copy(update={"compensation": beside})
     planned.write_text(dumps(plan))
+    return file
+
+
+def changed(planned: Path, change) -> tuple[Plan, str]:
+    """The plan after `change` of its tensors, and the refusal of them."""
+    file = write_changed(planned, change)
+    plan = read(Plan, planned)
     with pytest.raises(InputError) as e:
         load_plan(planned)
     return plan, str(e.value).removeprefix(str(file))
@@ -116,6 +124,10 @@ def changed(planned: Path, change) -> tuple[Plan, str]:
         (lambda t: t["blocks.3.ranks.1.w"].fill_(torch.nan), ": blocks.3.ranks.1.w is missing or not what it should"),
         (lambda t: t.update({"blocks.1.ranks.1.b": torch.zeros(RANK + 1, 64)}), ": blocks.1.ranks.1.b is missing or"),
         (lambda t: t.update({"blocks.0.ranks.0.bias": torch.zeros(2, 64)}), ": blocks.0.ranks.0.bias is missing or"),
+        (
+            lambda t: t.update({"blocks.0.ranks.0.bias": torch.zeros(64, dtype=torch.int32)}),
+            ": blocks.0.ranks.0.bias is",
+        ),
         (lambda t: t.update({"blocks.2.ranks.0.bias": torch.zeros(64), "z": torch.zeros(1)}), " holds blocks.2.ranks."),
     ],
 )
@@ -153,3 +165,18 @@ def test_the_file_beside_the_plan_is_the_one_it_was_written_with(planned, tmp_pa
     assert str(e.value) == ("The predictors of this plan lie in a file beside it; give the path of the plan's file.")
     plan = plan.model_copy(update={"compensation": plan.compensation.model_copy(update={"sha256": sha256_of(file)})})
     assert refused() == f"{file} is not a whole safetensors file; run `spd-calib recover` again."
+
+
+@pytest.mark.parametrize("of", ["blocks.0", "blocks.1"])
+def test_predictors_that_fit_no_rank_of_the_model_are_no_valid_plan(of, planned, llama):
+    """All of a block's, one number shorter: they fit one another, and not the model's width."""
+
+    def shorter(tensors):
+        for name, tensor in list(tensors.items()):
+            if name.startswith(of) and not name.endswith(".a"):
+                tensors[name] = tensor[..., :-1].contiguous()
+
+    write_changed(planned, shorter)
+    load_plan(planned)
+    with pytest.raises(InputError, match=f"compensation of {of.replace('blocks.', 'block ')}, rank 0, does not fit"):
+        check(planned)

@@ -15,7 +15,7 @@ from spd_calib.runtimes.torchrun.bench import run as bench_on_this_rank
 from spd_calib.runtimes.torchrun.launch import torchrun
 
 from .check import Runtime
-from .opening import named_by, open_model_of, place_of
+from .opening import open_model_of, place_of, place_of_own
 from .options import RunOptions
 from .progress import SILENT, Progress
 from .provenance import provenance
@@ -55,6 +55,9 @@ def bench(
         raise InputError(f"`runtime` {runtime!r} is neither torchrun nor vllm.")
     if as_served and runtime != "vllm":
         raise InputError("`as_served` are the arguments of an engine of vLLM's; give `runtime` vllm with them.")
+    for name, given in (("plan", plan), ("model", model)):
+        if given is not None and not isinstance(given, str | Path):
+            raise InputError(f"Ranks and engines read the {name} from disk; give its path as `{name}`.")
     path = Path(plan)
     document = read(Plan, path)
     tp = document.tensor_parallel.size
@@ -76,7 +79,7 @@ def bench(
         )
     job = BenchJob(
         plan=path.absolute(),
-        model=named_by(document.model, path) if model is None else place_of(str(model)),
+        model=place_of_own(document, path) if model is None else place_of(str(model)),
         settings=settings,
         device=resolved.device,
         dtype=str(resolved.dtype),

@@ -89,8 +89,11 @@ def check(
         session = open_model_of(document, path=path, model=model, tokenizer=tokenizer)
     except OtherModel as e:
         raise SpdError(str(e)) from None  # whether they fit was the question, and this is the answer
+    session.check_fits(drops)
     rows = _rows_of_plan(document, drops)
     if runtime is not None:
+        if not prompts:
+            raise InputError("A runtime is checked on what it continues; give some `prompts`.")
         if path is None:
             raise InputError("A runtime reads the plan from its file; give the path of the plan.")
         progress.step(f"{runtime}, {session.tp} ranks")

@@ -7,12 +7,10 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from spd_calib.errors import InputError
 from spd_calib.formats.phases import NOTHING_DROPPED_IN_BOTH, ByPhase
 from spd_calib.formats.plan import Plan
 from spd_calib.models.plan_files import load_by_phase
 from spd_calib.parallel.generate import continue_text
-from spd_calib.parallel.session import Session
 
 from .opening import Model, document_of, open_model_of, resolved_for
 from .options import RunOptions
@@ -64,7 +62,7 @@ def generate(
     session = open_model_of(document, path=path, model=model, tokenizer=tokenizer)
     resolved = resolved_for(session, run, dtype=document.provenance.dtype)
     for prompt in prompts:
-        _check_prompt(session, prompt, new_tokens=new_tokens)
+        session.prompt_ids(prompt, new_tokens=new_tokens)  # it may be refused
     writers: dict[Written, ByPhase] = {"dense": NOTHING_DROPPED_IN_BOTH} if dense else {}
     writers["plan"] = load_by_phase(document, path)
     lm = session.load(
@@ -80,14 +78,3 @@ def generate(
                 written.append(Continuation(name, prompt, text))
                 progress.step("")
     return written
-
-
-def _check_prompt(session: Session, prompt: str, *, new_tokens: int) -> None:
-    length = len(session.tokenizer(prompt)["input_ids"])
-    if not length:
-        raise InputError("A prompt holds no token; give `prompt` some words.")
-    if length + new_tokens > session.max_length:
-        raise InputError(
-            f"A prompt of {length} tokens and `new_tokens` {new_tokens} are beyond the model's "
-            f"{session.max_length}; lower one of them."
-        )

@@ -24,13 +24,15 @@ class RunOptions:
     def resolved(self, dtype: str = "float32") -> "RunOptions":
         """Return the options with a device and a dtype that say what they are; `dtype` where none was given.
 
-        Raises InputError for a dtype that is none of DTYPES.
+        Raises InputError for a dtype that is none of DTYPES, and for a seed that is too large.
         """
         import torch
 
         chosen = self.dtype or dtype
         if chosen not in DTYPES:
             raise InputError(f"`dtype` {chosen!r} is none of {', '.join(DTYPES)}.")
+        if not -(2**63) <= self.seed < 2**63:
+            raise InputError(f"`seed` {self.seed} is no number of 64 bits; give a smaller one.")
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -84,7 +84,9 @@ def _fetch(model: str, revision: str | None) -> str:
     except (RepositoryNotFoundError, RevisionNotFoundError):
         raise InputError(f"The hub knows no model {model!r} (or it is private); check the name or log in.") from None
     except HFValidationError:
-        raise InputError(f"{model!r} is neither a local folder nor a hub id such as org/name.") from None
+        raise InputError(
+            f"{model!r} is neither a local folder nor a hub id such as org/name; name one of them as `model`."
+        ) from None
     except Exception as e:  # whatever the network does, the way out is the same
         raise InputError(
             f"{model!r} is no local folder, and the model hub cannot be reached to fetch it ({type(e).__name__}); "

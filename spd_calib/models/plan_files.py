@@ -129,7 +129,12 @@ def _read_predictors(plan: Plan, plan_path: Path, *, path: Path, file: Any, rank
                 d_rank = inner.shape[0] if inner is not None else d_rank
             expected = predictor_shapes(form.kind, form.rank, d_rank=d_rank, d=d, scaled=form.scaled)
             for part, tensor in parts.items():
-                if tensor is None or tensor.shape != expected[part] or not tensor.isfinite().all():
+                if (
+                    tensor is None
+                    or tensor.dtype != torch.float32
+                    or tensor.shape != expected[part]
+                    or not tensor.isfinite().all()
+                ):
                     raise InputError(f"{path}: {named[part]} is missing or not what it should be.")
             found.setdefault(point, {})[owner] = Predictor(**parts)  # type: ignore[arg-type]
     if names:

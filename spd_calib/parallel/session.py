@@ -96,6 +96,30 @@ class Session:
         torch.manual_seed(seed)  # the same on all ranks: they sample the same tokens
         return TensorParallelLM(model, comm, sharded=True)
 
+    def check_fits(self, drops: Drops | ByPhase) -> None:
+        """Raise InputError where `drops` do not fit the model's form, predictors and replicated heads included.
+
+        No weight is read for it.
+        """
+        model = self.model and sharing_copy(self.model)
+        if self.source is not None:
+            model = skeleton(self.source, self.config)
+        assert model is not None
+        lm = TensorParallelLM(model, SimulatedComm(self.tp), sharded=True)
+        ByPhase.of(drops).map(lm.fitted)
+
+    def prompt_ids(self, prompt: str, *, new_tokens: int) -> list[int]:
+        """Return a prompt's token ids. Raises InputError for none, or where no `new_tokens` fit behind them."""
+        ids = self.tokenizer(prompt)["input_ids"]
+        if not ids:
+            raise InputError("A prompt holds no token; give `prompt` some words.")
+        if len(ids) + new_tokens > self.max_length:
+            raise InputError(
+                f"A prompt of {len(ids)} tokens and `new_tokens` {new_tokens} are beyond the model's "
+                f"{self.max_length}; lower one of them."
+            )
+        return ids
+
     def _in_memory(self, device: str, dtype: str) -> PreTrainedModel:
         """Return a copy of the model in memory that shares its weights. Raises InputError where it lies elsewhere."""
         assert self.model is not None

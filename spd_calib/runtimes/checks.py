@@ -60,7 +60,8 @@ def compare_logprobs(
     if list(map(len, expected)) != list(map(len, found)):
         return CheckRow(what, f"{sum(map(len, expected))} tokens", f"{sum(map(len, found))} tokens", False)
     largest = largest_difference(expected, found)
-    return CheckRow(what, f"max |Δ log p| ≤ {tolerance:.0e}", f"{largest:.1e}", largest <= tolerance)
+    shown = f"{largest:.1e}" if any(expected) else "no token to compare"  # a prompt's first has no log-probability
+    return CheckRow(what, f"max |Δ log p| ≤ {tolerance:.0e}", shown, largest <= tolerance)
 
 
 def compare_counts(what: str, expected: int, *, found: Sequence[int]) -> CheckRow:

@@ -43,8 +43,7 @@ def check_torchrun(
     `drops` are what `plan` holds, with the predictors of all ranks; `worker` is the module that the ranks run. Raises
     InputError where the plan or its model cannot be used, SpdError where a rank fails.
     """
-    room = session.max_length - new_tokens
-    ids = [session.tokenizer(p)["input_ids"][:room] for p in prompts]
+    ids = [session.prompt_ids(prompt, new_tokens=new_tokens) for prompt in prompts]
     job = CheckJob(plan=plan.resolve(), model=str(folder_of(session)), prompts=ids, new_tokens=new_tokens,
                    device=device, dtype=dtype)  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,7 @@
 """Starting torchrun on this machine: loopback only, nothing left behind."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ FROM_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER
 def torchrun(ranks: int, module: str, *, arguments: Sequence[str], timeout: float = 3600) -> None:
     """Run `python -m module arguments` on that many ranks and wait for their end.
 
-    Raises SpdError with the one sentence of the rank that failed, and InputError where this process is a rank itself.
+    Raises the SpdError or InputError of the rank that failed, and InputError where this process is a rank itself.
     """
     if world_size() > 1:
         raise InputError("This command starts torchrun itself; run it without.")
@@ -39,4 +40,6 @@ def torchrun(ranks: int, module: str, *, arguments: Sequence[str], timeout: floa
     if process.returncode:
         said = [line.removeprefix("spd-calib: ") for line in stderr.splitlines() if line.startswith("spd-calib: ")]
         signals = [line.partition("traceback : ")[2] for line in stderr.splitlines() if "traceback : Signal" in line]
+        if said and re.search(r"exitcode\s*: 2\b", stderr):  # in torchrun's account of the rank that failed first
+            raise InputError(said[0])
         raise SpdError(said[0] if said else f"A rank under torchrun failed: {(signals or ['it said nothing'])[0]}.")
