@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fault_runs import SENTENCE, End, processes_naming, run, small_disk
 
-OLD = b"what was there before\n"
+OLD = b" \n"  # what was there before: over a file of another kind no command would write
 STATE = (".journal", ".partial")  # kept on purpose, to go on from
 
 
