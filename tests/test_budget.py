@@ -27,7 +27,7 @@ MEASURED = comparison(0.25).model_copy(
         ("max_ppl_increase", 0.5, 1.5 * 0.02, "perplexity +12.5 %"),
         ("max_accuracy_drop", 0.125, 0.03, "accuracy -12.5 points"),
         ("max_logprob_diff", 7.0, 0.0, "max |delta log p| 0.125"),
-        ("min_speedup", 0.25, 0.01, "a step 12.5 % shorter"),
+        ("min_speedup", 0.25, 0.01, "12.5 % of the time saved"),
         ("max_bytes", 0.25, 0.01, "12.5 % of the syncs' bytes"),
         ("drop", 0.25, 0.01, "0 sync points dropped"),
         ("tau", 0.25, 0.01, "tau1 0.125, tau2 0"),

@@ -212,6 +212,15 @@ def test_why_plans_differ(plans):
     assert "the budget is the same, the KLs alone that both name differ at 1 of 4" in diff_plans(a, b).answer[0]
     same = with_kl(plans[1], 1, 2, 3, 4)
     assert "the budget and the KLs alone are the same" in diff_plans(a, same).answer[0]
+    with_bits = same.model_copy(
+        update={
+            "blocks": [
+                b.model_copy(update={"mlp_sync_bits": 4} if b.mlp_strategy == "keep_sync" else {}) for b in same.blocks
+            ],
+            "requires": ["quantised_sync"],
+        }
+    )
+    assert diff_plans(a, with_bits).answer[0].endswith("the same; other bits of syncs were asked for.")
     wider = same.model_copy(update={"budget": a.budget.model_copy(update={"value": 4})})
     assert diff_plans(a, wider).answer[0].endswith("other budgets were asked for, of the same sensitivities.")
 

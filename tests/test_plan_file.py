@@ -222,7 +222,7 @@ def test_routers_of_dropped_mixtures_read_what_the_plan_of_the_recovered_checkpo
 
 
 def test_predictions_of_fisher_are_kl_alone():
-    predicted = planning._predicted(fisher_profile(random_fisher(3, 1)), [], kl=0.125, of_bits=None)
+    predicted = planning._predicted(fisher_profile(random_fisher(3, 1)), [], kl=0.125, of_others=None, only_kl=False)
     assert (predicted.kl, predicted.ppl_increase, predicted.accuracy_drop) == (0.125, None, None)
 
 
@@ -245,8 +245,8 @@ def test_a_recovered_checkpoint_keeps_what_its_plan_drops(asked):
     assert list(choice.drops) == [a(2)] and all(call[4] is dense for call in asked[-2:])
     assert [(b.strategy, b.mlp_strategy) for b in plan.blocks] == [(KEEP, DROP), (DROP, KEEP), (DROP, KEEP)]
     assert [b.reason for b in plan.blocks] == [
-        "its MLP; block_drop costs KL 0.37, beyond the budget",
-        "as it was; MLP: block_drop costs KL 0.27, beyond the budget",
+        "its MLP; block_drop costs KL 0.37, and the budget has no room for it",
+        "as it was; MLP: block_drop costs KL 0.27, and the budget has no room for it",
         "the only strategy allowed",
     ]
     assert plan.requires == ["mlp_drop", "compensation"] and plan.compensation == beside
@@ -260,7 +260,7 @@ def test_blocks_that_were_not_profiled_say_so(asked):
     p = make_profile([0.1, 0.2]).model_copy(update={"model": profile().model})
     plan, _, _ = made(budget("drop", 1, [DROP]), p)
     assert [b.reason for b in plan.blocks] == [
-        "block_drop costs KL 0.1, beyond the budget", "the only strategy allowed", "not profiled"
+        "block_drop costs KL 0.1, and the budget has no room for it", "the only strategy allowed", "not profiled"
     ]  # fmt: skip
     assert plan.blocks[2].kl is None and plan.requires == []
 

@@ -154,3 +154,20 @@ def test_a_plan_with_replicated_heads_from_profile_to_recovery(spd, llama, text,
     report = json.loads((tmp_path / "recovered" / "recovery.json").read_text())
     assert report["kl"] <= report["kl_as_is"]
     assert spd("check", tmp_path / "recovered" / "plan.json", "--device", "cpu").code == 0
+
+
+def test_blocks_with_every_head_are_a_plan_by_themselves(spd, llama, text, tmp_path):
+    """They cost nothing, so they keep any budget; what is predicted of a plan is more only where it drops more."""
+    profile, plan = tmp_path / "profile.json", tmp_path / "plan.json"
+    given = ("--data", text, "--seq-len", 24, "--max-samples", 12, "--verify-samples", 8, "--device", "cpu")
+    assert spd("profile", llama, "--tp", 2, *given, "--strategy", "block_drop", "--sync-points", "attention,mlp",
+               "-o", profile).code == 0  # fmt: skip
+    for budget in (("--max-kl", "1e-6"), ("--max-ppl-increase", "1e-6"), ("--drop", 2)):
+        done = spd("plan", profile, *budget, "--replicate", "15%", "--device", "cpu", "-o", plan)
+        assert done.code == 0, done.err
+        found = read(Plan, plan)
+        assert len(found.drops) == len(found.drops.replicated) == 2 and abs(found.verified.kl) < 1e-6
+        assert found.predicted.kl == pytest.approx(0.0, abs=1e-6)
+    done = spd("plan", profile, "--drop", 3, "--replicate", "15%", "--device", "cpu", "-o", plan)
+    found = read(Plan, plan)
+    assert done.code == 0 and len(found.drops) == 3 and found.predicted.kl > 1e-3

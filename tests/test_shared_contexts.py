@@ -7,6 +7,7 @@ import tiny
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from spd_calib.errors import InputError
 from spd_calib.evaluation.shared_contexts import share_contexts
 from spd_calib.formats.drops import Drops, Point, Strategy
 from spd_calib.parallel.model import TensorParallelLM
@@ -58,6 +59,14 @@ def test_the_answers_are_lm_evals(family, tokenizer):
     assert [a for a, _ in ours] == pytest.approx([a for a, _ in theirs], abs=2e-4)
     if steps:
         assert steps == 32 and fewer < tokens
+
+
+def test_a_choice_without_a_token_is_a_sentence(tokenizer):
+    """It has no log-likelihood; lm-eval refuses it, too, and it would shift what is read of those behind it."""
+    lm = HFLM(pretrained=tiny.build("llama"), tokenizer=tokenizer, batch_size=3, max_length=64)
+    share_contexts(lm, step=lambda: None)
+    with pytest.raises(InputError, match="a choice without a token"):
+        lm._loglikelihood_tokens([(None, [1, 2], [3]), (None, [1, 2], []), (None, [1, 2], [4])], disable_tqdm=True)
 
 
 def test_a_window_shorter_than_the_text_is_noticed(tokenizer):

@@ -205,7 +205,7 @@ def test_more_time_than_the_syncs_take_is_refused_with_what_they_would_take():
     with pytest.raises(SpdError) as e:
         chosen(0.99, world(), limit=limit_of_seconds(0.99, model_of_seconds()))
     assert str(e.value) == (
-        "a step 99 % shorter: that is more than these sync points can give, whose syncs would together take "
+        "99 % of the time saved: that is more than these sync points can give, whose syncs would together take "
         "12000000.0 us where -8940000.0 us are left for them; ask for less."
     )
 

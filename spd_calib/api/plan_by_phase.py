@@ -93,7 +93,7 @@ def plan_by_phase(
     beside = 100 * (1 - made.request.two_choices_seconds / made.request.one_choice_seconds)
     verdict = "so there are two" if made.in_two_phases else f"less than {100 * WORTH:.0f} %, so one serves both phases"
     if beside >= 100 * WORTH or not made.in_two_phases:
-        progress.say(f"a choice for each phase saves {beside:.1f} % of the request's time beside one: {verdict}")
+        progress.say(f"a choice for each phase can save {beside:.1f} % of the request's time beside one: {verdict}")
     return made
 
 

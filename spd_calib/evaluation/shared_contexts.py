@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spd_calib.errors import InputError
+
 from .quiet import Step
 
 Request = tuple[Any, list[int], list[int]]  # lm-eval's name for it, and the token ids of context and continuation
@@ -78,6 +80,11 @@ class _Sharing:
 
     def __call__(self, requests: Sequence[Request], *args: Any, **kwargs: Any) -> list[Answer]:
         """Return the answer to every request, in order."""
+        if any(not continuation for _, _, continuation in requests):
+            raise InputError(
+                "A document of the tasks has a choice without a token, which has no log-likelihood; mend it, or leave "
+                "its task out."
+            )
         rows = sorted(_rows(requests, self.model.max_length), key=lambda row: -len(row.tokens))
         found: dict[int, Answer] = {}
         # by each call's own rows alone: an evaluation that goes on after a kill decides as the one before it did

@@ -111,7 +111,7 @@ def describe(budget: Budget, value: float | None = None) -> str:
         "max_accuracy_drop": f"accuracy {-100 * v:+.3g} points"
         + (f" on {', '.join(budget.tasks)}" if budget.tasks else ""),
         "max_logprob_diff": f"max |delta log p| {v:.4g}",
-        "min_speedup": f"a step {100 * v:.3g} % shorter",
+        "min_speedup": f"{100 * v:.3g} % of the time saved",
         "max_bytes": f"{100 * v:.3g} % of the syncs' bytes",
         "drop": f"{v:.0f} sync points dropped",
         "tau": f"tau1 {v:.4g}, tau2 {budget.tau2 or 0:.4g}",

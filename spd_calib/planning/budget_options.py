@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from spd_calib.errors import InputError
-from spd_calib.formats.drops import Point, Strategy
+from spd_calib.formats.drops import Strategy
 from spd_calib.formats.plan import Budget
 from spd_calib.formats.profile import Profile
+
+from .candidates import candidates
 
 Amount = float | str  # 0.01, '0.01' or '1%'
 BUDGETS = (
@@ -58,7 +60,7 @@ def budget_for(profile: Profile, asked: BudgetOptions) -> Budget:
         )
     strategies = strategies_for(profile, asked.strategies)
     if kind == "drop":
-        return Budget(kind="drop", value=_drops_for(profile, amount), strategies=strategies)
+        return Budget(kind="drop", value=_drops_for(profile, amount, strategies), strategies=strategies)
     if kind == "tau1":
         if profile.recovered:
             raise InputError("`tau1` says what to recover, and this checkpoint is recovered; give another budget.")
@@ -94,13 +96,12 @@ def strategies_for(profile: Profile, names: Sequence[str] | None) -> list[Strate
     return list(dict.fromkeys(map(Strategy, names or profile.strategies)))
 
 
-def _drops_for(profile: Profile, amount: int | str) -> int:
-    """Return a number or a share of the sync points that plans from the profile can drop."""
-    kinds = [(strategy, sublayer) for strategy in profile.strategies for sublayer in profile.sync_points]
-    points = {Point(block, sublayer) for strategy, sublayer in kinds for block in profile.kl(strategy, sublayer)}
+def _drops_for(profile: Profile, amount: int | str, strategies: list[Strategy]) -> int:
+    """Return a number or a share of the sync points that plans from the profile can drop by these strategies."""
+    available = len(candidates(profile, Budget(kind="drop", value=0, strategies=strategies)))
     what = "blocks" if profile.sync_points == ["attention"] else "sync points"
     settled = len(profile.settled)
-    wanted = number_of_drops(amount, len(points) + settled, what=what)
+    wanted = number_of_drops(amount, available + settled, what=what)
     if wanted < settled:
         raise InputError(f"`drop` {amount} is less than the {settled} {what} that the recovered checkpoint drops.")
     return wanted

@@ -68,7 +68,7 @@ def make_plan(
     if replicated.drops:
         profile = without(profile, replicated.drops)
         if budget.kind == "drop":
-            budget = budget.model_copy(update={"value": budget.value - len(replicated.drops)})
+            budget = budget.model_copy(update={"value": max(0.0, budget.value - len(replicated.drops))})
     found = candidates(profile, budget)
     baselines = Baselines(drops_of(found), calibration) if compare else None
     if budget.kind == "max_bytes":
@@ -78,7 +78,14 @@ def make_plan(
             profile, budget, limit, num_blocks=len(module_paths), calibration=calibration, verify=held_out.verify
         )
     else:
-        choice = choose(profile, budget, calibration=calibration, verify=held_out.verify, baselines=baselines)
+        choice = choose(
+            profile,
+            budget,
+            calibration=calibration,
+            verify=held_out.verify,
+            baselines=baselines,
+            at_least=0 if replicated.drops else 1,
+        )
     blocks = planned_blocks(
         of_all,
         whole,
@@ -89,7 +96,7 @@ def make_plan(
         quantised=quantised,
         replicated=replicated,
     )
-    of_bits = calibration.cost_of(NOTHING_DROPPED) if quantised else None
+    of_others = calibration.cost_of(NOTHING_DROPPED) if quantised or replicated.drops else None
     number, text = held_out.after(choice.rounds)
     reused = held_out.reused(choice.rounds)
     plan = Plan(
@@ -101,7 +108,11 @@ def make_plan(
         blocks=blocks,
         budget=whole,
         predicted=_predicted(
-            profile, [c for c in found if c.point in choice.drops], kl=choice.predicted_kl, of_bits=of_bits
+            profile,
+            [c for c in found if c.point in choice.drops],
+            kl=choice.predicted_kl,
+            of_others=of_others,
+            only_kl=limit is not None,
         ),
         verified=Verified(**vars(choice.verified), text=text.ref, reused=reused, round=number),
         provenance=provenance,
@@ -178,7 +189,20 @@ def _reason(candidate: Candidate, profile: Profile, budget: Budget, *, drops: Dr
     if budget.kind == "tau":
         found = tier(profile, budget, candidate)
         return f"{found}: kept until `spd-calib recover` treats it ({RECOVERY[found]})"
-    return f"{prefix}{candidate.strategy} costs KL {candidate.kl:.3g}, beyond the budget"
+    alone = _alone(candidate, profile, budget)
+    why = "beyond the budget" if alone is not None and alone > budget.value else "and the budget has no room for it"
+    return f"{prefix}{candidate.strategy} costs KL {candidate.kl:.3g}, {why}"
+
+
+def _alone(candidate: Candidate, profile: Profile, budget: Budget) -> float | None:
+    """Return what a candidate costs alone by the profile, in the budget's unit; None where the profile does not say."""
+    metrics: dict[str, Metric] = {"max_kl": "kl", "max_ppl_increase": "ppl", "max_accuracy_drop": "accuracy"}
+    metric = metrics.get(budget.kind)
+    if metric is None or budget.tasks or (profile.fisher is not None and metric != "kl"):
+        return None
+    point = candidate.point
+    lost = profile.sensitivity(candidate.strategy, metric, point.sync_point)[point.block]
+    return lost / profile.baseline.ppl if metric == "ppl" else lost
 
 
 def _recovery(own: Sequence[Candidate], profile: Profile, budget: Budget, *, drops: Drops) -> Recovery | None:
@@ -188,20 +212,23 @@ def _recovery(own: Sequence[Candidate], profile: Profile, budget: Budget, *, dro
     return next((RECOVERY[tier(profile, budget, c)] for c in own if c.point not in drops), None)
 
 
-def _predicted(profile: Profile, dropped: Sequence[Candidate], *, kl: float, of_bits: Comparison | None) -> Predicted:
+def _predicted(
+    profile: Profile, dropped: Sequence[Candidate], *, kl: float, of_others: Comparison | None, only_kl: bool
+) -> Predicted:
     """Return what the profile says of dropping these candidates: their KL as given, and sums of single costs.
 
-    What the quantised syncs cost without any drop, `of_bits`, is added, if there are any.
+    What the others cost without them, `of_others` (quantised syncs, blocks with heads replicated), is added, if there
+    are any. `only_kl`: the planner chose bits, of which no more than that is known.
     """
-    kl += of_bits.kl if of_bits else 0.0
-    if profile.fisher is not None:
+    kl += of_others.kl if of_others else 0.0
+    if profile.fisher is not None or only_kl:
         return Predicted(kl=kl)
     ppl = _total(profile, dropped, "ppl") / profile.baseline.ppl
     accuracy = _total(profile, dropped, "accuracy")
     if alone := profile.recovered and profile.recovered.alone:
         ppl, accuracy = ppl + alone.ppl_increase, accuracy + alone.accuracy_drop
-    elif of_bits:
-        ppl, accuracy = ppl + of_bits.ppl_increase, accuracy + of_bits.accuracy_drop
+    elif of_others:
+        ppl, accuracy = ppl + of_others.ppl_increase, accuracy + of_others.accuracy_drop
     return Predicted(kl=kl, ppl_increase=ppl, accuracy_drop=accuracy)
 
 

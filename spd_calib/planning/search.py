@@ -41,24 +41,30 @@ class Choice:
 
 
 def choose(
-    profile: Profile, budget: Budget, *, calibration: Calibration, verify: Verify, baselines: Baselines | None = None
+    profile: Profile,
+    budget: Budget,
+    *,
+    calibration: Calibration,
+    verify: Verify,
+    baselines: Baselines | None = None,
+    at_least: int = 1,
 ) -> Choice:
-    """Choose the sync points to drop within `budget`.
+    """Choose the sync points to drop within `budget`, `at_least` 1; or 0 where others, with heads replicated, are.
 
     Whole plans are measured on the `calibration` text, which a plan must keep its budget on with some standard errors
     to spare: held-out text then seldom takes part in choosing. Where `verify` finds the budget broken all the same, a
     smaller plan is verified on the next round of that text. The sets of `baselines` are tried with those of the search.
 
     Raises InputError, before anything is measured, where the profile's text is too short, and SpdError, naming the best
-    plan found, where not even one sync point can go.
+    plan found, where not even `at_least` can go.
     """
     check_enough_text(budget, profile)
     search = Search(profile, budget, calibration=calibration, baselines=baselines)
-    drops = first = search.first_choice()
+    drops = first = search.first_choice(at_least)
     rounds = 0
     while not kept(budget, verified := verify(drops, rounds)):
-        smaller = search.next_choice(drops, verified)
-        if not smaller:
+        smaller = search.next_choice(drops, verified) if drops else drops
+        if not drops or len(smaller) < at_least:
             raise _impossible(profile, budget, drops=drops, verified=verified)
         drops, rounds = smaller, rounds + 1
     return Choice(drops, verified, search.model.kl(drops), given_back=len(first) - len(drops), rounds=rounds)
@@ -93,14 +99,16 @@ class Search:
         """Return the least sensitive sync points, from none to all."""
         return self.spaces[0].ranking
 
-    def first_choice(self) -> Drops:
-        """Return the drops to verify first, by the calibration text alone."""
+    def first_choice(self, at_least: int) -> Drops:
+        """Return the drops to verify first, `at_least` so many, by the calibration text alone."""
         if self.budget.kind == "tau":
             return drops_of([c for c in self.ranked if tier(self.profile, self.budget, c) == "insensitive"])
         if self.budget.kind == "drop":
             return self.best(int(self.budget.value) - len(self.profile.settled))
         largest = self.largest_kept()
-        return largest or self.cheapest(1)  # a single one too close to its budget to tell here: held-out text decides
+        return largest or self.cheapest(
+            at_least
+        )  # a single one too close to its budget to tell here: held-out text decides
 
     def largest_kept(self) -> Drops:
         """Return the largest set found that keeps the budget: of the size that bisection finds, or of more points."""
@@ -238,6 +246,12 @@ def _ranked_by_tasks(profile: Profile) -> bool:
 
 
 def _impossible(profile: Profile, budget: Budget, *, drops: Drops, verified: Comparison) -> SpdError:
+    if not drops:  # blocks with heads replicated are dropped in any case
+        raise SpdError(
+            f"No plan with heads replicated is within {describe(budget)}: the blocks that have them cost "
+            f"{describe(budget, cost(budget, verified))} on held-out text, nothing else dropped; raise "
+            f"`{budget.kind}`, or leave `replicate` out."
+        )
     (point,) = drops  # the search gives up at a single one only
     whose = f"block {point.block}" if point.sync_point == "attention" else f"block {point.block}'s MLP"
     return SpdError(

@@ -207,6 +207,7 @@ class _Search:
         if not singles:
             return two, min(self.singles, key=self.seconds.__getitem__), two
         one = self._cheapest(singles)
+        two = min(one, two, key=lambda plan: self.cost_of(plan).kl)
         as_cheap = self.budget.model_copy(update={"kind": "max_kl", "value": self.cost_of(one).kl})
         fastest = self._fastest_within(as_cheap, list(self.expected), certain=False)
         fastest = min(one, fastest, key=self.seconds.__getitem__)

@@ -146,11 +146,10 @@ def _evaluation(run: Run) -> Section:
             command="spd-calib eval plan.json --tasks arc_easy,hellaswag -o results.json",
             why=run.stale.get("results", ""),
         )
-    limit = f"the first {run.results.limit} documents of each task" if run.results.limit else "all documents"
     return Section(
         "evaluation",
         heading,
-        [f"Both models answer the same documents ({limit}); the error is of the difference, over documents."],
+        ["Both models answer the same documents of each task; the error is of the difference, over documents."],
         _svg("tasks", partial(figures.tasks, run.results), title="Planned less dense score of each task"),
         "The difference of each task's score with two standard errors; a loss is to the left.",
         [tables.tasks(run.results)],
@@ -163,7 +162,10 @@ def _latency(run: Run) -> Section:
     said, shown, drawn = [], [], ""
     if found:
         ceilings = ", ".join(f"{100 * m.ceiling:.1f} % of a {m.phase} step" for m in found)
-        said.append(f"Dropping every sync point would save {ceilings}: no plan saves more. Modelled, no promise.")
+        said.append(
+            f"Dropping every sync point would save {ceilings}: no plan without quantised syncs saves more. Modelled, "
+            "no promise."
+        )
         drawn = _svg("latency", partial(figures.latency, found), title="Time of a step as planned, and the ceiling")
         shown += [tables.latencies(found), *(tables.request(run.plan) if run.plan else [])]
     if run.hardware:

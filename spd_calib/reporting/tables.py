@@ -226,7 +226,8 @@ def names(points: Sequence[Point]) -> list[str]:
 def tasks(results: Results) -> Table:
     """Return every score of the dense and of the planned model, with the paired difference."""
     return Table(
-        f"{len(results.dropped)} attention all-reduces dropped, TP {results.tensor_parallel.size}",
+        f"dense and planned, TP {results.tensor_parallel.size}"
+        + (f": {len(results.dropped)} attention all-reduces dropped" if results.dropped else ""),
         ["task", "metric", "docs", "dense", "planned", "planned - dense"],
         [
             [

@@ -245,12 +245,15 @@ def _split(reading: _Reading, options: TextOptions, *, seen: _Seen) -> Text:
         beyond = f" beyond the {reading.fitted} that were fitted on" if reading.fitted else ""
         others = reading.repeated - reading.fitted
         repeated = f" and repeat none before them ({others} do)" if others else ""
-        way_out = "lower seq_len or min_len, or glue documents with `pack`"
+        way_out = "lower seq_len" if options.pack else "lower seq_len or min_len, or glue documents with `pack`"
         if reading.repeated:
             way_out = "give other text" if reading.fitted else "give text that repeats itself less"
+        have = f"have {options.min_len} tokens or more"
+        if options.pack:
+            have = f"packed sequences of {options.seq_len} tokens are made"
         raise InputError(
-            f"Of {reading.documents} documents in {source}, {len(sequences)} have {options.min_len} tokens or more"
-            f"{repeated}{beyond}, two are needed (one to measure on, one to verify on); "
+            f"Of {reading.documents} documents in {source}, {len(sequences)} {have}{repeated}{beyond}, two are needed "
+            f"(one to measure on, one to verify on); "
             f"{way_out}."
         )
     if reading.fitted:
