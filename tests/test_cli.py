@@ -118,9 +118,9 @@ def test_check_finds_a_model_whose_weights_changed(spd, text, tmp_path):
     data[-3] ^= 1
     weights.write_bytes(data)
     outcome = spd("check", tmp_path / "plan.json")
-    assert outcome.code == 1 and "weights differs" in outcome.err
+    assert outcome.code == 1 and "weights differ" in outcome.err
     outcome = spd("plan", tmp_path / "p.json", "--drop", 1, "-o", tmp_path / "plan2.json")
-    assert outcome.code == 2 and "weights differs" in outcome.err and not (tmp_path / "plan2.json").exists()
+    assert outcome.code == 2 and "weights differ" in outcome.err and not (tmp_path / "plan2.json").exists()
     shutil.rmtree(folder)
     tiny.save(tiny.build("qwen3"), folder)
     assert "architecture differs" in spd("check", tmp_path / "plan.json").err

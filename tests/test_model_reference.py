@@ -14,10 +14,10 @@ REF = ModelRef(id="m", architecture="A", num_blocks=4, config_hash="0" * 64, wei
 @pytest.mark.parametrize(
     ("field", "value", "what"),
     [
-        ("architecture", "B", "architecture"),
-        ("num_blocks", 5, "number of blocks"),
-        ("config_hash", "2" * 64, "configuration"),
-        ("weight_fingerprint", "2" * 64, "weights"),
+        ("architecture", "B", "architecture differs"),
+        ("num_blocks", 5, "number of blocks differs"),
+        ("config_hash", "2" * 64, "configuration differs"),
+        ("weight_fingerprint", "2" * 64, "weights differ"),
     ],
 )
 def test_another_model_than_the_files(field, value, what):
@@ -25,8 +25,7 @@ def test_another_model_than_the_files(field, value, what):
     with pytest.raises(InputError) as e:
         check_same_model(REF, REF.model_copy(update={"id": "n", field: value}))
     assert str(e.value) == (
-        f"n is not the model this file was made for (m): the {what} differs; name the right one, or profile and plan "
-        "anew."
+        f"n is not the model this file was made for (m): the {what}; name the right one, or profile and plan anew."
     )
 
 

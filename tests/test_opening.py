@@ -51,7 +51,7 @@ def test_a_model_that_was_loaded_goes_by_its_name(llama, tokenizer):
     ref = open_session(str(llama), 2).ref
     assert open_model(loaded, tp=2, tokenizer=tokenizer).ref == ref
     assert open_model(loaded, tp=2, tokenizer=tokenizer, expected=ref).ref == ref
-    with pytest.raises(OtherModel, match="the weights differs"):
+    with pytest.raises(OtherModel, match="the weights differ"):
         open_model(loaded, tp=2, tokenizer=tokenizer, expected=ref.model_copy(update={"weight_fingerprint": "f" * 64}))
 
 
@@ -184,7 +184,7 @@ def test_it_needs_a_tokenizer_the_right_ranks_and_no_torchrun(model, tokenizer, 
     with pytest.raises(InputError, match="8 query heads"):
         open_model(model, tp=3, tokenizer=tokenizer)
     profiled = profile(model, tp=2, data="demo", tokenizer=CHARACTERS, text=SHORT, run=CPU)
-    with pytest.raises(OtherModel, match="the weights differs"):
+    with pytest.raises(OtherModel, match="the weights differ"):
         plan(profiled, drop=1, model=tiny.build("llama", seed=1), tokenizer=tokenizer)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")

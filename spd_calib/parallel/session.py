@@ -187,14 +187,14 @@ def _ref(source: Source, config: Any) -> ModelRef:
 def check_same_model(expected: ModelRef, found: ModelRef) -> None:
     """Raise OtherModel, naming what differs, unless both references are of the same weights and configuration."""
     for field, what in (
-        ("architecture", "architecture"),
-        ("num_blocks", "number of blocks"),
-        ("config_hash", "configuration"),
-        ("weight_fingerprint", "weights"),
+        ("architecture", "architecture differs"),
+        ("num_blocks", "number of blocks differs"),
+        ("config_hash", "configuration differs"),
+        ("weight_fingerprint", "weights differ"),
     ):
         if getattr(expected, field) != getattr(found, field):
             raise OtherModel(
-                f"{found.id} is not the model this file was made for ({expected.id}): the {what} differs; "
+                f"{found.id} is not the model this file was made for ({expected.id}): the {what}; "
                 "name the right one, or profile and plan anew."
             )
 
