@@ -225,9 +225,10 @@ def names(points: Sequence[Point]) -> list[str]:
 
 def tasks(results: Results) -> Table:
     """Return every score of the dense and of the planned model, with the paired difference."""
+    count = len(results.dropped)
+    dropped = f"{count} attention all-reduces dropped" if count else "dense and planned"
     return Table(
-        f"dense and planned, TP {results.tensor_parallel.size}"
-        + (f": {len(results.dropped)} attention all-reduces dropped" if results.dropped else ""),
+        f"{dropped}, TP {results.tensor_parallel.size}",
         ["task", "metric", "docs", "dense", "planned", "planned - dense"],
         [
             [
