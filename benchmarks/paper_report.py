@@ -8,7 +8,7 @@ from pathlib import Path
 ANY_RANK = 10**6
 DISTILLED_REPLICATED = "distilled, with heads replicated"
 WITHIN = "with heads replicated, blocks given back for +1 % perplexity"
-REPLICATED = "with heads replicated"  # of other ranks: a rank reads more of the weights
+REPLICATED, MORE = "with heads replicated", 0.07  # of other ranks: so many more weights, where not said otherwise
 WITH_HEADS = (REPLICATED, DISTILLED_REPLICATED, WITHIN)
 MAX_RANK = {
     "free at run time": 0,
@@ -32,7 +32,7 @@ PUBLISHED = (
 def key_of(row: dict) -> tuple:
     """Return what tells a row from the others."""
     method = row["method"]
-    more = row.get("replicate", 0.07) if method in WITH_HEADS else None  # rows of before had that share
+    more = row.get("replicate", MORE) if method in WITH_HEADS else None  # the first rows do not say it
     return method, row["share"], row["sequences"] if method in MAX_RANK else None, more
 
 

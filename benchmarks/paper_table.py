@@ -27,7 +27,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from paper_report import MAX_RANK, METHODS, NAIVE, WITH_HEADS, WITHIN, key_of, report
+from paper_report import MAX_RANK, METHODS, MORE, NAIVE, WITH_HEADS, WITHIN, key_of, report
 from recovery_llm import rows_so_far
 from transformers import PreTrainedModel
 
@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=100, help="documents of each task")
     parser.add_argument("--shares", default="0.25,0.5,0.7,0.9,1", help="of the attention syncs, to drop")
     parser.add_argument("--methods", default=";".join(METHODS[1:]), help="separated by semicolons")
-    parser.add_argument("--replicate", type=float, default=0.07, help="share of the weights that a rank may read more")
+    parser.add_argument("--replicate", type=float, default=MORE, help="share of the weights that a rank may read more")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--sequences", type=int, default=144, help="to fit on")
     parser.add_argument("--judged", type=int, default=8, help="sequences to judge the whole by")

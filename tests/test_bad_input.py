@@ -137,6 +137,7 @@ BAD = [
     (["bench", "{plan}", "-o", "{plan}"], "is no hardware"),
     (["report", "{profile}", "-o", "{profile}"], "is no page"),
     (["report", "{profile}", "--png", "{profile}"], "is no figure"),
+    (["report", "{profile}", "-o", "{tmp}/x.html", "--png", "{tmp}/x.html"], "name two files"),
     (["plan", "{twice}", "--drop", "1"], "'model' twice"),
     (["check", "{plan}", "--runtime", "vllm", "--as-served", "'"], "--as-served"),
     (["bench", "{plan}", "--runtime", "vllm", "--as-served", "'"], "--as-served"),

@@ -58,7 +58,7 @@ def evaluate(
 ):
     """What the command `eval` does, without a terminal: a journal beside the output until that is written."""
     counting = Counting(progress or (lambda *_: None))
-    check_writable({output: "results"})
+    check_writable({"results": output})
     journal = output.with_name(output.name + ".journal")
     results = run_tasks(
         plan,

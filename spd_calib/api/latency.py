@@ -6,7 +6,6 @@ from spd_calib.errors import InputError
 from spd_calib.formats.hardware import Hardware
 from spd_calib.formats.phases import PHASES, Phase
 from spd_calib.formats.plan import Plan
-from spd_calib.models.shard_load import skeleton
 from spd_calib.parallel.session import Session, check_same_model
 from spd_calib.planning.latency import LatencyModel, Step
 from spd_calib.planning.machine_latency import ITEMSIZE, as_measured, held_against, on_machine
@@ -103,10 +102,7 @@ def latency_models(
 
 def sizes_of(session: Session) -> ModelSizes:
     """Return the sizes of the session's model, of which no weight is read."""
-    if session.source is None:
-        assert session.model is not None
-        return ModelSizes.of(session.model)
-    return ModelSizes.of(skeleton(session.source, session.config, dtype="bfloat16"))
+    return ModelSizes.of(session.form())
 
 
 def _check_fits(hardware: Hardware, session: Session, *, options: LatencyOptions) -> None:

@@ -39,7 +39,6 @@ from .provenance import provenance
 from .replication import whole_blocks_for
 from .text import TextSelection, load_texts_for
 
-WANTS_A_FOLDER = "Recovery writes a folder like the one the model came from"
 SPREAD = 4  # times as many packed sequences as are used are read, so that they are of more documents
 
 
@@ -109,7 +108,7 @@ def recover(
     budget = _budget(max_kl, max_ppl_increase)
     output = Path(output)
     if model is not None and not isinstance(model, str | Path):
-        raise InputError(f"{WANTS_A_FOLDER}; give that folder as `model`.")
+        raise InputError("Recovery writes a folder like the one the model came from; give that folder as `model`.")
     document, path = document_of(Plan, plan)
     check_one_choice(document, path)
     if document.drops.bits:
@@ -133,8 +132,8 @@ def recover(
         )
     checkpoint.check_output(output)
     session = open_model_of(document, path=path, model=model, replicas=True)
-    if (source := session.source) is None:
-        raise InputError(f"{WANTS_A_FOLDER}; give that folder as `model`.")
+    source = session.source
+    assert source is not None, "a model in memory was refused"
     check_writable(source, session.config)
     heads = None if replicate is None else whole_blocks_for(drops, session=session, share=replicate)
     run = resolved_for(session, run, dtype=document.provenance.dtype)

@@ -1,6 +1,5 @@
 """A checkpoint that `recover` wrote: its plan and predictors, and the dense model that it was made from."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.session import Session, check_same_model, is_quantised_copy
 from spd_calib.sensitivity.documents import TEXT
 from spd_calib.sensitivity.measure import Subject
+from spd_calib.sensitivity.text import Fitted
 
 from .opening import Model, named_by, open_model, open_model_of
 from .options import RunOptions
@@ -49,7 +49,7 @@ class RecoveredCheckpoint:
         return Subject(lm, always, load_original(self.plan, run, path=self.path))
 
     @property
-    def documents(self) -> Mapping[str, int | None]:
+    def documents(self) -> Fitted:
         """Return what it was fitted on, as TextOptions.fitted. Raises InputError where recovery.json does not say."""
         path = self.path.with_name(REPORT_FILE)
         if not path.is_file():

@@ -1,6 +1,6 @@
 """The text that a model is measured on, and the text kept for verifying."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,10 +11,10 @@ from spd_calib.parallel.session import Session
 from spd_calib.planning.whole_plans import Round
 from spd_calib.sensitivity.averaging import joint_ref
 from spd_calib.sensitivity.documents import TEXT
-from spd_calib.sensitivity.text import Text, TextOptions, further, load_texts
+from spd_calib.sensitivity.text import Fitted, Text, TextOptions, further, load_texts
 
 DEFAULT_SEQ_LEN = 2048
-NOTHING_FITTED: Mapping[str, int | None] = {}
+NOTHING_FITTED: Fitted = {}
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def load_texts_for(
     data: Sequence[str],
     selection: TextSelection,
     *,
-    fitted: Mapping[str, int | None] = NOTHING_FITTED,
+    fitted: Fitted = NOTHING_FITTED,
     spread: int = 1,
 ) -> list[Text]:
     """Return the sequences of each text of `data` for a session's model, none in two of them.
@@ -72,11 +72,7 @@ def load_texts_for(
 
 
 def reload_texts(
-    session: Session,
-    profile: Profile,
-    *,
-    path: Path | None = None,
-    fitted: Mapping[str, int | None] = NOTHING_FITTED,
+    session: Session, profile: Profile, *, path: Path | None = None, fitted: Fitted = NOTHING_FITTED
 ) -> list[Text]:
     """Return the very sequences that a profile speaks of, text by text; `path` is the profile's file.
 
@@ -94,7 +90,6 @@ def reload_texts(
             kept.sequences,
             measured.pack,
             name=measured.source,
-            skip=measured.first,
             column=measured.column,
             fitted=fitted,
         )

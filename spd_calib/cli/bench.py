@@ -47,7 +47,7 @@ def bench(
 
     from .terminal import print_json, say, table, working
 
-    check_writable({output: "hardware"})
+    check_writable({"hardware": output})
     settings = api.BenchSettings(
         rounds=rounds, batch_size=tuple(batch_size or [1]), tokens=tuple(tokens or [128]), new_tokens=new_tokens
     )

@@ -81,7 +81,7 @@ def evaluate(
 
     from .terminal import print_json, say, table, working
 
-    check_writable({output: "results"})
+    check_writable({"results": output})
     options = parse.EvalOptions(
         limit=parse.parse_limit(limit),
         samples=parse.parse_samples(samples),

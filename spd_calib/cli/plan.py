@@ -102,7 +102,6 @@ def plan(
     from spd_calib.api.pareto import pareto as pareto_of
     from spd_calib.api.plan import plan_with_details
     from spd_calib.api.tasks import TaskOptions
-    from spd_calib.errors import InputError
     from spd_calib.formats.files import check_writable, dumps, write_text
     from spd_calib.planning.budget_options import BudgetOptions
     from spd_calib.reporting import tables
@@ -125,9 +124,7 @@ def plan(
     latency = latency_options(hardware, phase=phase, batch=batch, context=context, new_tokens=new_tokens)
     run = RunOptions(device=device, dtype=dtype, batch_size=batch_size)
     only_pareto = pareto is not None and asked.nothing
-    if pareto is not None and pareto.absolute() == output.absolute() and not only_pareto:
-        raise InputError(f"{output} is to be both the plan and the Pareto file; name two files.")
-    check_writable(({pareto: "pareto"} if pareto else {}) | ({} if only_pareto else {output: "plan"}))
+    check_writable({"pareto": pareto, "plan": None if only_pareto else output})
     result = None
     with working("measure whole plans") as work:
         if only_pareto:

@@ -103,7 +103,7 @@ def profile(
 
     from .terminal import print_json, say, table, working
 
-    check_writable({output: "profile"})
+    check_writable({"profile": output})
     asked: dict[str, Any] = {
         "tp": tp,
         "data": data,

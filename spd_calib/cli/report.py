@@ -30,11 +30,11 @@ def report(
 
     from .terminal import print_json, say
 
-    written = ({output: "page"} if output else {}) | ({png: "figure"} if png else {})
+    written = [path for path in (output, png) if path]
     if not written:
         raise InputError("Nothing is asked for: give -o report.html for the page, --png for the figure, or both.")
     made = make(run, plan=plan)
-    check_writable(written)
+    check_writable({"page": output, "figure": png})
     left_out = made.left_out if output else []
     if output:
         write_text(output, made.html)

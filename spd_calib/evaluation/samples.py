@@ -16,12 +16,12 @@ OF_A_MODEL = ("resps", "filtered_resps")  # and every metric
 def check_log_writable(path: Path) -> None:
     """Fail before the work, not after it. Raises InputError where the log could not be written to `path`."""
     if path.suffix == ".jsonl":
-        check_writable({path: "log of documents"})
+        check_writable({"log of documents": path})
     elif path.exists() and not path.is_dir():
         raise InputError(f"{path} is no folder for the log of documents; name a folder, or a file that ends in .jsonl.")
     else:
         trial = path.absolute().parent / f".{path.name}.jsonl" if not path.exists() else path / "x.jsonl"
-        check_writable({trial: "log of documents"})
+        check_writable({"log of documents": trial})
 
 
 def write_log(path: Path, *, dense: Outcome, planned: Outcome) -> list[Path]:

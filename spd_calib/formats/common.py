@@ -6,8 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
-Tier = Literal["insensitive", "sensitive", "extremely sensitive"]
-"""The paper's classes of blocks."""
+Tier = Literal["insensitive", "sensitive", "extremely sensitive"]  # the paper's classes of blocks
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 

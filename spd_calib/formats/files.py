@@ -30,12 +30,12 @@ FORMATS: dict[str, type[BaseModel]] = {
     "pareto": Pareto,
     "recovery": Recovery,
 }
+# what a file of each kind that is written begins with, white space left out
 OPENINGS = {name: f'{{"format":"spd-calib/{name}"'.encode() for name in FORMATS} | {
     "page": b"<!DOCTYPEhtml>",
     "figure": b"\x89PNG",
     "log of documents": b'{"task":',
 }
-"""What a file of each kind that is written begins with, white space left out."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MAX_BYTES = 64 * 2**20  # no profile comes near this; it keeps a wrong file from filling the memory
 F = TypeVar("F", bound=BaseModel)
@@ -148,13 +148,19 @@ def _umask() -> int:
     return mask
 
 
-def check_writable(outputs: Mapping[Path, str]) -> None:
-    """Fail before the work, not after it; `outputs` are the files to be written, and which of OPENINGS each will be.
+def check_writable(outputs: Mapping[str, Path | None]) -> None:
+    """Fail before the work, not after it; `outputs` are the files to be written, if any, by their kind in OPENINGS.
 
-    Raises InputError where one could not be written, or would take the place of a file of another kind.
+    Raises InputError where one could not be written, would take the place of a file of another kind, or of another
+    output.
     """
-    for path, kind in outputs.items():
+    kinds = dict[Path, str]()
+    for kind, path in outputs.items():
+        if path is None:
+            continue
         _check_folder(path)
+        if (other := kinds.setdefault(path.absolute(), kind)) != kind:
+            raise InputError(f"{path} is to be both the {other} and the {kind}; name two files.")
         if path.is_file() and not _opens_as(path, OPENINGS[kind]):
             raise InputError(f"{path} is there and is no {kind}, it would be lost; name another output.")
 

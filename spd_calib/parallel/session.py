@@ -96,16 +96,16 @@ class Session:
         torch.manual_seed(seed)  # the same on all ranks: they sample the same tokens
         return TensorParallelLM(model, comm, sharded=True)
 
-    def check_fits(self, drops: Drops | ByPhase) -> None:
-        """Raise InputError where `drops` do not fit the model's form, predictors and replicated heads included.
-
-        No weight is read for it.
-        """
-        model = self.model and sharing_copy(self.model)
+    def form(self) -> PreTrainedModel:
+        """Return a model of the same form, of which no weight is read: that of a folder has none."""
         if self.source is not None:
-            model = skeleton(self.source, self.config)
-        assert model is not None
-        lm = TensorParallelLM(model, SimulatedComm(self.tp), sharded=True)
+            return skeleton(self.source, self.config)
+        assert self.model is not None
+        return sharing_copy(self.model)
+
+    def check_fits(self, drops: Drops | ByPhase) -> None:
+        """Raise InputError where `drops` do not fit the model's form, predictors and replicated heads included."""
+        lm = TensorParallelLM(self.form(), SimulatedComm(self.tp), sharded=True)
         ByPhase.of(drops).map(lm.fitted)
 
     def prompt_ids(self, prompt: str, *, new_tokens: int) -> list[int]:

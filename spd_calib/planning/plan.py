@@ -200,8 +200,7 @@ def _alone(candidate: Candidate, profile: Profile, budget: Budget) -> float | No
     metric = metrics.get(budget.kind)
     if metric is None or budget.tasks or (profile.fisher is not None and metric != "kl"):
         return None
-    point = candidate.point
-    lost = profile.sensitivity(candidate.strategy, metric, point.sync_point)[point.block]
+    lost = _total(profile, [candidate], metric)
     return lost / profile.baseline.ppl if metric == "ppl" else lost
 
 

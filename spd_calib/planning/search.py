@@ -106,9 +106,8 @@ class Search:
         if self.budget.kind == "drop":
             return self.best(int(self.budget.value) - len(self.profile.settled))
         largest = self.largest_kept()
-        return largest or self.cheapest(
-            at_least
-        )  # a single one too close to its budget to tell here: held-out text decides
+        # a single one may be too close to its budget to tell here: held-out text decides
+        return largest or self.cheapest(at_least)
 
     def largest_kept(self) -> Drops:
         """Return the largest set found that keeps the budget: of the size that bisection finds, or of more points."""
@@ -247,7 +246,7 @@ def _ranked_by_tasks(profile: Profile) -> bool:
 
 def _impossible(profile: Profile, budget: Budget, *, drops: Drops, verified: Comparison) -> SpdError:
     if not drops:  # blocks with heads replicated are dropped in any case
-        raise SpdError(
+        return SpdError(
             f"No plan with heads replicated is within {describe(budget)}: the blocks that have them cost "
             f"{describe(budget, cost(budget, verified))} on held-out text, nothing else dropped; raise "
             f"`{budget.kind}`, or leave `replicate` out."

@@ -56,10 +56,8 @@ class Judge:
         before, after = self._tally, self.held_out.measure()
         found = judged_by_whole(block, treatment, before, after, began=began, detail=detail)
         self.attempts.append(found)
-        where, verdict = (
-            "all treated blocks" if block is None else f"block {block}",
-            "kept" if found.kept else "refused",
-        )
+        where = "all treated blocks" if block is None else f"block {block}"
+        verdict = "kept" if found.kept else "refused"
         self.tick(f"{where}, {treatment}: KL {before.kl():.4f} -> {after.kl():.4f}, {verdict}")
         if found.kept:
             self._tally = after

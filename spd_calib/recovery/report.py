@@ -9,6 +9,7 @@ from typing import Any
 from spd_calib.formats.common import Tier
 from spd_calib.formats.recovery import Attempt, Recovery
 from spd_calib.sensitivity.metrics import Tally
+from spd_calib.sensitivity.text import Fitted
 
 from .held_out import kl_fall
 
@@ -76,7 +77,7 @@ class RecoveryReport:
         """Return what was tried on a block, alone or with others that were trained with it."""
         return [a for a in self.attempts if a.block == block or block in a.detail.get("blocks", ())]
 
-    def document(self, *, tiers_from: str, documents: Mapping[str, int | None]) -> Recovery:
+    def document(self, *, tiers_from: str, documents: Fitted) -> Recovery:
         """Return what recovery.json is to hold; `documents`, as Text.documents, are those fitted on or judged by."""
         tiers = {str(block): tier for block, tier in self.tiers.items()}
         return Recovery(

@@ -225,8 +225,8 @@ def _why(a: Plan, b: Plan, *, others: Sequence[OtherStrategy]) -> str:
         return f"{said}: other budgets were asked for, of the same sensitivities."
     if changed:
         return f"{said}: the budget is the same, {numbers}: compare the profiles."
-    bits, heads = ({str(p.drops.bits) for p in (a, b)}, {str(p.drops.replicated) for p in (a, b)})
-    options = [name for name, found in (("bits of syncs", bits), ("heads replicated", heads)) if len(found) > 1]
+    options = ["bits of syncs"] if a.drops.bits != b.drops.bits else []
+    options += ["heads replicated"] if a.drops.replicated != b.drops.replicated else []
     if options:
         return f"{said}: the budget and the KLs alone are the same; other {' and '.join(options)} were asked for."
     return f"{said}: the budget and the KLs alone are the same; the text verified on, recovery or the version decided."

@@ -8,7 +8,7 @@ fitted on, is left out before anything is measured, and `Text.note` says how man
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +20,7 @@ from .documents import TEXT, Document, read_documents
 
 REPEATED_SHARE = 0.5  # of a packed sequence's tokens: headings and other short documents may well come again
 Tokens = list[int]
+Fitted = Mapping[str, int | None]  # documents by the hash of their content: how many of their tokens, None for all
 
 
 @dataclass(frozen=True)
@@ -33,32 +34,31 @@ class TextOptions:
     verify_samples: int
     pack: bool = False
     name: str | None = None  # what stands in files in place of `source`
-    skip: int = 0  # sequences at the beginning that are left out
     spread: int = 1  # the sequences to measure on are taken evenly from up to so many times as many
     column: str = TEXT  # that holds the documents
-    fitted: Mapping[str, int | None] = field(default_factory=dict)  # the Text.documents of a recovery: left out
+    fitted: Fitted = field(default_factory=dict)  # the Text.documents of a recovery: left out
 
 
 @dataclass(frozen=True)
 class Text:
     """Sequences of one source. `note` says, in words, where fewer than asked for were found, and what was left out.
 
-    `documents` are those that the sequences before the verification are of, by the hash of their content: how many of
-    their tokens, or None for all of a document.
+    `documents` are those that the sequences before the verification are of.
     """
 
     calibration: list[Tokens]
     verification: list[Tokens]
     note: str | None
     options: TextOptions
-    passed: int  # sequences of the source before the verification, beyond those skipped
-    documents: Mapping[str, int | None]
+    passed: int  # sequences of the source from the first of these up to the verification
+    documents: Fitted = field(default_factory=dict)
+    first: int = 0  # the place of the first of these in the source
 
     def calibration_ref(self) -> TextRef:
-        return _ref(self.options, self.calibration, first=self.options.skip)
+        return _ref(self.options, self.calibration, first=self.first)
 
     def verification_ref(self) -> TextRef:
-        return _ref(self.options, self.verification, first=self.options.skip + self.passed)
+        return _ref(self.options, self.verification, first=self.first + self.passed)
 
 
 def load_text(options: TextOptions, tokenizer: PreTrainedTokenizerBase) -> Text:
@@ -90,7 +90,7 @@ def further(texts: Sequence[Text], times: int, *, tokenizer: PreTrainedTokenizer
     seen = _Seen()
     readings = [_Reading(text.options, number, tokenizer) for number, text in enumerate(texts)]
     for text, reading in zip(texts, readings, strict=True):
-        reading.take(text.options.skip + text.passed + len(text.verification), seen)
+        reading.take(text.passed + len(text.verification), seen)
     found: list[Text] = []
     for time in range(times):
         found = []
@@ -98,8 +98,8 @@ def further(texts: Sequence[Text], times: int, *, tokenizer: PreTrainedTokenizer
             sequences = [c.ids for c in reading.take(len(text.verification), seen)]
             if len(sequences) < len(text.verification):
                 return None
-            first = text.options.skip + text.passed + (time + 1) * len(sequences)
-            found.append(Text([], sequences, None, replace(text.options, skip=first), passed=0, documents={}))
+            first = text.passed + (time + 1) * len(sequences)
+            found.append(Text([], sequences, None, text.options, passed=0, first=first))
     return found
 
 
@@ -139,8 +139,10 @@ class _Seen:
     documents: dict[str, tuple[int, int]] = field(default_factory=dict)  # by hash: where it was first
 
     def repeats(self, candidate: _Candidate) -> bool:
-        known = [self.documents.get(p.document, p.occurrence) != p.occurrence for p in candidate.parts]
-        again = sum(p.tokens if k else p.fitted for p, k in zip(candidate.parts, known, strict=True))
+        again = sum(
+            p.fitted if self.documents.get(p.document, p.occurrence) == p.occurrence else p.tokens
+            for p in candidate.parts
+        )
         return candidate.hash in self.sequences or again >= REPEATED_SHARE * len(candidate.ids)
 
     def add(self, candidate: _Candidate) -> None:
@@ -177,20 +179,20 @@ class _Reading:
         for document in read_documents(options.source, options.column):
             self.documents += 1
             key, occurrence = _hash(json.dumps(document.content)), (number, self.documents)
-            known = options.fitted.get(key, 0)  # so many of its first tokens
             if not options.pack:
                 ids = token_ids(document, tokenizer=tokenizer, at_most=n)
                 if len(ids) >= options.min_len:
-                    fitted = len(ids) if known is None else min(known, len(ids))
+                    fitted = len(ids[: options.fitted.get(key, 0)])
                     yield _Candidate(ids, [_Part(key, occurrence, len(ids), fitted, up_to=None)])
                 continue
             ids, done = token_ids(document, tokenizer=tokenizer), 0
+            known = len(ids[: options.fitted.get(key, 0)])
             while done < len(ids):
                 if done and not held:  # at its beginning a document brings its own
                     held += opening[: n - 1]
                 piece = ids[done : done + n - len(held)]
                 held += piece
-                fitted = len(piece) if known is None else max(0, min(known - done, len(piece)))
+                fitted = max(0, min(known - done, len(piece)))
                 done += len(piece)
                 parts.append(_Part(key, occurrence, len(piece), fitted, up_to=done if done < len(ids) else None))
                 if len(held) == n:
@@ -236,7 +238,7 @@ def token_ids(document: Document, *, tokenizer: PreTrainedTokenizerBase, at_most
 def _split(reading: _Reading, options: TextOptions, *, seen: _Seen) -> Text:
     """Read a text, and divide it. Raises InputError for too little of it."""
     most = options.spread * options.max_samples
-    found = reading.take(options.skip + most + options.verify_samples, seen)[options.skip :]
+    found = reading.take(most + options.verify_samples, seen)
     sequences = [candidate.ids for candidate in found]
     source, notes = options.name or options.source, list[str]()
     if not reading.documents:
@@ -253,8 +255,7 @@ def _split(reading: _Reading, options: TextOptions, *, seen: _Seen) -> Text:
             have = f"packed sequences of {options.seq_len} tokens are made"
         raise InputError(
             f"Of {reading.documents} documents in {source}, {len(sequences)} {have}{repeated}{beyond}, two are needed "
-            f"(one to measure on, one to verify on); "
-            f"{way_out}."
+            f"(one to measure on, one to verify on); {way_out}."
         )
     if reading.fitted:
         notes.append(
@@ -278,9 +279,10 @@ def _split(reading: _Reading, options: TextOptions, *, seen: _Seen) -> Text:
     if measured > options.max_samples:
         calibration = evenly(calibration, options.max_samples)
     documents = dict[str, int | None]()
-    for part in (part for candidate in found[:measured] for part in candidate.parts):
-        if documents.get(part.document, 0) is not None:
-            documents[part.document] = part.up_to
+    for candidate in found[:measured]:
+        for part in candidate.parts:
+            if documents.get(part.document, 0) is not None:
+                documents[part.document] = part.up_to
     return Text(calibration, verification, " ".join(notes) or None, options, passed=measured, documents=documents)
 
 
