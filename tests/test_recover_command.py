@@ -41,7 +41,7 @@ def test_the_command(spd, tmp_path, profile_file, text) -> None:
     changed["model"]["weight_fingerprint"] = "0" * 64
     (tmp_path / "changed.json").write_text(json.dumps(changed))
     run = spd("recover", tmp_path / "changed.json", *given, "-o", bad)
-    assert run.code == 2 and "the weights differs" in run.err
+    assert run.code == 2 and "the weights differ" in run.err
     for block in changed["blocks"]:
         block["strategy"] = "keep_sync"
     (tmp_path / "nothing.json").write_text(json.dumps(changed))

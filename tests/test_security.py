@@ -218,7 +218,7 @@ def test_a_plan_of_other_weights_is_refused(spd, compensated, llama, field, tmp_
     plan[field]["id"] = str(tiny.save(tiny.build("llama", seed=1), tmp_path / "other"))
     (folder / "plan.json").write_text(json.dumps(plan))
     outcome = spd("eval", folder / "plan.json", "--tasks", "demo", "--limit", 1, "-o", tmp_path / "r.json")
-    assert outcome.code == 2 and "the weights differs" in outcome.err, outcome.err
+    assert outcome.code == 2 and "the weights differ" in outcome.err, outcome.err
     assert not (tmp_path / "r.json").exists()
 
 
