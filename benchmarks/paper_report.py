@@ -47,6 +47,11 @@ def lost(row: dict) -> tuple[float, float]:
     return -100 * sum(t["difference"] for t in tasks) / len(tasks), 100 * error
 
 
+def documents_of(row: dict) -> int:
+    """Return how many documents of each task a row was measured on."""
+    return min(task["documents"] for task in row["tasks"].values())
+
+
 def report(path: Path, command: str) -> str:
     """Return the table of the rows as Markdown, and draw the figure beside it."""
     document = json.loads(path.read_text())
@@ -60,8 +65,8 @@ def report(path: Path, command: str) -> str:
         f"Measured on {document['measured']} sequences of {document['seq_len']} tokens of {document['data']} that "
         f"nothing was fitted on, and as many of {document['second']}"
         + (
-            f", and on the first {document['limit']} documents of each task: accuracy in points, the paired difference "
-            "to the dense model"
+            ", and on the first documents of each task, as many as the table says: accuracy in points, the paired "
+            "difference to the dense model"
             if tasks
             else ""
         )
@@ -71,9 +76,9 @@ def report(path: Path, command: str) -> str:
         "",
         "| dropped | method | fitted on | KL | perplexity | KL, second text | perplexity, second text"
         + "".join(f" | {t.removesuffix('_part')}" for t in tasks)
-        + (" | mean" if tasks else "")
+        + (" | mean | documents" if tasks else "")
         + " | weights added a rank | CPU s |",
-        "|" + "---|" * (9 + len(tasks) + bool(tasks)),
+        "|" + "---|" * (9 + len(tasks) + 2 * bool(tasks)),
     ]
     for r in rows:
         found = r["text"], r["second"]
@@ -92,7 +97,7 @@ def report(path: Path, command: str) -> str:
             )
             + "".join(f" | {f['kl']:.3f} ± {f['kl_stderr']:.3f} | {100 * f['ppl_increase']:+.1f} %" for f in found)
             + "".join(f" | {100 * t['difference']:+.1f} ± {100 * t['stderr']:.1f}" for t in r["tasks"].values())
-            + (f" | {-lost(r)[0]:+.1f} ± {lost(r)[1]:.1f}" if tasks else "")
+            + (f" | {-lost(r)[0]:+.1f} ± {lost(r)[1]:.1f} | {documents_of(r)}" if tasks else "")
             + f" | {r['predictor_weights_a_rank']:,} | {'over ' if r.get('went_on') else ''}{r['cpu_seconds']:.0f} |"
         )
     lines += ["", f"Fitted on: sequences; and, where it was distilled, those trained on. {PUBLISHED}", ""]

@@ -254,7 +254,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--second", type=Path, required=True, help="a text of another kind, to measure on")
     parser.add_argument("--tasks", type=Path, help="a script that writes lm-eval tasks into the folder it is given")
-    parser.add_argument("--limit", type=int, default=100, help="documents of each task")
+    parser.add_argument("--limit", type=int, default=500, help="documents of each task")
     parser.add_argument("--shares", default="0.25,0.5,0.7,0.9,1", help="of the attention syncs, to drop")
     parser.add_argument("--methods", default=";".join(METHODS[1:]), help="separated by semicolons")
     parser.add_argument("--replicate", type=float, default=MORE, help="share of the weights that a rank may read more")
@@ -288,7 +288,7 @@ def make_rows(args: argparse.Namespace, path: Path) -> None:
     document = {
         "model": args.model.name, "tp": args.tp, "blocks": blocks, "data": args.data.name,
         "data_sha256": sha256_of(args.data), "second": args.second.name, "seq_len": args.seq_len,
-        "measured": args.measured, "limit": args.limit, "versions": versions(), "rows": [],
+        "measured": args.measured, "versions": versions(), "rows": [],
     }  # fmt: skip
     document["rows"] = rows_so_far(document, path)
     path.parent.mkdir(parents=True, exist_ok=True)

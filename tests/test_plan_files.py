@@ -1,5 +1,6 @@
 """A plan and the predictors in the file beside it: from disk to the drops that a model runs."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -179,4 +180,13 @@ def test_predictors_that_fit_no_rank_of_the_model_are_no_valid_plan(of, planned,
     write_changed(planned, shorter)
     load_plan(planned)
     with pytest.raises(InputError, match=f"compensation of {of.replace('blocks.', 'block ')}, rank 0, does not fit"):
+        check(planned)
+
+
+def test_blocks_that_are_elsewhere_in_the_model_are_no_valid_plan(planned):
+    """A runtime finds the blocks by these paths."""
+    document = json.loads(planned.read_text())
+    document["blocks"][1]["module"] = "model.layers.2"
+    planned.write_text(json.dumps(document))
+    with pytest.raises(InputError, match=r"says that block 1 is model.layers.2, but it is model.layers.1; plan anew"):
         check(planned)

@@ -182,7 +182,9 @@ def test_vllm_refuses_a_plan_that_replicates_heads(llama, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"requires": []}, "need 'replicated_heads' in requires"),
+        ({"requires": []}, "says nothing, its blocks need replicated_heads"),
+        ({"requires": ["replicated_heads"] * 2}, "says replicated_heads, replicated_heads, its blocks need"),
+        ({"requires": ["replicated_heads", "mlp_drop"]}, "its blocks need replicated_heads"),
         ({"blocks": {"replicated": [[1]]}}, "names the KV groups of each rank"),
         ({"blocks": {"strategy": "keep_sync"}}, "go with block_drop"),
         ({"blocks": {"replicated": [[1], []]}}, "as many KV groups"),

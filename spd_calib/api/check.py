@@ -89,7 +89,7 @@ def check(
         session = open_model_of(document, path=path, model=model, tokenizer=tokenizer)
     except OtherModel as e:
         raise SpdError(str(e)) from None  # whether they fit was the question, and this is the answer
-    session.check_fits(drops)
+    session.check_fits(drops, [block.module for block in document.blocks])
     rows = _rows_of_plan(document, drops)
     if runtime is not None:
         if not prompts:

@@ -304,39 +304,26 @@ class Plan(Part):
     def _consistent(self) -> Self:
         if [b.index for b in self.blocks] != list(range(self.model.num_blocks)):
             raise ValueError(f"the blocks are not 0 to {self.model.num_blocks - 1}, each once and in order")
-        deferred = {b.index for b in self.blocks for _, (mlp, _) in b.syncs_by_phase if mlp != Strategy.KEEP_SYNC}
-        if deferred and "mlp_drop" not in self.requires:
-            raise ValueError("blocks with an mlp_strategy that drops need 'mlp_drop' in requires")
-        if self.model.num_blocks - 1 in deferred:
+        if sorted(self.requires) != sorted(requirements(self.blocks)):
+            needed = ", ".join(requirements(self.blocks)) or "nothing"
+            raise ValueError(f"`requires` says {', '.join(self.requires) or 'nothing'}, its blocks need {needed}")
+        if any(mlp != Strategy.KEEP_SYNC for _, (mlp, _) in self.blocks[-1].syncs_by_phase):
             raise ValueError("the last block's MLP sync point cannot be dropped")
         syncs = [sync for b in self.blocks for of_phase in b.syncs_by_phase for sync in of_phase]
-        quantised = [(s, bits) for s, bits in syncs if bits is not None]
-        if any(s != Strategy.KEEP_SYNC for s, _ in quantised):
+        if any(bits is not None and strategy != Strategy.KEEP_SYNC for strategy, bits in syncs):
             raise ValueError("only a sync that is kept can have bits")
-        if bool(quantised) != ("quantised_sync" in self.requires):
-            raise ValueError("blocks with quantised syncs need 'quantised_sync' in requires")
         replicated = [b for b in self.blocks if b.replicated is not None]
         if any(len(b.replicated or ()) != self.tensor_parallel.size for b in replicated):
             raise ValueError("`replicated` names the KV groups of each rank")
-        if bool(replicated) != ("replicated_heads" in self.requires):
-            raise ValueError("blocks with replicated heads need 'replicated_heads' in requires")
-        if self.in_two_phases != ("two_phases" in self.requires):
-            raise ValueError("blocks with a choice for prefill need 'two_phases' in requires")
         if self.in_two_phases and (replicated or self.compensation is not None):
             raise ValueError("a plan with a choice for each phase has neither predictors nor replicated heads")
         _ = self.by_phase  # which has rules of its own
-        predicted = [b for b in self.blocks if b.compensation]
-        if any(b.strategy != Strategy.BLOCK_DROP for b in predicted):
+        if any(b.compensation and b.strategy != Strategy.BLOCK_DROP for b in self.blocks):
             raise ValueError("only a block whose strategy is block_drop can have a compensation")
-        predicted = [b for b in self.blocks if b.compensation or b.mlp_compensation]
-        if bool(predicted) != ("compensation" in self.requires):
-            raise ValueError("blocks with a compensation need 'compensation' in requires and the file that holds it")
-        routed = [b for b in self.blocks if b.router]
-        if any(b.strategy != Strategy.BLOCK_DROP for b in routed):
+        if any(b.router and b.strategy != Strategy.BLOCK_DROP for b in self.blocks):
             raise ValueError("only the router of a block whose strategy is block_drop needs to be told what to read")
-        if bool(routed) != ("router_predictor" in self.requires):
-            raise ValueError("blocks with a router need 'router_predictor' in requires")
-        stored = bool(predicted) or any(b.router and b.router.kind != "zero" for b in routed)
+        predicted = [b for b in self.blocks if b.compensation or b.mlp_compensation]
+        stored = bool(predicted) or any(b.router and b.router.kind != "zero" for b in self.blocks)
         if stored != (self.compensation is not None):
             raise ValueError("blocks with predictors need the file that holds them, in `compensation`")
         return self

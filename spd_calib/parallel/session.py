@@ -1,5 +1,6 @@
 """Opening a model for work in two steps: what can be refused cheaply comes first, the weights are read last."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,9 +104,15 @@ class Session:
         assert self.model is not None
         return sharing_copy(self.model)
 
-    def check_fits(self, drops: Drops | ByPhase) -> None:
-        """Raise InputError where `drops` do not fit the model's form, predictors and replicated heads included."""
+    def check_fits(self, drops: Drops | ByPhase, modules: Sequence[str]) -> None:
+        """Raise InputError where `drops` do not fit the model's form, or `modules` are not its decoder layers' paths.
+
+        The form includes the sizes of predictors and the heads that are replicated.
+        """
         lm = TensorParallelLM(self.form(), SimulatedComm(self.tp), sharded=True)
+        for index, (said, path) in enumerate(zip(modules, lm.module_paths, strict=True)):
+            if said != path:
+                raise InputError(f"The plan says that block {index} is {said}, but it is {path}; plan anew.")
         ByPhase.of(drops).map(lm.fitted)
 
     def prompt_ids(self, prompt: str, *, new_tokens: int) -> list[int]:
