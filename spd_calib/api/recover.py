@@ -27,7 +27,7 @@ from spd_calib.recovery.options import METHODS, WITHOUT_TRAINING, RecoveryMethod
 from spd_calib.recovery.planned_model import PlannedModel
 from spd_calib.recovery.recover import recover as treat
 from spd_calib.recovery.recovered_plan import Measured, recovered_plan
-from spd_calib.recovery.text_part import check_writable
+from spd_calib.recovery.text_part import refuse_quantised_part
 from spd_calib.sensitivity.documents import TEXT
 from spd_calib.sensitivity.norm_estimates import fit_estimates
 from spd_calib.sensitivity.text import Text
@@ -134,7 +134,7 @@ def recover(
     session = open_model_of(document, path=path, model=model, replicas=True)
     source = session.source
     assert source is not None, "a model in memory was refused"
-    check_writable(source, session.config)
+    refuse_quantised_part(source, session.config)
     heads = None if replicate is None else whole_blocks_for(drops, session=session, share=replicate)
     run = resolved_for(session, run, dtype=document.provenance.dtype)
     run = replace(run, device=local_device(run.device))

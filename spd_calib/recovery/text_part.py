@@ -29,7 +29,7 @@ def is_part(config: Any) -> bool:
     return whole_of(config) is not config
 
 
-def check_writable(source: Source, config: Any) -> None:
+def refuse_quantised_part(source: Source, config: Any) -> None:
     """Raise InputError for a quantised multimodal model: not all that is quantised in it can be dequantised here."""
     if is_part(config) and scheme_of(config) is not None:
         raise InputError(
@@ -58,7 +58,7 @@ def write_part(folder: Path, part: PreTrainedModel, *, source: Source, dtype: to
 
 def _as_stored(stored: AnyTensor, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Yield what a weight is on disk: itself, or expert by expert the pieces that it was stacked of."""
-    assert not isinstance(stored, QuantisedTensor)  # check_writable
+    assert not isinstance(stored, QuantisedTensor)  # refuse_quantised_part
     if not isinstance(stored, StackedTensor):
         yield stored.name, weight
         return
