@@ -43,7 +43,7 @@ from spd_calib.sensitivity.served import measure_served
 ROOT = Path(__file__).resolve().parent.parent
 SHARES = (0, 1, 2, 3)  # thirds of the attentions' syncs
 BITS = (None, 8, 4)
-PROMPT, NEW = 2048, (0, 16, 128, 1024)  # tokens of a request
+PROMPT, NEW = 2048, (0, 16, 128, 1024)  # tokens of a request: read, and decoded behind the first new one
 LINKS = {"10 GbE": (50e-6, 1.25e9), "1 GbE": (50e-6, 1.25e8)}  # seconds of any all-reduce, bytes a second: assumed
 GPU = {"memory_bytes_per_second": 1.8e12, "flops_per_second": 2.5e14}  # of the machines at these links: assumed
 
@@ -97,7 +97,7 @@ def side_by_side(
 ) -> list[dict[str, Any]]:
     """Return, for every KL that one plan reaches, the fastest single plan and the fastest pair of at most that KL."""
 
-    request = RequestModel(models, new)
+    request = RequestModel(models, 1 + new)
 
     def seconds(pair: tuple[str, str]) -> float:
         return request.seconds(ByPhase(*map(drops.__getitem__, pair)))

@@ -24,8 +24,9 @@ class LatencyOptions:
     `hardware` is the path of a hardware.json or of a CSV, or the name of a table that ships, such as 'h100-nvlink'.
     `phase` is the one that min_speedup is about. `batch` sequences (default: 1) of `context` tokens (default: 2048, or
     the model's limit) make a step; of a hardware.json they name one that was timed (default: the first). With
-    `new_tokens` a whole request is planned for, a prompt of `context` tokens and so many behind it: prefill and
-    decoding may then have a choice each. Raises InputError for a phase that is neither.
+    `new_tokens` a whole request is planned for, a prompt of `context` tokens and so many behind it, the first of
+    which prefill gives: prefill and decoding may then have a choice each. Raises InputError for a phase that is
+    neither.
     """
 
     hardware: str

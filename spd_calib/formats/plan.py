@@ -259,7 +259,9 @@ class Request(Part):
     hardware: str = Field(min_length=1, description="As given: a file, or the name of a table that is shipped")
     batch: int = Field(gt=0)
     prompt: int = Field(gt=0, description="Tokens")
-    new_tokens: int = Field(gt=0, description="Tokens, each decoded as behind the prompt alone")
+    new_tokens: int = Field(
+        gt=0, description="Tokens: prefill gives the first, the others are decoded, each as behind the prompt alone"
+    )
     dense_seconds: Finite = Field(gt=0)
     one_choice_seconds: Finite = Field(gt=0, description="With the best single choice for both phases")
     two_choices_seconds: Finite = Field(gt=0, description="With the best pair of choices of no more KL")

@@ -30,7 +30,7 @@ Measure = Callable[[Sequence[ByPhase]], list[Comparison]]
 
 @dataclass(frozen=True)
 class RequestModel:
-    """Says how long a request takes: its prompt is read in one step, then `new_tokens` are decoded, one a step."""
+    """Says how long a request takes: one step reads its prompt and gives the first of `new_tokens`, then one each."""
 
     models: Mapping[Phase, LatencyModel]
     new_tokens: int
@@ -41,7 +41,7 @@ class RequestModel:
             self.models[phase].seconds(len(plan.at(phase)), plan.at(phase).counted_bits)
             for phase in ("prefill", "decode")
         )
-        return prefill + self.new_tokens * decode
+        return prefill + (self.new_tokens - 1) * decode
 
     def saved(self, plan: ByPhase) -> float:
         """Return the share of a dense request's time that a plan saves."""
