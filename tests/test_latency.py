@@ -187,6 +187,17 @@ def test_where_the_engine_fuses_the_norm_a_dropped_sync_leaves_it():
     assert on_machine(slow, sizes, tp=2, step=Step("decode", 1, 8, 2)).saved(3) == 0  # never more than it takes
 
 
+def test_no_plan_saves_more_than_the_ceiling():
+    """Where the one sync that is left, and what waits for it, may have fewer bits."""
+    step = Step("prefill", 1, 8, 2)
+    model = LatencyModel(
+        "m", step, blocks=3, compute=1.0, all_reduce=0.5, left=0.2, quantised={8: Sync(kept=0.25, left=0.1)}
+    )
+    found = model.latency(5, {8: 1})
+    assert found.saved == found.ceiling == pytest.approx((5 * 0.4 + 0.25) / 4) and model.ceiling < found.ceiling
+    assert model.latency(2).ceiling == model.ceiling
+
+
 def test_behind_a_norm_a_dropped_sync_makes_another_message_twice_as_wide():
     plain, behind = (ModelSizes.of(tiny.build(family)) for family in ("llama", "exaone4"))
     assert (plain.side_by_side, behind.side_by_side) == (False, True) and plain.width == behind.width

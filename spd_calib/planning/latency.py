@@ -101,7 +101,13 @@ class LatencyModel:
     @property
     def ceiling(self) -> float:
         """Return the share that dropping every droppable sync point would save: all but the last MLP's, none added."""
-        return (2 * self.blocks - 1) * self.saved_by_one / self.seconds(0)
+        return self.ceiling_with(None)
+
+    def ceiling_with(self, bits: int | None) -> float:
+        """Return the same where the one sync that is left, and what waits for it, has so many bits."""
+        most = 2 * self.blocks - 1
+        saved = most * self.saved_by_one + self._saved_by_bits(most, self.rest(most, bits))
+        return saved / self.seconds(0)
 
     def drops_for(self, saving: float, *, available: int, bits: int | None = None) -> int:
         """Return the fewest drops that save this share: all save the same, which ones is a matter of KL.
@@ -137,5 +143,5 @@ class LatencyModel:
             dense_seconds=self.seconds(0),
             planned_seconds=self.seconds(dropped, quantised),
             saved=self.saved(dropped, quantised),
-            ceiling=self.ceiling,
+            ceiling=max(map(self.ceiling_with, [None, *quantised])),
         )
