@@ -11,10 +11,12 @@ from spd_calib.formats.phases import NOTHING_DROPPED_IN_BOTH, ByPhase
 from spd_calib.formats.plan import Plan
 from spd_calib.models.plan_files import load_by_phase
 from spd_calib.parallel.generate import continue_text
+from spd_calib.parallel.model import TensorParallelLM
 
 from .opening import Model, document_of, open_model_of, resolved_for
 from .options import RunOptions
 from .progress import SILENT, Progress
+from .recovered import load_original
 
 Written = Literal["dense", "plan"]
 
@@ -51,7 +53,7 @@ def generate(
         tokenizer: of a model in memory.
         new_tokens: tokens written behind each prompt, at most.
         temperature: what the logits are divided by before a token is drawn.
-        dense: the dense model writes, too, and first.
+        dense: the dense model writes, too, and first; for a recovered checkpoint the one that it was made from.
         run: device, dtype (default: the plan's) and seed.
         progress: callbacks, told how far it is.
 
@@ -63,17 +65,18 @@ def generate(
     resolved = resolved_for(session, run, dtype=document.provenance.dtype)
     for prompt in prompts:
         session.prompt_ids(prompt, new_tokens=new_tokens)  # it may be refused
-    writers: dict[Written, ByPhase] = {"dense": NOTHING_DROPPED_IN_BOTH} if dense else {}
-    writers["plan"] = load_by_phase(document, path)
-    lm = session.load(
-        resolved.device, str(resolved.dtype), seed=resolved.seed, stream=resolved.stream, drops=writers["plan"]
-    )
+    planned = load_by_phase(document, path)
+    lm = session.load(resolved.device, str(resolved.dtype), seed=resolved.seed, stream=resolved.stream, drops=planned)
+    writers: list[tuple[Written, TensorParallelLM, ByPhase]] = [("plan", lm, planned)]
+    if dense:
+        original = load_original(document, resolved, path=path) if document.recovered_from else lm
+        writers.insert(0, ("dense", original, NOTHING_DROPPED_IN_BOTH))
     progress.expect(len(writers) * len(prompts))
     written = []
-    for name, drops in writers.items():
-        with lm.running(drops):
+    for name, writer, drops in writers:
+        with writer.running(drops):
             for prompt in prompts:
-                text = continue_text(lm, session.tokenizer, prompt=prompt, new_tokens=new_tokens,
+                text = continue_text(writer, session.tokenizer, prompt=prompt, new_tokens=new_tokens,
                                      temperature=temperature, seed=resolved.seed)  # fmt: skip
                 written.append(Continuation(name, prompt, text))
                 progress.step("")

@@ -88,9 +88,16 @@ class RecoveredCheckpoint:
 def find_recovered(session: Session) -> RecoveredCheckpoint | None:
     """Return what `recover` left in the session's folder; None where it did not write it, and for a model in memory.
 
-    Raises InputError where the weights are not those it wrote, or for another TP size than its plan's.
+    Raises InputError where the weights are not those it wrote, for another TP size than its plan's, and for an object
+    in memory that was loaded from such a folder.
     """
     if session.source is None:
+        where = Path(session.ref.id)
+        if (where / REPORT_FILE).is_file():
+            raise InputError(
+                f"The model in memory was loaded from {where}, which `recover` wrote: what it drops, and what it was "
+                "fitted on, lies there; give the folder in place of the object."
+            )
         return None
     folder = session.source.folder
     path = folder / "plan.json"
