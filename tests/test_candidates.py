@@ -72,6 +72,29 @@ def test_each_budget_ranks_by_its_own_metric():
     assert order("drop", "accuracy") == [2, 1, 0] and order("drop", "ppl") == [1, 0, 2]
 
 
+def test_tokens_and_tasks_are_two_accuracies():
+    """A budget of next tokens is ranked by these, though the profile was ranked by tasks."""
+    p = make_profile([0.1, 0.2], rank_by="accuracy")
+    rows = [
+        r.model_copy(update={"accuracy_drop": tokens, "task_accuracy_drop": {"t": task}})
+        for r, tokens, task in zip(p.measurements, (0.03, 0.01), (0.1, 0.2), strict=True)
+    ]
+    p = p.model_copy(update={"measurements": rows})
+    of_tokens, drop = budget("max_accuracy_drop", strategies=[DROP]), budget("drop", strategies=[DROP])
+    of_tasks = of_tokens.model_copy(update={"tasks": ["t"]})
+    orders = [[c.point.block for c in candidates(p, b)] for b in (of_tokens, of_tasks, drop)]
+    assert orders == [[1, 0], [0, 1], [0, 1]]
+    assert p.sensitivity(DROP, "top1_accuracy") == {0: 0.03, 1: 0.01}
+
+
+def test_few_sequences_do_not_speak_for_plain_drop():
+    """Of three, a standard error says next to nothing: what measures worse is worse."""
+    p = make_profile([0.010], [0.011])
+    assert candidates(p, budget())[0].strategy == PLAIN
+    few = p.model_copy(update={"text": p.text.model_copy(update={"sequences": 3})})
+    assert candidates(few, budget())[0].strategy == DROP
+
+
 def test_mlps_are_ranked_by_their_own_measurements():
     p = make_profile([0.3, 0.1], mlp=[0.2])
     assert [c.point for c in candidates(p, budget(strategies=[DROP]))] == [a(1), m(0), a(0)]

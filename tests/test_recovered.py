@@ -9,6 +9,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from spd_calib import RunOptions, profile
+from spd_calib.api.generate import generate
+from spd_calib.errors import InputError
 from spd_calib.formats.drops import NOTHING_DROPPED, Drops, Point, Strategy
 from spd_calib.formats.files import dumps, read
 from spd_calib.formats.plan import Plan
@@ -122,6 +125,17 @@ def test_every_figure_compares_with_the_model_it_was_made_from(spd, folder, llam
     added = of_rank * 2 / (ATTAINED * 1e6)
     assert decode.planned_seconds == pytest.approx(decode.dense_seconds - 3 * decode.all_reduce_seconds + added)
 
+    # what it costs by itself counts once in what is predicted, whatever else is asked for
+    for more in (("--sync-bits", 8), ("--replicate", "100%")):
+        run = spd(
+            "plan", tmp_path / "p.json", "--drop", 3, "--strategy", "block_drop", *more, "-o", out, "--device", "cpu"
+        )
+        assert run.code == 0, run.err
+        predicted, alone = read(Plan, out).predicted, profile.recovered.alone
+        dearest = max(profile.sensitivity(DROP, "kl").values())
+        assert alone.kl * 0.9 < predicted.kl < alone.kl * 1.1 + dearest, more
+        assert predicted.ppl_increase != new.predicted.ppl_increase, more
+
     assert "less than the 2" in spd("plan", tmp_path / "p.json", "--drop", 1, "-o", out).err
     assert "is recovered" in spd("plan", tmp_path / "p.json", "--tau1", 0, "--tau2", 1, "-o", out).err
     run = spd("plan", tmp_path / "p.json", "--max-kl", 0, "-o", tmp_path / "no.json", "--device", "cpu")
@@ -165,6 +179,25 @@ def test_eval_compares_with_the_model_it_was_made_from(spd, folder, llama, tmp_p
     Noting().run_dense_and_planned(recovered, None, drops=drops, dense_lm=original)
     assert [lm for lm, _ in seen] == [original, recovered]
     assert [d for _, d in seen] == [NOTHING_DROPPED, plan.drops | drops]
+
+
+def test_the_dense_model_that_writes_is_the_one_it_was_made_from(folder, llama):
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    ids = tokenizer("the cat", return_tensors="pt").input_ids
+    expected = AutoModelForCausalLM.from_pretrained(llama).generate(ids, do_sample=False, max_new_tokens=12)
+    dense, planned = generate(
+        folder / "out/plan.json", ["the cat"], dense=True, new_tokens=12, run=RunOptions(device="cpu")
+    )
+    assert (dense.model, planned.model) == ("dense", "plan")
+    assert dense.text == tokenizer.decode(expected[0], skip_special_tokens=True) != planned.text
+
+
+def test_an_object_of_its_weights_is_no_dense_model(folder):
+    """What it drops, and what it was fitted on, lies in the folder."""
+    own = str(folder / "out")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(own), AutoTokenizer.from_pretrained(own)
+    with pytest.raises(InputError, match=r"was loaded from .*out, which `recover` wrote: .* give the folder in place"):
+        profile(model, tokenizer=tokenizer, tp=4, data=str(folder / "all.jsonl"), run=RunOptions(device="cpu"))
 
 
 def test_what_cannot_be_profiled_again(spd, folder, tmp_path) -> None:

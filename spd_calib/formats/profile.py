@@ -10,6 +10,7 @@ from .common import Count, Finite, ModelRef, Part, Provenance, Sha256, TensorPar
 from .drops import Point, Strategy, Sublayer
 
 Metric = Literal["kl", "ppl", "accuracy"]
+Cost = Metric | Literal["top1_accuracy"]  # of next tokens; `accuracy` is that of lm-eval tasks where there are any
 Stderr = Annotated[Finite | None, Field(ge=0, description="Standard error over sequences; null of one sequence")]
 
 
@@ -216,15 +217,15 @@ class Profile(Part):
         return {p.block: self.fisher.of(p) for p in points if p.sync_point == sync_point}
 
     def sensitivity(
-        self, strategy: Strategy, metric: Metric | None = None, sync_point: Sublayer = "attention"
+        self, strategy: Strategy, metric: Cost | None = None, sync_point: Sublayer = "attention"
     ) -> dict[int, float]:
         """Return what dropping each block's sync point costs, in `metric` (default: the one the profile ranks by).
 
         kl: nats per token; ppl: perplexity points, absolute; accuracy: fraction lost (mean over lm-eval tasks
-        where the profile has them). `single` measures it directly; `cumulative` takes the difference of
-        consecutive measurements from the last block backwards (the paper, section 4.2); `fisher` predicts KL alone:
-        InputError is raised for any other metric. For a recovered checkpoint it is what the drop adds to what the
-        checkpoint costs already.
+        where the profile has them); top1_accuracy: fraction of next tokens lost. `single` measures it directly;
+        `cumulative` takes the difference of consecutive measurements from the last block backwards (the paper,
+        section 4.2); `fisher` predicts KL alone: InputError is raised for any other metric. For a recovered
+        checkpoint it is what the drop adds to what the checkpoint costs already.
         """
         if self.fisher is not None:
             if (metric or self.rank_by) != "kl":
@@ -241,12 +242,12 @@ class Profile(Part):
         behind = dict(zip(order, [*[values[block] for block in order[1:]], 0.0], strict=False))
         return {block: values[block] - behind[block] for block in order}
 
-    def _value(self, m: Comparison, metric: Metric) -> float:
+    def _value(self, m: Comparison, metric: Cost) -> float:
         if metric == "kl":
             return m.kl
         if metric == "ppl":
             return m.ppl - self.baseline.ppl
-        if m.task_accuracy_drop:
+        if metric == "accuracy" and m.task_accuracy_drop:
             return sum(m.task_accuracy_drop.values()) / len(m.task_accuracy_drop)
         return m.accuracy_drop
 

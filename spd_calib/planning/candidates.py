@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import Drops, Point, Strategy
 from spd_calib.formats.plan import Budget
-from spd_calib.formats.profile import Metric, Profile
+from spd_calib.formats.profile import Cost, Profile
 
-from .budget import margin
+from .budget import FEWEST_TO_CHOOSE, MARGIN
 from .interactions import Interactions
 
-RANKED_BY: dict[str, Metric] = {  # kind of budget -> what sync points are ranked by; for other kinds: profile.rank_by
+RANKED_BY: dict[str, Cost] = {  # kind of budget -> what sync points are ranked by; for other kinds: profile.rank_by
     "max_kl": "kl",
     "max_ppl_increase": "ppl",
-    "max_accuracy_drop": "accuracy",
+    "max_accuracy_drop": "top1_accuracy",
     "max_logprob_diff": "kl",
     "tau": "ppl",
 }
@@ -44,14 +44,19 @@ def candidates(profile: Profile, budget: Budget) -> list[Candidate]:
         )
     if not allowed:
         raise InputError("The strategy keep_sync alone leaves nothing to plan; allow block_drop or plain_drop.")
-    errors = margin(min(text.sequences for text in profile.text.each))
+    few = min(text.sequences for text in profile.text.each) < FEWEST_TO_CHOOSE
+    errors = 0.0 if few else MARGIN
     found = [_of_attention(block, measured, errors=errors) for block in sorted(set().union(*measured.values()))]
     if Strategy.BLOCK_DROP in allowed and budget.kind != "tau":
         found += [
             Candidate(Point(block, "mlp"), Strategy.BLOCK_DROP, kl, "its sync joins the next one kept")
             for block, (kl, _) in profile.kl(Strategy.BLOCK_DROP, "mlp").items()
         ]
-    metric = "kl" if profile.fisher else RANKED_BY.get(budget.kind, profile.rank_by)
+    metric: Cost = RANKED_BY.get(budget.kind, profile.rank_by)
+    if budget.tasks:
+        metric = "accuracy"
+    if profile.fisher:
+        metric = "kl"
     value = {
         (sublayer, s): profile.sensitivity(s, metric, sublayer)
         for s in allowed
@@ -66,7 +71,7 @@ def _of_attention(
 ) -> Candidate:
     """Return plain_drop where it measures no worse, as it needs no change to the block; else block_drop.
 
-    Worse means by more than `errors` standard errors; by anything at all where no standard error is known.
+    Worse means by more than `errors` standard errors, none of them where there are too few sequences to rely on one.
     """
     point = Point(block, "attention")
     if len(measured) == 1:

@@ -16,7 +16,7 @@ from spd_calib.formats.plan import (
     Verified,
     requirements,
 )
-from spd_calib.formats.profile import Comparison, Metric, Profile
+from spd_calib.formats.profile import Comparison, Cost, Profile
 
 from .baselines import Baselines
 from .candidates import Candidate, candidates, drops_of, tier
@@ -196,8 +196,8 @@ def _reason(candidate: Candidate, profile: Profile, budget: Budget, *, drops: Dr
 
 def _alone(candidate: Candidate, profile: Profile, budget: Budget) -> float | None:
     """Return what a candidate costs alone by the profile, in the budget's unit; None where the profile does not say."""
-    metrics: dict[str, Metric] = {"max_kl": "kl", "max_ppl_increase": "ppl", "max_accuracy_drop": "accuracy"}
-    metric = metrics.get(budget.kind)
+    costs: dict[str, Cost] = {"max_kl": "kl", "max_ppl_increase": "ppl", "max_accuracy_drop": "top1_accuracy"}
+    metric = costs.get(budget.kind)
     if metric is None or budget.tasks or (profile.fisher is not None and metric != "kl"):
         return None
     lost = _total(profile, [candidate], metric)
@@ -216,21 +216,22 @@ def _predicted(
 ) -> Predicted:
     """Return what the profile says of dropping these candidates: their KL as given, and sums of single costs.
 
-    What the others cost without them, `of_others` (quantised syncs, blocks with heads replicated), is added, if there
-    are any. `only_kl`: the planner chose bits, of which no more than that is known.
+    What the model costs without them is added: `of_others`, where there are any (quantised syncs, blocks with heads
+    replicated), or else what a recovered checkpoint costs alone. `of_others` has that in it, and so has `kl`.
+    `only_kl`: the planner chose bits, of which no more than that is known.
     """
-    kl += of_others.kl if of_others else 0.0
+    alone = profile.recovered.alone if profile.recovered else None
+    if of_others is not None:
+        kl += of_others.kl - (alone.kl if alone else 0.0)
     if profile.fisher is not None or only_kl:
         return Predicted(kl=kl)
     ppl = _total(profile, dropped, "ppl") / profile.baseline.ppl
-    accuracy = _total(profile, dropped, "accuracy")
-    if alone := profile.recovered and profile.recovered.alone:
-        ppl, accuracy = ppl + alone.ppl_increase, accuracy + alone.accuracy_drop
-    elif of_others:
-        ppl, accuracy = ppl + of_others.ppl_increase, accuracy + of_others.accuracy_drop
+    accuracy = _total(profile, dropped, "top1_accuracy")
+    if base := of_others or alone:
+        ppl, accuracy = ppl + base.ppl_increase, accuracy + base.accuracy_drop
     return Predicted(kl=kl, ppl_increase=ppl, accuracy_drop=accuracy)
 
 
-def _total(profile: Profile, dropped: Sequence[Candidate], metric: Metric) -> float:
+def _total(profile: Profile, dropped: Sequence[Candidate], metric: Cost) -> float:
     costs = [profile.sensitivity(c.strategy, metric, c.point.sync_point)[c.point.block] for c in dropped]
     return sum(costs)
