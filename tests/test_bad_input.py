@@ -127,6 +127,13 @@ BAD = [
     (["diff", "{truncated}", "{profile}"], "not valid JSON"),
     (["diff", "{profile}", "{hardware}"], "not a profile or plan file"),
     (["demo", "-o", "{text}"], "stories.jsonl"),
+    (["demo", "-o", "{notes}"], "is no plan"),
+    (["plan", "{profile}", "--drop", "2", "--sync-bits", "\u00b2"], "none of 8, 6, 4"),
+    (["plan", "{profile}", "--drop", "\u00b2"], "no number of blocks"),
+    (["plan", "{profile}", "--tau1", "1", "--tau2", "inf"], "no threshold"),
+    (["plan", "{profile}", "--drop", "2", "-o", "{tmp}/x.json", "--pareto", "{huge}/../x.json"], "both the"),
+    (["eval", "{plan}", "--tasks", "demo", "-o", "{tmp}/x.jsonl"], "a log of documents"),
+    (["eval", "{plan}", "--tasks", "demo,piqa"], "runs alone"),
     (["profile", "{llama}", "--tp", "2", "--data", "{text}", "-o", "{plan}"], "is no profile"),
     (["profile", "{llama}", "--tp", "2", "--data", "{text}", "-o", "{text}"], "is no profile"),
     (["plan", "{profile}", "--drop", "1", "-o", "{profile}"], "is no plan"),
@@ -176,6 +183,9 @@ def places(tmp_path_factory, llama, text, profile_file) -> dict[str, Path]:
     out["other_model"] = Path(__file__).parent.parent / "results/demo/profile.json"
     out["hardware"] = tmp / "hardware.json"
     out["hardware"].write_text('{"format": "spd-calib/hardware"}')
+    out["notes"] = tmp / "notes"
+    out["notes"].mkdir()
+    (out["notes"] / "plan.json").write_text('{"another tool": 1}')
     return {**out, **cruel_files(tmp, profile_file), **cruel_models(tmp, llama)}
 
 

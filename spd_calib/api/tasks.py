@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedTokenizerBase
 
 from spd_calib.demo.assets import TASKS, tasks_dir
+from spd_calib.errors import InputError
 from spd_calib.evaluation.options import EvalOptions
 
 if TYPE_CHECKING:
@@ -55,4 +56,6 @@ class TaskOptions:
         names, folder = list(self.names), self.include_path
         if names == ["demo"]:
             names, folder = list(TASKS), tasks_dir()
+        elif "demo" in names:
+            raise InputError("The task `demo` is the three that this package ships, and runs alone; name others apart.")
         return TaskSuite(names, folder, options=self.options, tokenizer=tokenizer, half=half)

@@ -28,33 +28,36 @@ def demo(
 ) -> None:
     """Run the whole pipeline on the embedded model and text: a few minutes on two cores, no network."""
     from spd_calib import RunOptions, TaskOptions, TextSelection, check, evaluate, plan, profile, report
-    from spd_calib.formats.files import write_bytes, write_text
+    from spd_calib.formats.files import check_writable, write_bytes, write_text
     from spd_calib.reporting import tables
 
     from .terminal import say, working
 
     _make(output)
+    page, figure = output / "report.html", output / "sensitivity.png"
+    documents = {kind: output / f"{kind}.json" for kind in ("profile", "plan", "results")}
+    check_writable({**documents, "page": page, "figure": figure})
     say("1/5 profile: what does dropping each sync point cost?")
     with working("profile") as work:
         profiled = profile("demo", tp=4, data="demo", text=TextSelection(seq_len=96), progress=work.progress)
-    _show(output / "profile.json", profiled, shown=tables.rankings(profiled))
+    _show(documents["profile"], profiled, shown=tables.rankings(profiled))
     say("\n2/5 plan: which can go, if perplexity may rise by 1 %?")
     with working("measure whole plans") as work:
         planned = plan(profiled, max_ppl_increase="1%", progress=work.progress)
-    _show(output / "plan.json", planned, shown=[tables.blocks(planned), tables.whole_plan(planned)])
+    _show(documents["plan"], planned, shown=[tables.blocks(planned), tables.whole_plan(planned)])
     say(f"{tables.saving(planned)}\n\n3/5 check: is the plan valid, and of this model?")
-    for row in check(output / "plan.json").rows:
+    for row in check(documents["plan"]).rows:
         say(f"{row.what}: {row.found}, {'ok' if row.ok else 'NO'}")
     say("\n4/5 eval: what does it do to tasks?")
     with working("lm-eval") as work:
         tasks, run = TaskOptions(["demo"]).with_batch_size(32), RunOptions()
-        results = evaluate(output / "plan.json", tasks=tasks, run=run, progress=work.progress)
-    _show(output / "results.json", results, shown=[tables.tasks(results)])
+        results = evaluate(documents["plan"], tasks=tasks, run=run, progress=work.progress)
+    _show(documents["results"], results, shown=[tables.tasks(results)])
     say("\n5/5 report")
     made = report(output)
-    write_text(output / "report.html", made.html)
-    write_bytes(output / "sensitivity.png", made.png())
-    say(f"written: {output / 'report.html'}, {output / 'sensitivity.png'}")
+    write_text(page, made.html)
+    write_bytes(figure, made.png())
+    say(f"written: {page}, {figure}")
     if json:
         _print_all({"profile": profiled, "plan": planned, "results": results})
 

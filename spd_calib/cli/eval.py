@@ -74,6 +74,7 @@ def evaluate(
     from spd_calib.api.evaluate import evaluate as run_tasks
     from spd_calib.api.options import RunOptions
     from spd_calib.api.tasks import TaskOptions
+    from spd_calib.errors import InputError
     from spd_calib.evaluation import options as parse
     from spd_calib.formats.files import check_writable, dumps, write_text
     from spd_calib.ranks import is_main_rank
@@ -81,6 +82,8 @@ def evaluate(
 
     from .terminal import print_json, say, table, working
 
+    if output.suffix == ".jsonl":  # it could be one that `log_samples` writes
+        raise InputError(f"{output} would be a log of documents, not the results; name a file that ends in .json.")
     check_writable({"results": output})
     options = parse.EvalOptions(
         limit=parse.parse_limit(limit),

@@ -138,7 +138,7 @@ def plan(
                 tasks=TaskOptions.of(tasks, include_path, limit=limit) if tasks else None,
                 latency=latency,
                 compare=compare,
-                sync_bits=int(sync_bits) if sync_bits and sync_bits.isdigit() else sync_bits,
+                sync_bits=int(sync_bits) if sync_bits and sync_bits.isdecimal() else sync_bits,
                 replicate=replicate,
                 model=model,
                 run=run,

@@ -142,7 +142,9 @@ def running(names: Sequence[str]) -> Iterator[None]:
             "The memory does not hold a batch of the tasks; lower the batch size, or let it be auto."
         ) from e
     except Exception as e:
-        raise InputError(f"lm-eval fails on {', '.join(names)}: {first_line(e)}; leave out the task at fault.") from e
+        raise InputError(
+            f"lm-eval fails on {', '.join(names)}: {first_line(e)}; leave out the task or the option at fault."
+        ) from e
 
 
 def first_line(e: Exception) -> str:

@@ -159,7 +159,7 @@ def check_writable(outputs: Mapping[str, Path | None]) -> None:
         if path is None:
             continue
         _check_folder(path)
-        if (other := kinds.setdefault(path.absolute(), kind)) != kind:
+        if (other := kinds.setdefault(path.resolve(), kind)) != kind:
             raise InputError(f"{path} is to be both the {other} and the {kind}; name two files.")
         if path.is_file() and not _opens_as(path, OPENINGS[kind]):
             raise InputError(f"{path} is there and is no {kind}, it would be lost; name another output.")

@@ -1,5 +1,6 @@
 """Budgets as people ask for them ('1%', '60%' of the sync points), turned into the one that a plan holds."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,7 +78,12 @@ def _the_one(asked: BudgetOptions) -> tuple[str, Any]:
         raise InputError(f"Give exactly one budget of {', '.join(map(_quoted, BUDGETS))}; {found} given.")
     if (asked.tau1 is None) != (asked.tau2 is None):
         raise InputError("`tau1` and `tau2` go together: the paper's rule has two thresholds.")
-    if asked.tau1 is not None and asked.tau2 is not None and asked.tau2 < asked.tau1:
+    if asked.tau1 is None or asked.tau2 is None:
+        return next(iter(given.items()))
+    for name, tau in (("tau1", asked.tau1), ("tau2", asked.tau2)):
+        if not 0 <= tau < math.inf:
+            raise InputError(f"`{name}` {tau} is no threshold; give points of perplexity, 0 or more.")
+    if asked.tau2 < asked.tau1:
         raise InputError(f"`tau2` {asked.tau2} is below `tau1` {asked.tau1}; swap them.")
     return next(iter(given.items()))
 
@@ -128,7 +134,7 @@ def number_of_drops(amount: int | str, available: int, *, what: str = "blocks") 
     if text.endswith("%"):
         share = fraction(text, "drop")
         wanted = round(share * available) if share <= 1 else available + 1
-    elif text.isdigit():
+    elif text.isdecimal():
         wanted = int(text)
     else:
         raise InputError(f"`drop` {text!r} is no number of {what}; write one such as 5, or a share such as 60%.")
