@@ -163,7 +163,10 @@ def test_the_file_beside_the_plan_is_the_one_it_was_written_with(planned, tmp_pa
     file.write_bytes(b"no tensors")
     with pytest.raises(InputError) as e:
         load_drops(plan, None)
-    assert str(e.value) == ("The predictors of this plan lie in a file beside it; give the path of the plan's file.")
+    assert str(e.value) == (
+        "The predictors of this plan lie in a file beside it; give the path of the plan's file "
+        "(`plan_with_details(...).write` writes both)."
+    )
     plan = plan.model_copy(update={"compensation": plan.compensation.model_copy(update={"sha256": sha256_of(file)})})
     assert refused() == f"{file} is not a whole safetensors file; run `spd-calib recover` again."
 

@@ -5,10 +5,11 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import spd_calib
-from spd_calib import Progress, RunOptions, TaskOptions, TextSelection, estimate_profile, plan, profile, report
+from spd_calib import Progress, RunOptions, TaskOptions, TextSelection, estimate_profile, plan, profile, recover, report
 from spd_calib.errors import InputError, SpdError
 from spd_calib.formats.files import dumps, read, sha256_of
 from spd_calib.formats.plan import Plan
@@ -177,3 +178,43 @@ def test_two_documents_are_compared_as_their_files_are(profile_file, tmp_path):
     assert json.dumps(asdict(diff(profiled, profile_file))) == json.dumps(asdict(diff(profile_file, profiled)))
     with pytest.raises(InputError, match="A is a profile and B a plan"):
         diff(profiled, plan(profiled, drop=2, run=CPU))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tp": 2.5}, "`tp` 2.5 is no whole number; give one."),
+        ({"tp": 0}, "`tp` 0 is too small; give 1 or more."),
+        ({"text": TextSelection(max_samples=0)}, "`max_samples` 0 is too small; give 1 or more."),
+        ({"text": TextSelection(verify_samples=-1)}, "`verify_samples` -1 is too small; give 1 or more."),
+        ({"text": TextSelection(seq_len=1, pack=True)}, "`seq_len` 1 is too small; give 2 or more."),
+        ({"run": RunOptions(batch_size=0)}, "`batch_size` 0 is too small; give 1 or more."),
+        ({"data": []}, "`data` names no text; give one, such as a file."),
+    ],
+)
+def test_numbers_that_the_commands_refuse_are_refused_in_a_sentence(llama, text, options, words):
+    with pytest.raises(InputError) as e:
+        profile(str(llama), **{"tp": 2, "data": str(text), "text": SHORT, "run": CPU} | options)
+    assert str(e.value) == words
+
+
+def test_numbers_of_numpy_and_paths_are_what_they_say(llama, text):
+    profiled = profile(llama, tp=np.int64(2), data=text, text=SHORT, run=CPU)
+    assert profiled.measurements == profile(str(llama), tp=2, data=str(text), text=SHORT, run=CPU).measurements
+    quantised = plan(profiled, drop=2, sync_bits=np.int64(8), run=CPU)
+    assert quantised.requires == ["quantised_sync"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_rank": -1}, "`max_rank` -1 is too small"),
+        ({"steps": -1}, "`steps` -1 is too small"),
+        ({"final_steps": 0}, "`final_steps` 0 is too small"),
+        ({"exchange": float("nan")}, "`exchange` nan is no share"),
+        ({"rate": 1e300}, "no learning rate"),
+    ],
+)
+def test_numbers_that_recovery_refuses(options, words, tmp_path):
+    with pytest.raises(InputError, match=words):
+        recover(tmp_path / "plan.json", tmp_path / "out", data="demo", **options)

@@ -1,6 +1,7 @@
 """Estimating what a profile would take, before it is measured."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,7 +21,7 @@ def estimate_profile(
     model: Model,
     *,
     tp: int,
-    data: str | Sequence[str],
+    data: str | Path | Sequence[str | Path],
     tokenizer: PreTrainedTokenizerBase | None = None,
     text: TextSelection = TextSelection(),
     method: str = "single",

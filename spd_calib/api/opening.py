@@ -20,7 +20,7 @@ from spd_calib.formats.recovery import REPORT_FILE
 from spd_calib.models.in_memory import UNNAMED
 from spd_calib.parallel.session import Session, open_session, session_in_memory
 
-from .options import RunOptions
+from .options import RunOptions, whole_number
 
 Model = str | Path | PreTrainedModel
 """A hub id, a folder, 'demo' for the one this package ships, or a transformers model in memory."""
@@ -53,6 +53,7 @@ def open_model(
     holds: raises InputError where the model is another one, and as parallel.session.open_session does. With `replicas`
     the processes that torchrun started are no ranks: each simulates them all.
     """
+    tp = whole_number("tp", tp, least=1)
     if not isinstance(model, str | Path):
         return session_in_memory(model, tokenizer, tp=tp, expected=expected)
     name = str(model)

@@ -1,6 +1,8 @@
 """Options that several calls share."""
 
+import operator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from spd_calib.errors import InputError
 
@@ -24,10 +26,11 @@ class RunOptions:
     def resolved(self, dtype: str = "float32") -> "RunOptions":
         """Return the options with a device and a dtype that say what they are; `dtype` where none was given.
 
-        Raises InputError for a dtype that is none of DTYPES, and for a seed that is too large.
+        Raises InputError for a dtype that is none of DTYPES, a batch size below 1, and a seed that is too large.
         """
         import torch
 
+        whole_number("batch_size", self.batch_size, least=1)
         chosen = self.dtype or dtype
         if chosen not in DTYPES:
             raise InputError(f"`dtype` {chosen!r} is none of {', '.join(DTYPES)}.")
@@ -36,4 +39,18 @@ class RunOptions:
         device = self.device
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return replace(self, device=device, dtype=chosen)
+        return replace(self, device=str(device), dtype=chosen)
+
+
+def whole_number(name: str, value: Any, *, least: int) -> int:
+    """Return what was given for the option `name` as an int, a number of numpy's, too.
+
+    Raises InputError for what is no whole number, or is below `least`.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise InputError(f"`{name}` {value!r} is no whole number; give one.") from None
+    if number < least:
+        raise InputError(f"`{name}` {number} is too small; give {least} or more.")
+    return number

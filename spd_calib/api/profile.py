@@ -38,7 +38,7 @@ def profile(
     model: Model,
     *,
     tp: int,
-    data: str | Sequence[str],
+    data: str | Path | Sequence[str | Path],
     tokenizer: PreTrainedTokenizerBase | None = None,
     text: TextSelection = TextSelection(),
     method: str = "single",

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
@@ -89,7 +90,7 @@ def open_inputs(
     model: Model,
     *,
     tp: int,
-    data: str | Sequence[str],
+    data: str | Path | Sequence[str | Path],
     tokenizer: PreTrainedTokenizerBase | None,
     text: TextSelection,
     asked: Method,
@@ -100,7 +101,7 @@ def open_inputs(
 
     Raises InputError for a model or a text that cannot be used, and for what cannot be asked of a recovered checkpoint.
     """
-    names = [data] if isinstance(data, str) else list(data)
+    names = [str(name) for name in ([data] if isinstance(data, str | Path) else data)]
     if len(names) > 1 and asked.confidence is not None:
         raise InputError("Several texts are measured to their end: leave `confidence` out.")
     session = open_model(model, tp=tp, tokenizer=tokenizer)

@@ -33,7 +33,7 @@ from spd_calib.sensitivity.norm_estimates import fit_estimates
 from spd_calib.sensitivity.text import Text
 
 from .opening import document_of, open_model_of, resolved_for
-from .options import RunOptions
+from .options import RunOptions, whole_number
 from .progress import SILENT, Progress
 from .provenance import provenance
 from .replication import whole_blocks_for
@@ -46,7 +46,7 @@ def recover(
     plan: Plan | Path | str,
     output: Path | str,
     *,
-    data: str,
+    data: str | Path,
     model: str | Path | None = None,
     text: TextSelection = TextSelection(max_samples=512),
     methods: Sequence[str] = WITHOUT_TRAINING,
@@ -94,6 +94,14 @@ def recover(
 
     Raises InputError for a plan, a text or an option that cannot be used, SpdError where the disk refuses.
     """
+    for name, value, least in (
+        ("max_rank", max_rank, 0), ("steps", steps, 0), ("final_steps", final_steps, 1),
+        ("batch_size", run.batch_size, 1),
+    ):  # fmt: skip
+        if value is not None:
+            whole_number(name, value, least=least)
+    if not 0 <= exchange < math.inf:
+        raise InputError(f"`exchange` {exchange} is no share; give one in per cent, 0 or more.")
     options = RecoveryOptions(
         methods=_checked_methods(methods),
         max_rank=max_rank,
@@ -103,7 +111,7 @@ def recover(
         block_schedule=Schedule(steps=steps, rate=rate, mixed=mixed, seed=run.seed),
         whole_schedule=Schedule(steps=final_steps, rate=rate, mixed=mixed, seed=run.seed),
     )
-    if not 0 <= rate < math.inf:
+    if not 0 <= rate <= 1:
         raise InputError(f"`rate` {rate} is no learning rate; give a share of a weight's size, such as 0.01.")
     budget = _budget(max_kl, max_ppl_increase)
     output = Path(output)
@@ -138,7 +146,7 @@ def recover(
     heads = None if replicate is None else whole_blocks_for(drops, session=session, share=replicate)
     run = resolved_for(session, run, dtype=document.provenance.dtype)
     run = replace(run, device=local_device(run.device))
-    found = load_texts_for(session, [data], _like_the_plans(text, document), spread=SPREAD)[0]
+    found = load_texts_for(session, [str(data)], _like_the_plans(text, document), spread=SPREAD)[0]
     judged = max(2, len(found.calibration) // 5)
     fitting, judging = found.calibration[:-judged], found.calibration[-judged:]
     _announce(progress, found, judged=judged, tiers=tiers, whence=whence)

@@ -32,4 +32,4 @@ def checked_bits(
         raise InputError(
             f"`sync_bits` {ANY_BITS} has no baselines or replicated heads: leave `compare`, `replicate` out."
         )
-    return sync_bits if isinstance(sync_bits, int) else None
+    return None if sync_bits in (None, ANY_BITS) else int(sync_bits)  # of numpy, too

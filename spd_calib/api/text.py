@@ -13,6 +13,8 @@ from spd_calib.sensitivity.averaging import joint_ref
 from spd_calib.sensitivity.documents import TEXT
 from spd_calib.sensitivity.text import Fitted, Text, TextOptions, further, load_texts
 
+from .options import whole_number
+
 DEFAULT_SEQ_LEN = 2048
 NOTHING_FITTED: Fitted = {}
 
@@ -47,9 +49,18 @@ def load_texts_for(
 
     `fitted` and `spread` (for text that is packed) are those of TextOptions.
 
-    Raises InputError for lengths that the model cannot read, for a text that is named twice or cannot be used.
+    Raises InputError for lengths that the model cannot read, for a text that is named twice or cannot be used, and for
+    none.
     """
     seq_len, min_len = selection.seq_len, selection.min_len
+    for name, value, least in (
+        ("max_samples", selection.max_samples, 1), ("verify_samples", selection.verify_samples, 1),
+        ("seq_len", seq_len, 2), ("min_len", min_len, 2),
+    ):  # fmt: skip
+        if value is not None:
+            whole_number(name, value, least=least)
+    if not data:
+        raise InputError("`data` names no text; give one, such as a file.")
     if len(set(data)) < len(data):
         raise InputError("`data` names one text twice; name each once.")
     if seq_len is not None and seq_len > session.max_length:

@@ -94,7 +94,10 @@ def _load_predictors(plan: Plan, *, plan_path: Path | None, ranks: Iterable[int]
     if plan.compensation is None:
         return {}
     if plan_path is None:
-        raise InputError("The predictors of this plan lie in a file beside it; give the path of the plan's file.")
+        raise InputError(
+            "The predictors of this plan lie in a file beside it; give the path of the plan's file "
+            "(`plan_with_details(...).write` writes both)."
+        )
     path = plan_path.parent / plan.compensation.file
     if not path.is_file():
         raise InputError(f"{plan_path} needs {path.name} beside it, and it is not there; copy both files together.")
