@@ -19,7 +19,7 @@ from spd_calib.formats.plan import Latency, Plan
 from spd_calib.formats.profile import Profile, Recovered
 from spd_calib.formats.results import Results
 from spd_calib.reporting.table import nats
-from spd_calib.reporting.tables import rankings
+from spd_calib.reporting.tables import rankings, tasks
 
 DEMO = Path(__file__).parent.parent / "results/demo"
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -435,3 +435,11 @@ def test_no_page_is_wider_than_its_screen(spd, run, tmp_path, width):
     shown, said = browse(tmp_path, outer, "--allow-file-access-from-files")
     found = re.search(r"<title>(\d+) of (\d+)</title>", shown)
     assert found and found[1] == found[2] and width - 20 <= int(found[1]) <= width, (found, said)  # less its scroll bar
+
+
+def test_results_say_which_all_reduces_are_dropped():
+    results = read(Results, DEMO / "results.json")
+    assert tasks(results).title == "7 attention all-reduces dropped, TP 4" and "mlp_dropped" not in dumps(results)
+    both = results.model_copy(update={"dropped": [1, 2], "mlp_dropped": [0]})
+    assert tasks(both).title == "2 attention and 1 MLP all-reduces dropped, TP 4" and "mlp_dropped" in dumps(both)
+    assert tasks(results.model_copy(update={"dropped": []})).title == "dense and planned, TP 4"

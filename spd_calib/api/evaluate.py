@@ -90,6 +90,7 @@ def evaluate(
         tensor_parallel=document.tensor_parallel,
         plan_sha256=plan_sha256,
         dropped=document.drops.blocks("attention"),
+        mlp_dropped=document.drops.blocks("mlp"),
         limit=asked.options.limit,
         tasks=suite.compare(dense, planned),
         lm_eval=described,

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue, WithJsonSchema
 
-from .common import Count, Finite, ModelRef, Part, Provenance, Sha256, TensorParallel
+from .common import Count, Finite, ModelRef, Part, Provenance, Sha256, TensorParallel, left_out_if_empty
 
 Arguments = Annotated[dict[str, JsonValue], WithJsonSchema({"type": "object"})]  # values are whatever JSON holds
 
@@ -56,6 +56,7 @@ class Results(Part):
     tensor_parallel: TensorParallel
     plan_sha256: Sha256 = Field(description="Of the plan's file")
     dropped: list[int] = Field(description="Blocks whose attention's sync point is dropped")
+    mlp_dropped: list[int] = left_out_if_empty("Blocks whose MLP's sync point is dropped")
     limit: int | Finite | None = Field(description="Documents a task; below 1 a share of them")
     tasks: list[TaskResult] = Field(min_length=1)
     lm_eval: LmEval | None = Field(default=None, description="null in files of a version that did not say")

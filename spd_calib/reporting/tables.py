@@ -225,8 +225,9 @@ def names(points: Sequence[Point]) -> list[str]:
 
 def tasks(results: Results) -> Table:
     """Return every score of the dense and of the planned model, with the paired difference."""
-    count = len(results.dropped)
-    dropped = f"{count} attention all-reduces dropped" if count else "dense and planned"
+    counts = {"attention": len(results.dropped), "MLP": len(results.mlp_dropped)}
+    some = " and ".join(f"{count} {sublayer}" for sublayer, count in counts.items() if count)
+    dropped = f"{some} all-reduces dropped" if some else "dense and planned"
     return Table(
         f"{dropped}, TP {results.tensor_parallel.size}",
         ["task", "metric", "docs", "dense", "planned", "planned - dense"],
