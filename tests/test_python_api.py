@@ -210,7 +210,7 @@ def test_numbers_of_numpy_and_paths_are_what_they_say(llama, text):
     [
         ({"max_rank": -1}, "`max_rank` -1 is too small"),
         ({"steps": -1}, "`steps` -1 is too small"),
-        ({"final_steps": 0}, "`final_steps` 0 is too small"),
+        ({"final_steps": -1}, "`final_steps` -1 is too small"),
         ({"exchange": float("nan")}, "`exchange` nan is no share"),
         ({"rate": 1e300}, "no learning rate"),
     ],

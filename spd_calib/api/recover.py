@@ -95,7 +95,7 @@ def recover(
     Raises InputError for a plan, a text or an option that cannot be used, SpdError where the disk refuses.
     """
     for name, value, least in (
-        ("max_rank", max_rank, 0), ("steps", steps, 0), ("final_steps", final_steps, 1),
+        ("max_rank", max_rank, 0), ("steps", steps, 0), ("final_steps", final_steps, 0),
         ("batch_size", run.batch_size, 1),
     ):  # fmt: skip
         if value is not None:

@@ -306,9 +306,6 @@ class Plan(Part):
     def _consistent(self) -> Self:
         if [b.index for b in self.blocks] != list(range(self.model.num_blocks)):
             raise ValueError(f"the blocks are not 0 to {self.model.num_blocks - 1}, each once and in order")
-        if sorted(self.requires) != sorted(requirements(self.blocks)):
-            needed = ", ".join(requirements(self.blocks)) or "nothing"
-            raise ValueError(f"`requires` says {', '.join(self.requires) or 'nothing'}, its blocks need {needed}")
         if any(mlp != Strategy.KEEP_SYNC for _, (mlp, _) in self.blocks[-1].syncs_by_phase):
             raise ValueError("the last block's MLP sync point cannot be dropped")
         syncs = [sync for b in self.blocks for of_phase in b.syncs_by_phase for sync in of_phase]
@@ -328,6 +325,9 @@ class Plan(Part):
         stored = bool(predicted) or any(b.router and b.router.kind != "zero" for b in self.blocks)
         if stored != (self.compensation is not None):
             raise ValueError("blocks with predictors need the file that holds them, in `compensation`")
+        if sorted(self.requires) != sorted(requirements(self.blocks)):
+            needed = ", ".join(requirements(self.blocks)) or "nothing"
+            raise ValueError(f"`requires` says {', '.join(self.requires) or 'nothing'}, its blocks need {needed}")
         return self
 
     @property
