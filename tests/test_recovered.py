@@ -134,6 +134,7 @@ def test_every_figure_compares_with_the_model_it_was_made_from(spd, folder, llam
         predicted, alone = read(Plan, out).predicted, profile.recovered.alone
         dearest = max(profile.sensitivity(DROP, "kl").values())
         assert alone.kl * 0.9 < predicted.kl < alone.kl * 1.1 + dearest, more
+        assert predicted.kl < new.predicted.kl + alone.kl / 2, more
         assert predicted.ppl_increase != new.predicted.ppl_increase, more
 
     assert "less than the 2" in spd("plan", tmp_path / "p.json", "--drop", 1, "-o", out).err
