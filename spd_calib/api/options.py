@@ -54,3 +54,10 @@ def whole_number(name: str, value: Any, *, least: int) -> int:
     if number < least:
         raise InputError(f"`{name}` {number} is too small; give {least} or more.")
     return number
+
+
+def check_whole_numbers(least: int, **given: Any) -> None:
+    """Raise InputError where an option, by its name, was given what whole_number refuses; None stands for not given."""
+    for name, value in given.items():
+        if value is not None:
+            whole_number(name, value, least=least)

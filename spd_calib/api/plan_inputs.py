@@ -1,4 +1,4 @@
-"""What a plan is made from, opened and checked before any weight is loaded."""
+"""Check and open what a plan is made from, before any weight is loaded."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -33,7 +33,7 @@ from spd_calib.sensitivity.norm_estimates import fit_estimates
 from spd_calib.sensitivity.text import Text
 
 from .opening import document_of, open_model_of, resolved_for
-from .options import RunOptions, whole_number
+from .options import RunOptions, check_whole_numbers
 from .progress import SILENT, Progress
 from .provenance import provenance
 from .replication import whole_blocks_for
@@ -94,12 +94,7 @@ def recover(
 
     Raises InputError for a plan, a text or an option that cannot be used, SpdError where the disk refuses.
     """
-    for name, value, least in (
-        ("max_rank", max_rank, 0), ("steps", steps, 0), ("final_steps", final_steps, 0),
-        ("batch_size", run.batch_size, 1),
-    ):  # fmt: skip
-        if value is not None:
-            whole_number(name, value, least=least)
+    check_whole_numbers(0, max_rank=max_rank, steps=steps, final_steps=final_steps)
     if not 0 <= exchange < math.inf:
         raise InputError(f"`exchange` {exchange} is no share; give one in per cent, 0 or more.")
     options = RecoveryOptions(

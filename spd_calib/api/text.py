@@ -13,7 +13,7 @@ from spd_calib.sensitivity.averaging import joint_ref
 from spd_calib.sensitivity.documents import TEXT
 from spd_calib.sensitivity.text import Fitted, Text, TextOptions, further, load_texts
 
-from .options import whole_number
+from .options import check_whole_numbers
 
 DEFAULT_SEQ_LEN = 2048
 NOTHING_FITTED: Fitted = {}
@@ -53,12 +53,8 @@ def load_texts_for(
     none.
     """
     seq_len, min_len = selection.seq_len, selection.min_len
-    for name, value, least in (
-        ("max_samples", selection.max_samples, 1), ("verify_samples", selection.verify_samples, 1),
-        ("seq_len", seq_len, 2), ("min_len", min_len, 2),
-    ):  # fmt: skip
-        if value is not None:
-            whole_number(name, value, least=least)
+    check_whole_numbers(1, max_samples=selection.max_samples, verify_samples=selection.verify_samples)
+    check_whole_numbers(2, seq_len=seq_len, min_len=min_len)
     if not data:
         raise InputError("`data` names no text; give one, such as a file.")
     if len(set(data)) < len(data):

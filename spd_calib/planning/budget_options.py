@@ -78,12 +78,10 @@ def _the_one(asked: BudgetOptions) -> tuple[str, Any]:
         raise InputError(f"Give exactly one budget of {', '.join(map(_quoted, BUDGETS))}; {found} given.")
     if (asked.tau1 is None) != (asked.tau2 is None):
         raise InputError("`tau1` and `tau2` go together: the paper's rule has two thresholds.")
-    if asked.tau1 is None or asked.tau2 is None:
-        return next(iter(given.items()))
     for name, tau in (("tau1", asked.tau1), ("tau2", asked.tau2)):
-        if not 0 <= tau < math.inf:
+        if tau is not None and not 0 <= tau < math.inf:
             raise InputError(f"`{name}` {tau} is no threshold; give points of perplexity, 0 or more.")
-    if asked.tau2 < asked.tau1:
+    if asked.tau1 is not None and asked.tau2 is not None and asked.tau2 < asked.tau1:
         raise InputError(f"`tau2` {asked.tau2} is below `tau1` {asked.tau1}; swap them.")
     return next(iter(given.items()))
 
