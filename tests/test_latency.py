@@ -196,6 +196,8 @@ def test_no_plan_saves_more_than_the_ceiling():
     found = model.latency(5, {8: 1})
     assert found.saved == found.ceiling == pytest.approx((5 * 0.4 + 0.25) / 4) and model.ceiling < found.ceiling
     assert model.latency(2).ceiling == model.ceiling
+    with pytest.raises(SpdError, match=rf"all 5 there are {100 * found.ceiling:.3g} % \("):
+        model.drops_for(0.99, available=3, bits=8)
 
 
 def test_behind_a_norm_a_dropped_sync_makes_another_message_twice_as_wide():
