@@ -122,8 +122,8 @@ class LatencyModel:
         raise SpdError(
             f"`min_speedup` {100 * saving:.3g}% is beyond what can be saved here: dropping all {available} sync points "
             f"profiled saves {100 * found[-1]:.3g} %{others}, all {2 * self.blocks - 1} there are "
-            f"{100 * self.ceiling_with(bits):.3g} % ({self.step.phase}, batch {self.step.batch}, context {self.step.context}, "
-            f"{self.hardware}); ask for less."
+            f"{100 * self.ceiling_with(bits):.3g} % ({self.step.phase}, batch {self.step.batch}, "
+            f"context {self.step.context}, {self.hardware}); ask for less."
         )
 
     def rest(self, dropped: int, bits: int | None) -> dict[int, int]:
