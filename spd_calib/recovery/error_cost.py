@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from spd_calib.formats.drops import NOTHING_DROPPED
+from spd_calib.parallel.block import Block
+from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.parallel.streams import Streams
 
 from .feed import Batch, Feed
@@ -82,21 +84,42 @@ def error_costs(feed: Feed, batches: Iterable[Batch], *, seed: int = 0) -> list[
     sums: list[_Sums] = []
     for batch in batches:
         outputs: list[Tensor] = []
-        with torch.enable_grad():
-            x = batch.dense
+        with torch.no_grad():
             for block, kwargs in zip(lm.blocks, batch.kwargs, strict=True):
-                x = block.run(Streams(x), NOTHING_DROPPED, **kwargs).shared
-                x = x if outputs else x.detach().requires_grad_()
-                outputs.append(x)
-            logits = lm.logits_with_gradients(lm.final_norm(Streams(x)))[batch.mask].float()
-            drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-            nll = torch.nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
-            gradients = torch.autograd.grad(nll, outputs)
-        sums = sums or [_Sums.between(_edges(y.detach(), batch.mask), y) for y in outputs]
-        for of_block, y, g in zip(sums, outputs, gradients, strict=True):
-            y = y.detach()
-            of_block.add(_classes(y, of_block.edges)[batch.mask], y[batch.mask], g[batch.mask].double())
+                outputs.append(_through(block, outputs[-1] if outputs else batch.dense, kwargs))
+        sums = sums or [_Sums.between(_edges(y, batch.mask), y) for y in outputs]
+        gradient = _gradient_behind(lm, outputs[-1], batch, generator)
+        for index in reversed(range(lm.num_blocks)):
+            y, of_block = outputs[index], sums[index]
+            of_block.add(_classes(y, of_block.edges)[batch.mask], y[batch.mask], gradient[batch.mask].double())
+            if index:
+                gradient = _gradient_before(lm.blocks[index], outputs[index - 1], gradient, batch.kwargs[index])
     return [of_block.cost() for of_block in sums]
+
+
+def _through(block: Block, x: Tensor, kwargs: dict) -> Tensor:
+    """Return what leaves a block of the dense model, [B, T, d] like `x`."""
+    return block.run(Streams(x), NOTHING_DROPPED, **kwargs).shared
+
+
+def _gradient_behind(lm: TensorParallelLM, y: Tensor, batch: Batch, generator: torch.Generator) -> Tensor:
+    """Return the gradient of -log p of tokens drawn from the model where `y` [B, T, d] leaves the last block."""
+    with torch.enable_grad():
+        y = y.detach().requires_grad_()
+        logits = lm.logits_with_gradients(lm.final_norm(Streams(y)))[batch.mask].float()
+        drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+        nll = torch.nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
+        return torch.autograd.grad(nll, y)[0]
+
+
+def _gradient_before(block: Block, x: Tensor, gradient: Tensor, kwargs: dict) -> Tensor:
+    """Return the gradient at what enters a block, `x` [B, T, d], where `gradient` is that at what leaves it.
+
+    The block is run once more: so one block's weights and activations are all that is held.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(_through(block, x, kwargs), x, gradient)[0]
 
 
 def costs_of_errors(cost: ErrorCost | None, error: Tensor, output: Tensor, batch: Batch) -> Tensor:
