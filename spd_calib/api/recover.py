@@ -8,13 +8,16 @@ from pathlib import Path
 
 from spd_calib.errors import InputError
 from spd_calib.formats.common import Tier
-from spd_calib.formats.drops import Point, Strategy
+from spd_calib.formats.drops import Drops, Point, Strategy
 from spd_calib.formats.files import sha256_as_written, sha256_of
 from spd_calib.formats.plan import Budget, Plan
 from spd_calib.models.load import load_dense
 from spd_calib.models.plan_files import check_one_choice, load_drops
+from spd_calib.models.source import Source
+from spd_calib.models.stream_load import load_streamed, must_stream
 from spd_calib.parallel.comm import DistributedComm
 from spd_calib.parallel.distributed import from_main_rank, local_device
+from spd_calib.parallel.session import Session
 from spd_calib.planning.budget import cost, describe, kept
 from spd_calib.planning.budget_options import Amount, fraction
 from spd_calib.ranks import is_main_rank, world_size
@@ -27,7 +30,7 @@ from spd_calib.recovery.options import METHODS, WITHOUT_TRAINING, RecoveryMethod
 from spd_calib.recovery.planned_model import PlannedModel
 from spd_calib.recovery.recover import recover as treat
 from spd_calib.recovery.recovered_plan import Measured, recovered_plan
-from spd_calib.recovery.text_part import refuse_quantised_part
+from spd_calib.recovery.stored_form import check_can_be_written
 from spd_calib.sensitivity.documents import TEXT
 from spd_calib.sensitivity.norm_estimates import fit_estimates
 from spd_calib.sensitivity.text import Text
@@ -89,7 +92,8 @@ def recover(
             replicated in as many blocks as that pays for, those that cost most after recovery.
         max_kl, max_ppl_increase: a budget for the recovered plan, one of them: as many blocks are given back to the
             dense model as must be to keep it on the text to judge by, with standard errors to spare.
-        run: device, dtype (default: the plan's), batch size, seed.
+        run: device, dtype (default: the plan's), batch size, seed; with `stream`, or where twice the weights do not
+            fit into the memory that is free, blocks are read from disk as they are needed, and nothing can be trained.
         progress: callbacks, told how far it is.
 
     Raises InputError for a plan, a text or an option that cannot be used, SpdError where the disk refuses.
@@ -135,18 +139,15 @@ def recover(
         )
     checkpoint.check_output(output)
     session = open_model_of(document, path=path, model=model, replicas=True)
-    source = session.source
-    assert source is not None, "a model in memory was refused"
-    refuse_quantised_part(source, session.config)
     heads = None if replicate is None else whole_blocks_for(drops, session=session, share=replicate)
     run = resolved_for(session, run, dtype=document.provenance.dtype)
     run = replace(run, device=local_device(run.device))
+    run = replace(run, stream=_streams(session, run, trains="distillation" in options.methods))
     found = load_texts_for(session, [str(data)], _like_the_plans(text, document), spread=SPREAD)[0]
     judged = max(2, len(found.calibration) // 5)
     fitting, judging = found.calibration[:-judged], found.calibration[-judged:]
     _announce(progress, found, judged=judged, tiers=tiers, whence=whence)
-    dense = load_dense(source, session.config, device=run.device, dtype=str(run.dtype))
-    planned = PlannedModel(dense, session.tp, drops | load_drops(document, path))
+    planned = _load(session, run, drops | load_drops(document, path), progress=progress)
     _estimate_behind_norms(planned, document, fitting, batch_size=run.batch_size)
     identity = {
         "plan": sha256_of(path) if path else sha256_as_written(document),
@@ -175,7 +176,8 @@ def recover(
             replicas=DistributedComm() if world_size() > 1 else None,
         )
         if is_main_rank():
-            checkpoint.round_to_storage(planned, checkpoint.storage_dtype(source))
+            # so that what is verified is what is written; predictors are written in float32
+            planned.round_to(checkpoint.storage_dtype(_source(session)))
             measured = Measured(
                 judged=HeldOut(planned, judging, batch_size=run.batch_size).measure(),
                 verified=HeldOut(planned, found.verification, batch_size=run.batch_size).measure(),
@@ -184,7 +186,7 @@ def recover(
             made = checkpoint.write_checkpoint(
                 output,
                 planned,
-                source=source,
+                source=_source(session),
                 make_plan=partial(
                     recovered_plan,
                     document,
@@ -224,6 +226,36 @@ def _checked_methods(methods: Sequence[str]) -> tuple[RecoveryMethod, ...]:
     if wrong or not methods:
         raise InputError(f"`methods` {wrong[0] if wrong else ''!r} is none of {', '.join(METHODS)}.")
     return tuple(dict.fromkeys(methods))  # type: ignore[arg-type]
+
+
+def _source(session: Session) -> Source:
+    assert session.source is not None, "a model in memory was refused"
+    return session.source
+
+
+def _streams(session: Session, run: RunOptions, *, trains: bool) -> bool:
+    """Return whether the model is read from disk block by block.
+
+    Raises InputError where it must be and cannot, and for a model that could not be written.
+    """
+    source, stream = _source(session), run.stream
+    if stream and (trains or world_size() > 1):
+        what = "`methods` distillation trains" if trains else "processes that train together hold"
+        raise InputError(f"{what} a model that is in memory as a whole; leave `stream` out.")
+    if not trains and world_size() == 1:
+        stream = stream or must_stream(source, session.config, device=run.device, dtype=str(run.dtype))
+    check_can_be_written(source, session.config, stream=stream)
+    return stream
+
+
+def _load(session: Session, run: RunOptions, drops: Drops, *, progress: Progress) -> PlannedModel:
+    """Return the model, dense and planned."""
+    source, config, dtype = _source(session), session.config, str(run.dtype)
+    if not run.stream:
+        return PlannedModel(load_dense(source, config, device=run.device, dtype=dtype), session.tp, drops)
+    progress.say("the weights are read from disk, block by block, as they are needed")
+    model, weights = load_streamed(source, config, device=run.device, dtype=dtype)
+    return PlannedModel(model, session.tp, drops, hold=weights.hold)
 
 
 def _like_the_plans(text: TextSelection, plan: Plan) -> TextSelection:

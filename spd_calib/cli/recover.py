@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import BatchSize, Device, Dtype, Json, ModelPlace, Recipe, Seed
+from .options import COMMON, BatchSize, Device, Dtype, Json, ModelPlace, Recipe, Seed
 
 TEXT, TREAT = "Text", "Treatments"
 
@@ -87,6 +87,7 @@ def recover(
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Dtype = None,
+    stream: Annotated[bool, typer.Option("--stream", help="blocks from disk", rich_help_panel=COMMON)] = False,
     model: ModelPlace = None,
     json: Json = False,
     recipe: Recipe = None,
@@ -121,7 +122,7 @@ def recover(
             replicate=replicate,
             max_kl=max_kl,
             max_ppl_increase=max_ppl_increase,
-            run=RunOptions(device, dtype, batch_size, seed),
+            run=RunOptions(device, dtype, batch_size, seed, stream),
             progress=work.progress,
         )
     if not is_main_rank():

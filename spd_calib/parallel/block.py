@@ -63,7 +63,7 @@ class Block(nn.Module):
         self.attention_out_norm, self.mlp_out_norm = parts.attention_out_norm, parts.mlp_out_norm
         self.scale, self.stream_scale, self.o_bias = parts.scale, parts.stream_scale, parts.o.bias
         self.down_bias = None if parts.experts else parts.down.bias
-        self.read_weights: Callable[[int], None] | None = None  # called before each use, if on disk
+        self.read_weights: Callable[[int], None] | None = None  # by the block's place, if on disk
         self.outs = [o_of(parts, attention) for attention in self.attentions]  # each rank's slice of o_proj
         self.d_rank = width_of_heads(counts, None, comm.size)
         self.width = parts.o.out_features
@@ -111,7 +111,7 @@ class Block(nn.Module):
         Returns each rank's partial sum [B, T, d] of the attention's output, o_proj's bias left out, and its head
         outputs [B, T, d_rank].
         """
-        self._read_weights()
+        self.hold_weights()
         inputs = self._sharing_squares(self._inputs(self.norm1, s))
         own = zip(self.attentions, self.outs, inputs, strict=True)
         found = [attended(attention, o, u, **kwargs) for attention, o, u in own]
@@ -138,7 +138,7 @@ class Block(nn.Module):
         """Return what the replicated heads of `drop` give on every rank; None where it has none. As `attend`."""
         if drop.replicated is None:
             return None
-        self._read_weights()
+        self.hold_weights()
         return self.replicas(drop.replicated).attend(self._inputs(self.norm1, s), **kwargs)
 
     def _sharing_squares(self, inputs: Iterable[Tensor]) -> Iterable[Tensor]:
@@ -208,7 +208,7 @@ class Block(nn.Module):
         the shared predictor of a dropped sync point expects to be missing there, if there is one.
         """
         assert self.experts is not None
-        self._read_weights()
+        self.hold_weights()
         return route(self.experts, self.norm2(shared if expected is None else shared + expected))
 
     def expected(self, drop: Drop, s: Streams) -> Tensor | None:
@@ -226,7 +226,7 @@ class Block(nn.Module):
 
         Experts are chosen by the part of `s` that all ranks share.
         """
-        self._read_weights()
+        self.hold_weights()
         routing = self.route(s.shared) if self.experts else None
         return Fed(list(self._partials(s, routing)), self._bias(routing, s))
 
@@ -254,7 +254,8 @@ class Block(nn.Module):
             return defer(s, partials, branch)
         return write_off(s, partials, branch)
 
-    def _read_weights(self) -> None:
+    def hold_weights(self) -> None:
+        """Bring the weights into memory, where they are read from disk; whatever uses them here does so first."""
         if self.read_weights is not None:
             self.read_weights(self.index)
 

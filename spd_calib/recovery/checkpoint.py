@@ -26,7 +26,7 @@ from spd_calib.models.stored import stored_tensors
 from spd_calib.models.text_part import whole_of
 
 from .planned_model import PlannedModel
-from .text_part import is_part, write_part
+from .stored_form import is_part, write_as_stored
 
 COMPENSATION_FILE = "compensation.safetensors"
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
@@ -62,17 +62,6 @@ def storage_dtype(source: Source) -> torch.dtype:
     return narrow.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
 
 
-@torch.no_grad()
-def round_to_storage(model: PlannedModel, dtype: torch.dtype) -> None:
-    """Round trained weights to what they are stored in, so that what is verified is what is written.
-
-    Predictors are stored in float32. Weights that a student shares with the dense model are in that form already.
-    """
-    for student in model.students.values():
-        for p in student.layer.parameters():
-            p.copy_(p.to(dtype))
-
-
 def write_checkpoint(
     output: Path,
     model: PlannedModel,
@@ -88,10 +77,10 @@ def write_checkpoint(
     """
     with _whole_folder(output) as folder:
         predictors, dtype = predictor_tensors(model.drops), storage_dtype(source)
-        restored = model.restored()
-        if is_part(restored.config):
-            write_part(folder, restored, source=source, dtype=dtype)
+        if model.lm.streamed or is_part(model.lm.model.config):
+            write_as_stored(folder, model, source=source, dtype=dtype)
         else:
+            restored = model.restored()
             nn.Module.to(restored, dtype)
             restored.save_pretrained(folder)
         for path in source.folder.iterdir():  # configuration and tokenizer as they were

@@ -1,11 +1,12 @@
 """The steps of a recovery that are finished: kept as they are done, and taken over by the run that goes on."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from torch import Tensor
 
+from spd_calib.errors import InputError
 from spd_calib.formats.recovery import Attempt
 from spd_calib.parallel.comm import Comm
 from spd_calib.parallel.distributed import from_main_rank
@@ -14,6 +15,7 @@ from .distillation import TrainingHooks
 from .journal import TensorJournal
 from .judge import Judge
 from .planned_model import PlannedModel
+from .student import Student
 
 T = TypeVar("T")
 Saved = tuple[dict[str, Tensor], dict]  # tensors, and a note
@@ -30,6 +32,7 @@ class FinishedSteps:
     judge: Judge
     journal: TensorJournal | None
     replicas: Comm
+    _written: dict[Student, str] = field(default_factory=dict)  # under which name of the journal a student's state lies
 
     @property
     def is_main(self) -> bool:
@@ -44,21 +47,24 @@ class FinishedSteps:
         """Return what stands under `name`, if anything does."""
         return None if self.journal is None else self.journal.load(name)
 
-    def take_over(self, saved: Saved | None, *, measured: bool = True) -> bool:
+    def take_over(self, name: str, *, measured: bool = True, everywhere: bool = False) -> bool:
         """Give the model what an interrupted run had made of its blocks in a step; say whether it had.
 
-        `measured`: the step was judged by the whole.
+        `measured`: the step was judged by the whole. `everywhere`: all replicas call this, else the main one alone.
         """
-        if saved is None:
+
+        def read(name: str) -> Saved | None:
+            return self.agreed(lambda: self.saved(name)) if everywhere else self.saved(name)
+
+        step = read(name)
+        if step is None:
             return False
-        tensors, note = saved
-        by_block: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            index, _, rest = key.partition("/")
-            by_block.setdefault(int(index), {})[rest] = tensor
-        for block, state in by_block.items():
-            self.put_state(block, state)
-        self.judge.go_on_from([Attempt(**a) for a in note["attempts"]], measured=measured)
+        for block, place in step[1]["blocks"].items():
+            state = read(place)
+            assert state is not None, "it was written before the step was"
+            self.put_state(int(block), state[0])
+            self._lies_under(place, int(block))
+        self.judge.go_on_from([Attempt(**a) for a in step[1]["attempts"]], measured=measured)
         return True
 
     def has_trained(self, name: str) -> bool:
@@ -66,7 +72,7 @@ class FinishedSteps:
 
         Where it had not, the whole is measured as it is before the training, which will be judged against that.
         """
-        if self.take_over(self.agreed(lambda: self.saved(name))):
+        if self.take_over(name, everywhere=True):
             return True
         if self.is_main:
             _ = self.judge.tally
@@ -75,8 +81,26 @@ class FinishedSteps:
     def keep(self, name: str, blocks: Sequence[int]) -> None:
         """Write down that a step is finished, with what it made of `blocks`."""
         if self.is_main and self.journal is not None:
-            tensors = {f"{b}/{n}": t for b in blocks for n, t in self.model.students[b].state().items()}
-            self.journal.save(name, tensors, note={"attempts": [a.model_dump() for a in self.judge.attempts]})
+            for block in blocks:
+                student = self.model.students[block]
+                if student not in self._written:
+                    self.journal.save(f"{name}.{block}", student.state(), note={})
+                    self._lies_under(f"{name}.{block}", block)
+            written = {block: self._written[self.model.students[block]] for block in blocks}
+            attempts = [a.model_dump() for a in self.judge.attempts]
+            self.journal.save(name, {}, note={"attempts": attempts, "blocks": written})
+
+    def _lies_under(self, name: str, block: int) -> None:
+        """Note that the state of a block's student lies in the journal; of a model read from disk it is read there."""
+        student = self.model.students[block]
+        self._written[student] = name
+        self.model.park(student, lambda: self._state(name))
+
+    def _state(self, name: str) -> dict[str, Tensor]:
+        saved = self.saved(name)
+        if saved is None:
+            raise InputError(f"The state of a recovery is gone while it is needed: {name}; begin again.")
+        return saved[0]
 
     def choice(self, name: str, choose: Callable[[], list[Attempt]]) -> list[Attempt]:
         """Return what `choose` finds, on every replica; a run that goes on has the choice of the one before."""

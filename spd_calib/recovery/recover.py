@@ -142,7 +142,7 @@ class _Run:
     def treat_in_closed_form(self, treatments: Mapping[int, ClosedForm], as_is: Mapping[int, Student]) -> None:
         """Treat one block after the other without training, then judge the whole; on the main replica alone."""
         name, began = "closed-form", time.monotonic()
-        if self.finished.take_over(self.finished.saved(name)):
+        if self.finished.take_over(name):
             return
         self._pass_over_blocks(treatments, name)
         self._keep_as_far_as_it_helps(as_is, began=began)
@@ -155,7 +155,7 @@ class _Run:
         no better with the second.
         """
         name, steps, began = "closed-form-anew", self.finished, time.monotonic()
-        if steps.take_over(steps.saved(name)):
+        if steps.take_over(name):
             return
         judge, first = steps.judge, [self.model.students[block] for block in treatments]
         attempts = list(judge.attempts)
@@ -171,7 +171,7 @@ class _Run:
         steps, feed = self.finished, self._feed(SimulatedComm(1), starts=True)
         for block, treatment in treatments.items():
             feed.move_to(block)
-            if steps.take_over(steps.saved(f"{name}-{block}"), measured=False):
+            if steps.take_over(f"{name}-{block}", measured=False):
                 continue
             treat_block(block, treatment, feed=feed, judge=steps.judge, options=self.options, costs=self.costs)
             steps.keep(f"{name}-{block}", [block])

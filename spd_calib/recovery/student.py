@@ -83,7 +83,8 @@ class Student:
         return self.block.run(streams, self.drops, **kwargs)
 
     def copy(self) -> "Student":
-        """Return another student with weights and predictors of its own."""
+        """Return another student with weights and predictors of its own, in memory."""
+        self.block.hold_weights()
         other = Student.of(copy.deepcopy(self.layer), self.block, self.drops)
         own = None if self.predictors is None else {r: copy.deepcopy(p) for r, p in self.predictors.items()}
         return other.with_predictors(own).with_router(copy.deepcopy(self.router))
@@ -114,6 +115,7 @@ class Student:
 
     def state(self) -> dict[str, Tensor]:
         """Return weights and predictors by name, on the CPU; `with_state` takes them back."""
+        self.block.hold_weights()
         tensors = {f"layer.{name}": t for name, t in self.layer.state_dict().items()}
         for rank, predictor in (self.predictors or {}).items():
             tensors |= {f"compensation.{rank}.{name}": t for name, t in predictor.named_parameters()}
