@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -371,3 +372,21 @@ def test_running_is_the_one_door():
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setattr" and len(node.args) == 3:
                 assert getattr(node.args[1], "value", None) not in names, (file, node.lineno)
     assert places == [("parallel/model.py", "self._present.drops")] * 2
+
+
+@pytest.mark.parametrize("family", tiny.SUPPORTED)
+def test_what_enters_is_what_a_recording_holds(family):
+    """And no block is run for it; afterwards every forward is as before."""
+    lm, ids = TensorParallelLM.simulated(tiny.build(family), 2), tiny.tokens(2, 12)
+    recording, ran = lm.record(ids), []
+    hooks = [block.norm1.register_forward_hook(lambda *_: ran.append(1)) for block in lm.blocks]
+    x, kwargs = lm.enter(ids)
+    assert not ran and torch.equal(x, recording.streams[0].shared)
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(lm.record(ids).final, recording.final)
+    for given, recorded in zip(kwargs, recording.kwargs, strict=True):
+        assert given.keys() == recorded.keys()
+        for name in given:
+            if not isinstance(given[name], Mapping):  # which Gemma 4's blocks fill as they run
+                torch.testing.assert_close(given[name], recorded[name], rtol=0, atol=0)

@@ -1,6 +1,6 @@
-"""Looking at the residual stream as transformers hands it to its modules, by keyword or by position."""
+"""Looking at the residual stream as transformers hands it to its modules, by keyword or by position; or taking it."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,7 @@ def before_each(modules: Iterable[nn.Module], look: Callable[[int, Any, dict], N
 
     def hook_of(i: int) -> Callable[[nn.Module, tuple, dict], None]:
         def hook(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            look(i, args[0] if args else kwargs["hidden_states"], others)
+            look(i, *_read(args, kwargs))
 
         return hook
 
@@ -24,3 +23,25 @@ def before_each(modules: Iterable[nn.Module], look: Callable[[int, Any, dict], N
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def instead_of_each(modules: Sequence[nn.Module], run: Callable[[int, Any, dict], Any]) -> Iterator[None]:
+    """Call `run(i, hidden_states, other keyword arguments)` in place of the i-th module, while this lasts."""
+
+    def forward_of(i: int) -> Callable[..., Any]:
+        return lambda *args, **kwargs: run(i, *_read(args, kwargs))
+
+    for i, module in enumerate(modules):
+        module.forward = forward_of(i)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def _read(args: tuple, kwargs: dict) -> tuple[Any, dict]:
+    """Return the hidden states and the other keyword arguments that a module is called with."""
+    others = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+    return args[0] if args else kwargs["hidden_states"], others

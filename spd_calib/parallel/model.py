@@ -14,7 +14,7 @@ from spd_calib.errors import InputError
 from spd_calib.formats.drops import NOTHING_DROPPED, Drop, Drops, Point, Strategy
 from spd_calib.formats.phases import ByPhase
 from spd_calib.models.architecture import Decoder, HeadCounts, check_divides, find_decoder
-from spd_calib.models.hooks import before_each
+from spd_calib.models.hooks import before_each, instead_of_each
 from spd_calib.models.parts import LayerParts
 from spd_calib.models.predictor import Predictor, check_predictors, check_router_predictor
 from spd_calib.models.probe import check_block, find_layers
@@ -185,6 +185,25 @@ class TensorParallelLM:
         if not final.isfinite().all():
             self.refuse_nonfinite(input_ids)
         return Recording(self._present.drops.of_forward(input_ids.shape[1]), streams, kwargs, final)
+
+    @torch.no_grad()
+    def enter(self, input_ids: Tensor) -> tuple[Tensor, list[dict]]:
+        """Return what enters the first block for token ids [B, T], and what every block is given beside the stream.
+
+        No block is run.
+        """
+        entered: list[Tensor] = []
+        kwargs: list[dict] = []
+
+        def pass_on(_: int, hidden_states: Tensor | Streams, others: dict) -> Streams:
+            s = Streams.of(hidden_states)
+            entered.append(s.shared)
+            kwargs.append(others)
+            return s
+
+        with instead_of_each(self.blocks, pass_on):
+            self._run(input_ids)
+        return entered[0], kwargs
 
     @torch.no_grad()
     def extend(self, input_ids: Tensor, cache: Cache | None = None) -> tuple[Tensor, Cache]:

@@ -143,7 +143,8 @@ def distil_together(
         pieces = _positions(batch.mask, model.lm.head.vocab_size, step, replicas=feed.replicas.size)
         seen = torch.cat(list(pieces))
         of_routers = _total(routing_error(dense, routed, batch.mask)[:, seen][batch.mask[:, seen]])
-        kl = _divergence(model.lm, exact if step is None else head, batch, final, pieces)
+        of_dense = feed.dense_final(batch)
+        kl = _divergence(model.lm, exact if step is None else head, of_dense, final, mask=batch.mask, pieces=pieces)
         return of_routers + torch.stack([kl, torch.zeros_like(kl)])
 
     return _train(students, feed, loss=loss, schedule=schedule, hooks=hooks)
@@ -239,24 +240,30 @@ def _products(schedule: Schedule, device: torch.device) -> torch.autocast:
 
 
 def _divergence(
-    lm: TensorParallelLM, head: VocabParallelHead, batch: Batch, final: Tensor, pieces: Sequence[Tensor]
+    lm: TensorParallelLM,
+    head: VocabParallelHead,
+    of_dense: Tensor,
+    final: Tensor,
+    *,
+    mask: Tensor,
+    pieces: Sequence[Tensor],
 ) -> Tensor:
-    """Return the sum of KL(dense || planned) over the real tokens of a batch at the positions of `pieces`.
+    """Return the sum of KL(dense || planned) over a batch's real tokens, `mask` [B, T], at the positions of `pieces`.
 
-    `head` is the model's, in any dtype; `final` leaves the planned model's final norm. The gradient of a piece is taken
-    at once, so that the logits of one piece alone are held, and none are computed anew on the way back.
+    `head` is the model's, in any dtype; `of_dense` and `final` leave the final norms, [B, T, d]. The gradient of a
+    piece is taken at once, so that the logits of one piece alone are held, and none are computed anew on the way back.
     """
 
-    def log_probabilities(final: Tensor) -> Tensor:
-        return lm.scaled_logits(head(final.to(head.weight.dtype)))[mask].float().log_softmax(-1)
+    def log_probabilities(final: Tensor, at: Tensor) -> Tensor:
+        logits = lm.scaled_logits(head(final[:, at].to(head.weight.dtype)))
+        return logits[mask[:, at]].float().log_softmax(-1)
 
     leaf, total = final.detach(), torch.zeros((), device=final.device)
     leaf.requires_grad_(final.requires_grad)
     for at in pieces:
-        mask = batch.mask[:, at]
         with torch.no_grad():
-            log_p = log_probabilities(batch.final[:, at])
-        log_q = log_probabilities(leaf[:, at])
+            log_p = log_probabilities(of_dense, at)
+        log_q = log_probabilities(leaf, at)
         kl = nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True)
         if kl.requires_grad:
             kl.backward()

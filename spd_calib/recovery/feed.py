@@ -29,7 +29,8 @@ class Batch:
     planned: Streams  # entering the present block of the planned one
     kwargs: list[dict]  # of every block
     mask: Tensor  # [B, T], True at real tokens
-    final: Tensor  # leaving the dense model's final norm
+    input_ids: Tensor  # [B, T]
+    final: Tensor | None = None  # leaving the dense model's final norm, once asked for
     read: Tensor | None = None  # [B, T, d], what the dense model's MLP reads in the present block, before its norm
     output: Tensor | None = None  # [B, T, d], leaving the present block of the dense model; both once asked for
     starts: "Batch | None" = None  # sequences of START tokens that begin at tokens of this batch
@@ -72,10 +73,9 @@ class Feed:
 
     def _entering(self, input_ids: Tensor, lengths: Sequence[int]) -> Batch:
         """Return a batch in front of the first block, token ids [B, T], of which so many of each row are real."""
-        recording, device = self.model.lm.record(input_ids), input_ids.device
+        (x, kwargs), device = self.model.lm.enter(input_ids), input_ids.device
         mask = torch.arange(input_ids.shape[1], device=device) < torch.tensor(lengths, device=device)[:, None]
-        x = recording.streams[0].shared
-        return Batch(x, Streams(x), recording.kwargs, mask, recording.final)
+        return Batch(x, Streams(x), kwargs, mask, input_ids)
 
     @property
     def fitting(self) -> list[Batch]:
@@ -110,6 +110,15 @@ class Feed:
         """Return what the present block takes beside the streams."""
         return batch.kwargs[self.index]
 
+    def dense_final(self, batch: Batch) -> Tensor:
+        """Return what leaves the dense model's final norm, [B, T, d]; kept.
+
+        Raises InputError that names the block where NaN or Inf first appears, if any does.
+        """
+        if batch.final is None:
+            batch.final = self.model.lm.record(batch.input_ids).final
+        return batch.final
+
     def dense_output(self, batch: Batch) -> Tensor:
         """Return what leaves the present block of the dense model, [B, T, d]; kept until the feed moves on."""
         self._run_dense(batch)
@@ -133,10 +142,15 @@ class Feed:
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Move all batches through the present block of both models."""
+        """Move all batches through the present block of both models.
+
+        Raises InputError where NaN or Inf leaves the dense one.
+        """
         for batch in with_starts(self.batches):
             batch.planned = self.model.run_block(self.index, batch.planned, **self.kwargs(batch))
             batch.dense, batch.read, batch.output = self.dense_output(batch), None, None
+            if not batch.dense.isfinite().all():
+                self.model.lm.refuse_nonfinite(batch.input_ids)
         self.index += 1
 
     def move_to(self, block: int) -> None:
