@@ -15,6 +15,7 @@ from spd_calib.errors import InputError
 from spd_calib.formats.files import read
 from spd_calib.formats.plan import Plan
 from spd_calib.models.load import load_dense, locate, read_config
+from spd_calib.models.stream_load import BlockWeights
 from spd_calib.recovery import recover as recovery
 from spd_calib.recovery import stored_form
 
@@ -24,7 +25,8 @@ FAMILIES = ("llama", "opt", "phi3", "gemma4", "minicpm3", "qwen3_5", *NORMS, *MI
 
 
 def recover(folder, plan, out, text, *, stream, **given):
-    run = spd_calib.RunOptions(device="cpu", batch_size=4, stream=stream, dtype=given.pop("dtype", "float32"))
+    asked = {name: given.pop(name) for name in ("dtype", "batch_size") if name in given}
+    run = spd_calib.RunOptions(device="cpu", stream=stream, **{"dtype": "float32", "batch_size": 4} | asked)
     return spd_calib.recover(plan, out, data=str(text), model=folder, text=SELECTION, run=run, **given)
 
 
@@ -115,6 +117,23 @@ def test_few_blocks_weights_are_in_memory(text, tmp_path, monkeypatch, stream):
 
     recover(folder, plan, tmp_path / "out", text, stream=stream, progress=Progress(step=count))
     assert held and (max(held) < 3 if stream else max(held) > 12), held
+
+
+def test_weights_are_read_as_often_for_much_text_as_for_little(text, tmp_path, monkeypatch):
+    tiny.save(tiny.build("llama"), folder := tmp_path / "model")
+    plan = write_plan(tmp_path / "plan.json", folder, 2, ["block_drop"] * 4)
+    hold, found = BlockWeights.hold, []
+
+    def count(weights, block):
+        found[-1] += block == 2 and weights.held != block
+        hold(weights, block)
+
+    monkeypatch.setattr(BlockWeights, "hold", count)
+    monkeypatch.setattr(recovery, "COST_TOKENS", 24)  # of a sequence: one batch, forwards and backwards
+    for size in (2, 8):
+        found.append(0)
+        recover(folder, plan, tmp_path / f"out-{size}", text, stream=True, batch_size=size)
+    assert found[0] == found[1] < 9, found
 
 
 @pytest.mark.parametrize(("first", "second"), [(True, True), (True, False), (False, True)])
