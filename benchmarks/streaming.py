@@ -1,4 +1,6 @@
-"""A random Llama of 4 GB on disk, profiled with its blocks read from disk: anonymous memory at its peak, and time.
+"""A random Llama of 4 GB on disk, profiled and recovered with its blocks read from disk: memory at its peak, and time.
+
+Memory is anonymous memory: what a process holds, without files that lie in the cache.
 
     .venv/bin/python benchmarks/streaming.py [--gib 4]
 
@@ -9,6 +11,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -67,11 +70,28 @@ def main() -> None:
     if not (FOLDER / "config.json").exists():
         make(FOLDER, blocks)
     on_disk = sum(p.stat().st_size for p in FOLDER.glob("*.safetensors"))
-    command = [sys.executable, "-m", "spd_calib", "profile", str(FOLDER), "--tp", "4", "--data", "demo", "--stream",
-               "--seq-len", "64", "--max-samples", "8", "--verify-samples", "2", "--batch-size", "8", "--strategy",
-               "block_drop", "--device", "cpu", "-o", str(FOLDER / "profile.json")]  # fmt: skip
+    profile, plan, recovered = (
+        FOLDER.parent / f"streaming-{name}" for name in ("profile.json", "plan.json", "recovered")
+    )
+    shutil.rmtree(recovered, ignore_errors=True)
+    text = ["--data", "demo", "--stream", "--seq-len", "64", "--verify-samples", "2", "--batch-size", "8"]
+    rows = [
+        measured(
+            "profile", FOLDER, "--tp", "4", *text, "--max-samples", "8", "--strategy", "block_drop", "-o", profile
+        ),
+        measured("plan", profile, "--drop", "100%", "-o", plan),
+        measured("recover", plan, *text, "--max-samples", "16", "--methods", "grouping,compensation", "-o", recovered),
+    ]
+    document = {"bytes_on_disk": on_disk, "blocks": blocks, "block_bytes": block_bytes, "rows": rows}
+    (ROOT / "results" / "benchmarks" / "streaming.json").write_text(json.dumps(document, indent=1) + "\n")
+    print(json.dumps(document, indent=1))
+
+
+def measured(*arguments: str | Path) -> dict:
+    """Run a command of spd-calib on the CPU; return the command, its peak of memory, and its seconds."""
+    given = [str(a).replace(f"{ROOT}/", "") for a in arguments] + ["--device", "cpu"]
     began = time.monotonic()
-    process = subprocess.Popen(command)
+    process = subprocess.Popen([sys.executable, "-m", "spd_calib", *given], cwd=ROOT)
     peak = 0.0
     while process.poll() is None:
         with contextlib.suppress(OSError):  # a process that is gone has none
@@ -79,14 +99,11 @@ def main() -> None:
         time.sleep(0.05)
     if process.returncode:
         sys.exit(process.returncode)
-    shown = " ".join(command[2:]).replace(str(ROOT) + "/", "")
-    document = {
-        "command": "python -m " + shown,
-        "bytes_on_disk": on_disk, "blocks": blocks, "block_bytes": block_bytes,
-        "peak_anonymous_mib": round(peak, 1), "seconds": round(time.monotonic() - began, 1),
-    }  # fmt: skip
-    (ROOT / "results" / "benchmarks" / "streaming.json").write_text(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document, indent=1))
+    return {
+        "command": f"spd-calib {' '.join(given)}",
+        "peak_anonymous_mib": round(peak, 1),
+        "seconds": round(time.monotonic() - began, 1),
+    }
 
 
 if __name__ == "__main__":
