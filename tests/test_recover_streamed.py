@@ -172,3 +172,18 @@ def test_a_model_too_large_is_streamed_without_being_asked(text, tmp_path, monke
     said = []
     recover(folder, plan, tmp_path / "out", text, stream=False, progress=Progress(say=said.append))
     assert any("read from disk" in line for line in said) != fits
+
+
+def test_a_state_that_lost_a_file_is_refused(text, tmp_path):
+    tiny.save(tiny.build("llama"), folder := tmp_path / "model")
+    plan, out = write_plan(tmp_path / "plan.json", folder, 2, ["block_drop"] * 4), tmp_path / "out"
+
+    def kill(note: str) -> None:
+        if note.startswith("block 2"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recover(folder, plan, out, text, stream=False, progress=Progress(step=kill))
+    (tmp_path / "out.partial" / "closed-form-1.1.safetensors").unlink()
+    with pytest.raises(InputError, match="out.partial held closed-form-1.1.safetensors; remove the folder"):
+        recover(folder, plan, out, text, stream=False)

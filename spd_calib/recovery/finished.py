@@ -1,8 +1,9 @@
 """The steps of a recovery that are finished: kept as they are done, and taken over by the run that goes on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
@@ -32,7 +33,8 @@ class FinishedSteps:
     judge: Judge
     journal: TensorJournal | None
     replicas: Comm
-    _written: dict[Student, str] = field(default_factory=dict)  # under which name of the journal a student's state lies
+    # under which name of the journal a student's state lies
+    _written: MutableMapping[Student, str] = field(default_factory=WeakKeyDictionary)
 
     @property
     def is_main(self) -> bool:
@@ -60,9 +62,7 @@ class FinishedSteps:
         if step is None:
             return False
         for block, place in step[1]["blocks"].items():
-            state = read(place)
-            assert state is not None, "it was written before the step was"
-            self.put_state(int(block), state[0])
+            self.put_state(int(block), self._state(place, read(place)))
             self._lies_under(place, int(block))
         self.judge.go_on_from([Attempt(**a) for a in step[1]["attempts"]], measured=measured)
         return True
@@ -79,7 +79,7 @@ class FinishedSteps:
         return False
 
     def keep(self, name: str, blocks: Sequence[int]) -> None:
-        """Write down that a step is finished, with what it made of `blocks`."""
+        """Write down that a step is finished, with what it made of `blocks`: what is written already, not again."""
         if self.is_main and self.journal is not None:
             for block in blocks:
                 student = self.model.students[block]
@@ -94,12 +94,13 @@ class FinishedSteps:
         """Note that the state of a block's student lies in the journal; of a model read from disk it is read there."""
         student = self.model.students[block]
         self._written[student] = name
-        self.model.park(student, lambda: self._state(name))
+        self.model.park(student, lambda: self._state(name, self.saved(name)))
 
-    def _state(self, name: str) -> dict[str, Tensor]:
-        saved = self.saved(name)
+    def _state(self, name: str, saved: Saved | None) -> dict[str, Tensor]:
+        """Return a block's state, as it was read. Raises InputError where it is no longer there."""
         if saved is None:
-            raise InputError(f"The state of a recovery is gone while it is needed: {name}; begin again.")
+            assert self.journal is not None
+            raise InputError(f"{self.journal.folder} held {name}.safetensors; remove the folder, and begin again.")
         return saved[0]
 
     def choice(self, name: str, choose: Callable[[], list[Attempt]]) -> list[Attempt]:

@@ -1,4 +1,4 @@
-"""The state of a recovery on disk, one safetensors file for each step, so that a killed one goes on where it stopped.
+"""The state of a recovery on disk, so that a killed one goes on where it stopped: safetensors files, one for each step.
 
 (Measurements go to a file of JSON lines instead: sensitivity/journal.py.) Where no journal is kept, None stands for it.
 """
@@ -19,6 +19,8 @@ from spd_calib.formats.files import unwritable
 from spd_calib.formats.locks import open_locked
 from spd_calib.ranks import is_main_rank
 
+LAYOUT = 2  # of what the steps hold: another version's state is that of another run
+
 
 class TensorJournal:
     """A folder of finished steps, and of the training that was under way. `run` (JSON values) names what it belongs to.
@@ -30,7 +32,7 @@ class TensorJournal:
 
     def __init__(self, folder: Path, run: dict):
         self.folder = folder
-        self.run = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+        self.run = hashlib.sha256(json.dumps(run | {"layout": LAYOUT}, sort_keys=True).encode()).hexdigest()
         self._file: int | None = None
         try:
             if folder.exists():

@@ -1,6 +1,7 @@
 """Treated blocks whose weights lie on disk, of which one block's at a time are in memory."""
 
 from collections.abc import Callable, Mapping
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ class ParkedStudents:
     """
 
     def __init__(self) -> None:
-        self._parked = set[Student]()
+        self._parked = WeakSet[Student]()
         self._held: Student | None = None
         self._rounded: torch.dtype | None = None
 
