@@ -39,7 +39,8 @@ def with_estimates(plan: Plan, subject: Subject) -> tuple[Plan, bytes | None]:
     That file, which the plan names, holds the predictors of a recovered checkpoint as well. None, and the plan as it
     is, where there are no estimates. Under torchrun all ranks call this at once.
     """
-    drops = subject.lm.fitted(plan.drops | subject.always)
+    # of what is always so the dropped points: their predictors; bits of syncs that are kept stand in the plan
+    drops = subject.lm.fitted(plan.drops | subject.always.only(subject.always.points))
     if not any(drops.at(point).predictors is not None for point in subject.lm.estimates):
         return plan, None
     tensors: dict[str, Tensor] = {}

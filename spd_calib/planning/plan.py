@@ -95,6 +95,7 @@ def make_plan(
         recovered=recovered,
         quantised=quantised,
         replicated=replicated,
+        limited=limit is not None,
     )
     of_others = calibration.cost_of(NOTHING_DROPPED) if quantised or replicated.drops else None
     number, text = held_out.after(choice.rounds)
@@ -130,8 +131,12 @@ def planned_blocks(
     recovered: Plan | None = None,
     quantised: Drops = NOTHING_DROPPED,
     replicated: Replicated = Replicated(),
+    limited: bool = False,
 ) -> list[PlannedBlock]:
-    """Return every block of the plan; what the plan of a `recovered` checkpoint drops stays dropped."""
+    """Return every block of the plan; what the plan of a `recovered` checkpoint drops stays dropped.
+
+    `limited`: each sync point was treated so that all keep to a limit, which is no budget of a loss.
+    """
     settled = recovered.drops if recovered else NOTHING_DROPPED
     drops = quantised | settled | replicated.drops | choice.drops
     by_point = {c.point: c for c in candidates(profile, budget)}
@@ -142,7 +147,7 @@ def planned_blocks(
         old = recovered.blocks[index] if recovered else None
         reasons = [old.reason] if old and (attention in settled or mlp in settled) else []
         reasons += [
-            _reason(c, profile, budget, drops=choice.drops, replicated=replicated)
+            _reason(c, profile, budget, drops=choice.drops, replicated=replicated, limited=limited)
             for c in own
             if c.point not in choice.reasons
         ]
@@ -163,6 +168,7 @@ def planned_blocks(
                 replicated=drops.at(attention).replicated,
                 recovery=_recovery(own, profile, budget, drops=drops),
                 compensation=old.compensation if old else None,
+                mlp_compensation=old.mlp_compensation if old else None,
                 router=_router(old, drops.strategy(attention)) if index in mixtures else None,
                 kl=kl.get(attention),
                 mlp_kl=kl.get(mlp),
@@ -179,7 +185,9 @@ def _router(old: PlannedBlock | None, strategy: Strategy) -> RouterPredictor | N
     return old.router if old and old.router else RouterPredictor(kind="zero", rank=0)
 
 
-def _reason(candidate: Candidate, profile: Profile, budget: Budget, *, drops: Drops, replicated: Replicated) -> str:
+def _reason(
+    candidate: Candidate, profile: Profile, budget: Budget, *, drops: Drops, replicated: Replicated, limited: bool
+) -> str:
     """Return why a candidate is among `drops`, or is not."""
     if candidate.point in replicated.drops:
         return replicated.reasons[candidate.point.block]
@@ -189,6 +197,8 @@ def _reason(candidate: Candidate, profile: Profile, budget: Budget, *, drops: Dr
     if budget.kind == "tau":
         found = tier(profile, budget, candidate)
         return f"{found}: kept until `spd-calib recover` treats it ({RECOVERY[found]})"
+    if limited:
+        return f"{prefix}kept as it is: what else is dropped, or sent with fewer bits, saves enough"
     alone = _alone(candidate, profile, budget)
     why = "beyond the budget" if alone is not None and alone > budget.value else "and the budget has no room for it"
     return f"{prefix}{candidate.strategy} costs KL {candidate.kl:.3g}, {why}"

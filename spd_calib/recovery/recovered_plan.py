@@ -64,7 +64,8 @@ def recovered_plan(
 
 def _block(block: PlannedBlock, model: PlannedModel, report: RecoveryReport) -> PlannedBlock:
     student = model.students.get(block.index)
-    if student is None and any(strategy != Strategy.KEEP_SYNC for strategy, _ in block.syncs):  # it was given back
+    treated = block.recovery is not None or any(strategy != Strategy.KEEP_SYNC for strategy, _ in block.syncs)
+    if student is None and treated:  # it was given back
         nothing = dict.fromkeys(("recovery", "compensation", "mlp_compensation", "router", "replicated"))
         kept = dict.fromkeys(("strategy", "mlp_strategy"), Strategy.KEEP_SYNC)
         return block.model_copy(update={**nothing, **kept, "reason": "kept again: without it the budget is broken"})
@@ -73,12 +74,14 @@ def _block(block: PlannedBlock, model: PlannedModel, report: RecoveryReport) -> 
     return block.model_copy(
         update={
             "strategy": student.strategy,
+            "mlp_strategy": student.drops.strategy(student.block.mlp_point),
             "replicated": student.replicated,
             "recovery": None,
             "compensation": form_of(student.drops, student.block.attention_point),
             "mlp_compensation": form_of(student.drops, student.block.mlp_point),
             "router": _router(student),
-            "kl": None,  # of the block before it was treated
+            "kl": None,  # of the block before it was treated, as the next
+            "mlp_kl": None,
             "reason": "; ".join([*([block.reason] if block.replicated else []), _reason(report, block.index)]),
         }
     )
