@@ -289,3 +289,18 @@ def verified_again(plan: Plan, folder, text):
     (found,) = load_texts_for(recovered, [str(text)], SELECTION)
     subject = Subject(recovered.load(), load_plan(folder / "plan.json")[1], original.load())
     return measure(subject, found.verification, plans=[plan.drops.only([])])[1][0]
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.9, "do_sample": False}, {"eos_token_id": 1}, None])
+def test_settings_of_generation_are_copied_whatever_they_are(tmp_path, text, settings):
+    """transformers refuses to write some that it reads: sampling's, where nothing is sampled."""
+    folder = tiny.save(tiny.build("llama"), tmp_path / "model")
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if settings is not None:
+        (folder / "generation_config.json").write_text(json.dumps(settings))
+    plan = write_plan(tmp_path / "plan.json", folder, 2, ["block_drop"] * 4)
+    for stream in (False, True):
+        run = spd_calib.RunOptions(device="cpu", stream=stream)
+        spd_calib.recover(plan, tmp_path / f"{stream}", data=str(text), text=SELECTION, run=run)
+        written = tmp_path / f"{stream}" / "generation_config.json"
+        assert (json.loads(written.read_text()) if written.exists() else None) == settings

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
+from transformers import GenerationConfig
 
 from spd_calib.errors import InputError
 from spd_calib.formats.common import ModelRef
@@ -29,7 +30,9 @@ from .planned_model import PlannedModel
 from .stored_form import is_part, write_as_stored
 
 COMPENSATION_FILE = "compensation.safetensors"
-WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
+WEIGHTS = (
+    ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5", ".msgpack"
+)  # fmt: skip
 
 
 class MakePlan(Protocol):
@@ -82,7 +85,9 @@ def write_checkpoint(
         else:
             restored = model.restored()
             nn.Module.to(restored, dtype)
+            restored.generation_config = GenerationConfig()  # transformers writes no settings that do not fit together
             restored.save_pretrained(folder)
+            (folder / "generation_config.json").unlink(missing_ok=True)
         for path in source.folder.iterdir():  # configuration and tokenizer as they were
             if path.is_file() and not path.name.endswith(WEIGHTS) and path.name not in ("plan.json", REPORT_FILE):
                 shutil.copyfile(path, folder / path.name)
