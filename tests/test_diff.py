@@ -14,7 +14,7 @@ from screens import command, on_terminal
 from spd_calib.errors import InputError
 from spd_calib.formats.drops import Strategy
 from spd_calib.formats.files import dumps, read
-from spd_calib.formats.plan import Budget, Latency, Plan
+from spd_calib.formats.plan import Budget, Latency, Plan, Request
 from spd_calib.formats.profile import Profile
 from spd_calib.reporting.agreement import agreements
 from spd_calib.reporting.diff import diff_plans, diff_profiles
@@ -221,6 +221,25 @@ def test_why_plans_differ(plans):
         }
     )
     assert diff_plans(a, with_bits).answer[0].endswith("the same; other bits of syncs were asked for.")
+    longer, longest = (
+        same.model_copy(
+            update={
+                "request": Request(
+                    hardware="h", batch=1, prompt=8, new_tokens=n, dense_seconds=2.0, one_choice_seconds=1.5,
+                    two_choices_seconds=1.5, planned_seconds=1.5, saved=0.25,
+                ),
+                "verified": same.verified.model_copy(update={"as_served": n > 2}),
+            }
+        )
+        for n in (2, 64)
+    )  # fmt: skip
+    of_requests = diff_plans(a.model_copy(update={"request": longer.request}), longest)
+    assert of_requests.answer[0].endswith("the same; other requests or steps to save time of were asked for.")
+    assert {d.what: (d.a, d.b) for d in of_requests.differing} == {
+        "requires": ("nothing", "mlp_drop"),
+        "verified": ("in one forward", "as it is served"),
+        "planned for": tuple(f"a request of 8 + {n} tokens, batch 1, h" for n in (2, 64)),
+    }
     wider = same.model_copy(update={"budget": a.budget.model_copy(update={"value": 4})})
     assert diff_plans(a, wider).answer[0].endswith("other budgets were asked for, of the same sensitivities.")
 

@@ -19,7 +19,7 @@ from spd_calib.formats.plan import Latency, Plan
 from spd_calib.formats.profile import Profile, Recovered
 from spd_calib.formats.results import Results
 from spd_calib.reporting.table import nats
-from spd_calib.reporting.tables import rankings, tasks
+from spd_calib.reporting.tables import blocks, rankings, task_losses, tasks, whole_plan
 
 DEMO = Path(__file__).parent.parent / "results/demo"
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -443,3 +443,16 @@ def test_results_say_which_all_reduces_are_dropped():
     both = results.model_copy(update={"dropped": [1, 2], "mlp_dropped": [0]})
     assert tasks(both).title == "2 attention and 1 MLP all-reduces dropped, TP 4" and "mlp_dropped" in dumps(both)
     assert tasks(results.model_copy(update={"dropped": []})).title == "dense and planned, TP 4"
+
+
+def test_what_is_said_of_a_recovered_plan(llama, tmp_path):
+    """Its figures are no prediction; of tasks it has none; MLPs that were not profiled are dropped all the same."""
+    strategies = ["block_drop", "keep_sync", "keep_sync", "keep_sync"]
+    plan = read(Plan, write_plan(tmp_path / "plan.json", llama, 2, strategies, strategies))
+    assert "MLP" in blocks(plan).columns and blocks(plan).rows[0][:3] == ["0", "block_drop", "block_drop"]
+    assert [row[0] for row in whole_plan(plan).rows] == ["predicted from the profile", "verified, held-out text"]
+    of_tasks = plan.budget.model_copy(update={"kind": "max_accuracy_drop", "tasks": ["arc_easy"]})
+    recovered = plan.model_copy(update={"recovered_from": plan.model, "budget": of_tasks})
+    assert whole_plan(recovered).rows[0][0] == "expected of the recovered model" and task_losses(recovered) == ""
+    served = plan.model_copy(update={"verified": plan.verified.model_copy(update={"as_served": True})})
+    assert "as it is served" in whole_plan(served).rows[1][0]

@@ -160,6 +160,8 @@ def diff_plans(a: Plan, b: Plan) -> PlanDiff:
         "predictors": tuple(p.compensation.sha256[:12] if p.compensation else "none" for p in (a, b)),
         "recovered from": tuple(p.recovered_from.id if p.recovered_from else "nothing" for p in (a, b)),
         "text verified on": (_text(a.verified.text), _text(b.verified.text)),
+        "verified": tuple("as it is served" if p.verified.as_served else "in one forward" for p in (a, b)),
+        "planned for": tuple(_steps(p) if p.request else "any step" for p in (a, b)),
     }
     others = [
         OtherStrategy(Point(block=x.index, sync_point=kind), of_a, of_b, *kl, x.reason, y.reason)
@@ -194,6 +196,13 @@ def _figures(plan: Plan) -> dict[str, str]:
     }
 
 
+def _steps(plan: Plan) -> str:
+    """Return what a plan's latency was modelled for: a request, or steps."""
+    if (r := plan.request) is not None:
+        return f"a request of {r.prompt} + {r.new_tokens} tokens, batch {r.batch}, {r.hardware}"
+    return "; ".join(f"{m.phase}, batch {m.batch}, context {m.context}, {m.hardware}" for m in plan.latency) or "none"
+
+
 def _by_phase(counts: Sequence[int]) -> str:
     return str(counts[0]) if len(counts) == 1 else f"{counts[0]} in prefill, {counts[1]} in decoding"
 
@@ -225,11 +234,17 @@ def _why(a: Plan, b: Plan, *, others: Sequence[OtherStrategy]) -> str:
         return f"{said}: other budgets were asked for, of the same sensitivities."
     if changed:
         return f"{said}: the budget is the same, {numbers}: compare the profiles."
-    options = ["bits of syncs"] if a.drops.bits != b.drops.bits else []
+    timed = a.request or b.request or a.budget.kind == "min_speedup"
+    options = ["requests or steps to save time of"] if timed and _steps(a) != _steps(b) else []
+    options += ["bits of syncs"] if _bits(a) != _bits(b) else []
     options += ["heads replicated"] if a.drops.replicated != b.drops.replicated else []
     if options:
         return f"{said}: the budget and the KLs alone are the same; other {' and '.join(options)} were asked for."
     return f"{said}: the budget and the KLs alone are the same; the text verified on, recovery or the version decided."
+
+
+def _bits(plan: Plan) -> list[dict[Point, int]]:
+    return [plan.by_phase.prefill.bits, plan.by_phase.decode.bits]
 
 
 def _check_blocks(a: Profile | Plan, b: Profile | Plan) -> None:

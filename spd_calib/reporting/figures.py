@@ -47,8 +47,10 @@ def sensitivity(profile: Profile, plan: Plan | None, *, title: bool = False) -> 
             ax.plot([], [], "s", color=COLOURS[strategy], label=f"plan: {strategy} ({planned.count(strategy)})")
         if mlps := plan.drops.blocks("mlp"):
             ax.plot(mlps, [0] * len(mlps), "kv", ms=4, label="plan: MLP dropped", clip_on=False)
-    ax.set(xlabel="block", ylabel="KL(dense || dropped), nats a token (± 2 s.e.)")
-    heights = [value for strategy, kind in series for value, _ in profile.kl(strategy, kind).values() if value > 0]
+    found = [pair for strategy, kind in series for pair in profile.kl(strategy, kind).values()]
+    errors = "" if all(stderr is None for _, stderr in found) else " (± 2 s.e.)"
+    ax.set(xlabel="block", ylabel=f"KL(dense || dropped), nats a token{errors}")
+    heights = [value for value, _ in found if value > 0]
     if _spread_out(heights):
         ax.set_yscale("log")
         ax.set_ylim(bottom=max(min(heights), 1e-5) / 2)

@@ -81,7 +81,10 @@ def _plan(run: Run) -> Section:
         return _left_out("plan", heading, command="spd-calib plan profile.json --max-ppl-increase 1% -o plan.json")
     said = [
         "Predicted is what the profile says of the whole set; verified is the whole set, run on held-out "
-        "text. The budget is held against the second.",
+        "text. The budget is held against the second."
+        if run.plan.recovered_from is None
+        else "Expected is what the profile of the recovered model says or, straight after the recovery, what it cost "
+        "on the text that decided what stayed; verified is the whole, run on other text.",
     ]
     if number := run.plan.verified.round:
         t = run.plan.verified.text

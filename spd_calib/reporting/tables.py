@@ -120,7 +120,10 @@ def _costs(measured: Comparison) -> list[str]:
 
 def blocks(plan: Plan) -> Table:
     """Return the plan block by block."""
-    mlps = any(b.mlp_kl is not None or b.mlp_sync_bits or b.prefill for b in plan.blocks)
+    mlps = any(
+        b.mlp_kl is not None or b.mlp_strategy != Strategy.KEEP_SYNC or b.mlp_sync_bits or b.prefill
+        for b in plan.blocks
+    )
     columns = ["block", "strategy", *(["MLP"] if mlps else []), "KL alone", *(["MLP alone"] if mlps else []), "why"]
     rows = []
     for b in plan.blocks:
@@ -136,13 +139,14 @@ def whole_plan(plan: Plan) -> Table:
     """Return what the whole plan costs as predicted and as verified, one above the other."""
     p, v = plan.predicted, plan.verified
     columns = ["", "KL", "ppl", "top-1 lost, points"]
+    served = " (the second half of each sequence, as it is served)" if v.as_served else ""
     predicted = [
-        "predicted from the profile",
+        "expected of the recovered model" if plan.recovered_from else "predicted from the profile",
         nats(p.kl),
         "" if p.ppl_increase is None else f"{100 * p.ppl_increase:+.2f} %",
         "" if p.accuracy_drop is None else f"{100 * p.accuracy_drop:+.2f}",
     ]
-    verified = ["verified, held-out text", *_costs(v)]
+    verified = [f"verified, held-out text{served}", *_costs(v)]
     if v.routed_as_dense is not None:
         columns, predicted = [*columns, "routed as dense"], [*predicted, ""]
         verified = [*verified, f"{100 * v.routed_as_dense:.1f} %"]
@@ -150,10 +154,10 @@ def whole_plan(plan: Plan) -> Table:
 
 
 def task_losses(plan: Plan) -> str:
-    """Return a sentence on the accuracy lost on lm-eval tasks; '' where the budget is of none."""
-    if not plan.budget.tasks:
-        return ""
+    """Return a sentence on the accuracy lost on lm-eval tasks; '' where it was not measured."""
     v = plan.verified
+    if not v.task_accuracy_drop:
+        return ""
     lost = [f"{t} {percentage_points(d, v.task_accuracy_drop_stderr[t])}" for t, d in v.task_accuracy_drop.items()]
     return "lm-eval accuracy lost on documents not used to choose, points: " + ", ".join(lost)
 
