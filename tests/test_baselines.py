@@ -54,6 +54,10 @@ def test_the_papers_order_is_by_what_each_block_adds_to_those_behind_it():
     assert paper_order(points, [comparison(0.7), comparison(0.4), comparison(0.35)]) == [a(1), a(0), a(2)]
 
 
+def with_base(sets):
+    return [comparison(0.1 + sum({a(0): 0.02, a(2): 0.01}[p] for p in drops)) for drops in sets]
+
+
 def test_the_papers_order_and_its_sets():
     points = [a(0), a(1), a(2)]
     equal = [comparison(kl) for kl in (0.3, 0.2, 0.1)]
@@ -61,6 +65,9 @@ def test_the_papers_order_and_its_sets():
     assert paper_order(points, [comparison(kl) for kl in (0.6, 0.5, 0.2)]) == [a(0), a(2), a(1)]
     with pytest.raises(ValueError, match="zip"):
         paper_order(points[:2], equal)
+    # a recovered checkpoint costs 0.1 with none of them dropped: block 2 adds 0.01, block 0 adds 0.02
+    assert paper_order([a(0), a(2)], [comparison(0.13), comparison(0.11)], base=0.1) == [a(2), a(0)]
+    assert Baselines(Drops.of({a(0): DROP, a(2): DROP}), Calibration(with_base)).paper_order == [a(2), a(0)]
     drops = Drops.of(dict.fromkeys([*points, m(0)], DROP))
     assert [list(d) for d in back_to_front(drops)] == [points, points[1:], points[2:]]
 

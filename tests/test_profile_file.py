@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from profiles import DROP, budget, chosen, fisher_profile, make_profile, random_fisher, total
+from profiles import DROP, budget, chosen, comparison, fisher_profile, m, make_profile, random_fisher, recovered, total
 
 from spd_calib.errors import InputError
 from spd_calib.formats.files import dumps, read
@@ -62,3 +62,14 @@ def test_formats_round_trip_and_refuse_what_they_do_not_know(tmp_path):
         path.write_text(json.dumps({**good, **change}))
         with pytest.raises(InputError, match=word):
             read(Profile, path)
+
+
+def test_a_difference_of_two_measurements_has_no_standard_error():
+    """That of either is none of what a drop adds: of the paper's cumulative order, and of a recovered checkpoint."""
+    single = make_profile([0.3, 0.2])
+    assert single.kl(DROP) == {0: (0.3, 0.001), 1: (0.2, 0.001)}
+    for differences in (
+        make_profile([0.3, 0.2], method="cumulative"),
+        make_profile([0.3, 0.2], recovered=recovered([m(0)], comparison(0.1))),
+    ):
+        assert [stderr for _, stderr in differences.kl(DROP).values()] == [None, None]

@@ -191,7 +191,10 @@ def requirements(blocks: Sequence[PlannedBlock]) -> list[Requirement]:
 
 
 class Predicted(Part):
-    """The profile's estimate for the whole plan; from single measurements it is usually too low for large sets."""
+    """The profile's estimate for the whole plan; from single measurements it is usually too low for large sets.
+
+    Of a plan that `recover` wrote: what the whole cost on the text that decided what stayed.
+    """
 
     kl: Finite = Field(description="By the interactions, where the profile has them; else from single costs")
     ppl_increase: Finite | None = Field(default=None, description="Sum of the single costs")

@@ -209,10 +209,15 @@ class Profile(Part):
         return {m.block: m for m in self.measurements if m.strategy == strategy and m.sync_point == sync_point}
 
     def kl(self, strategy: Strategy, sync_point: Sublayer = "attention") -> dict[int, tuple[float, float | None]]:
-        """Return the KL of dropping each block's sync point, and its standard error, by block."""
+        """Return the KL of dropping each block's sync point, and its standard error, by block.
+
+        None where the KL is the difference of two measurements, whose standard error is not held: of a cumulative
+        profile and of a recovered checkpoint.
+        """
         if self.fisher is None:
-            value = self.sensitivity(strategy, "kl", sync_point)
-            return {block: (value[block], m.kl_stderr) for block, m in self.of(strategy, sync_point).items()}
+            value, direct = self.sensitivity(strategy, "kl", sync_point), self.method == "single" and not self.recovered
+            rows = self.of(strategy, sync_point)
+            return {block: (value[block], m.kl_stderr if direct else None) for block, m in rows.items()}
         points = [term[0] for term in self.fisher.terms if len(term) == 1 and strategy == Strategy.BLOCK_DROP]
         return {p.block: self.fisher.of(p) for p in points if p.sync_point == sync_point}
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from spd_calib.formats.drops import Drops, Point
+from spd_calib.formats.drops import NOTHING_DROPPED, Drops, Point
 from spd_calib.formats.profile import Comparison
 
 from .whole_plans import Calibration
@@ -27,8 +27,9 @@ class Baselines:
     def paper_order(self) -> list[Point]:
         """Return the attentions' sync points in the paper's order, least sensitive first."""
         longer = back_to_front(self.drops)
-        measured = self.calibration.measure_new(longer)  # not remembered: the search is to know the same without them
-        return paper_order([d.points[0] for d in longer], measured)
+        # not remembered: the search is to know the same without them; with none dropped others may be, always
+        *measured, base = self.calibration.measure_new([*longer, NOTHING_DROPPED])
+        return paper_order([d.points[0] for d in longer], measured, base=base.kl)
 
     def of_size(self, n: int) -> dict[str, Drops]:
         """Return the baseline sets of n sync points, by name."""
@@ -60,12 +61,13 @@ def baseline_sets(drops: Drops, n: int, *, paper_order: Sequence[Point]) -> dict
     return {name: drops.only(points) for name, points in found.items()}
 
 
-def paper_order(points: Sequence[Point], cumulative: Sequence[Comparison]) -> list[Point]:
+def paper_order(points: Sequence[Point], cumulative: Sequence[Comparison], *, base: float = 0.0) -> list[Point]:
     """Return the attentions' sync points by what each adds to those behind it, least first (paper, section 4.2).
 
-    `cumulative` holds, for each of `points` in the order of the blocks, what dropping it and all behind it costs.
+    `cumulative` holds, for each of `points` in the order of the blocks, what dropping it and all behind it costs;
+    `base` is what dropping none of them costs.
     """
-    following = [m.kl for m in cumulative[1:]] + [0.0]
+    following = [m.kl for m in cumulative[1:]] + [base]
     added = [m.kl - after for m, after in zip(cumulative, following, strict=True)]
     return [p for _, p in sorted(zip(added, points, strict=True), key=lambda pair: (pair[0], pair[1].block))]
 
