@@ -51,6 +51,7 @@ from spd_calib.recovery.held_out import HeldOut
 from spd_calib.recovery.journal import TensorJournal
 from spd_calib.recovery.options import WITHOUT_TRAINING, RecoveryMethod, RecoveryOptions
 from spd_calib.recovery.planned_model import PlannedModel
+from spd_calib.recovery.precision import bfloat16_slowdown
 from spd_calib.recovery.recover import recover
 from spd_calib.sensitivity.norm_estimates import fit_estimates
 from spd_calib.sensitivity.text import TextOptions, evenly, load_text
@@ -172,7 +173,7 @@ class Table:
     ) -> list:
         """Treat the model's blocks without training, or train them, and return what was tried; what is done is kept."""
         args, trains, max_rank = self.args, methods == ("distillation",), MAX_RANK[method]
-        schedule = Schedule(steps=args.steps, rate=args.rate, mixed=True)
+        schedule = Schedule(steps=args.steps, rate=args.rate, mixed=bfloat16_slowdown(args.device) < 1)
         options = RecoveryOptions(
             methods=methods,
             max_rank=max_rank,

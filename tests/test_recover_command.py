@@ -17,6 +17,7 @@ from spd_calib.formats.files import read
 from spd_calib.formats.plan import Plan
 from spd_calib.formats.profile import Profile
 from spd_calib.models.plan_files import load_plan
+from spd_calib.recovery.precision import bfloat16_slowdown
 
 SELECTION = spd_calib.TextSelection(seq_len=24, max_samples=24, verify_samples=8)
 
@@ -304,3 +305,21 @@ def test_settings_of_generation_are_copied_whatever_they_are(tmp_path, text, set
         spd_calib.recover(plan, tmp_path / f"{stream}", data=str(text), text=SELECTION, run=run)
         written = tmp_path / f"{stream}" / "generation_config.json"
         assert (json.loads(written.read_text()) if written.exists() else None) == settings
+
+
+@pytest.mark.parametrize("slower", [0.3, 1.4, 7.1])
+def test_mixed_is_refused_where_it_is_slower(tmp_path, llama, text, monkeypatch, slower):
+    monkeypatch.setattr("spd_calib.api.recover.bfloat16_slowdown", lambda device: slower)
+    plan = write_plan(tmp_path / "plan.json", llama, 2, ["block_drop"] * 4)
+    given = {"data": str(text), "text": SELECTION, "run": spd_calib.RunOptions(device="cpu"), "mixed": True}
+    training = {"methods": ["refit", "distillation"], "steps": 1, "final_steps": 1}
+    if slower < 7:
+        assert spd_calib.recover(plan, tmp_path / "out", **given, **training).verified.kl >= 0
+    else:
+        with pytest.raises(InputError, match=r"on this cpu products of bfloat16 take 7\.1 times as long"):
+            spd_calib.recover(plan, tmp_path / "out", **given, **training)
+        spd_calib.recover(plan, tmp_path / "out", **given)  # without training it means nothing
+
+
+def test_a_slowdown_is_a_ratio_of_times():
+    assert 0.01 < bfloat16_slowdown("cpu") < 100

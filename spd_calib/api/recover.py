@@ -28,6 +28,7 @@ from spd_calib.recovery.held_out import HeldOut
 from spd_calib.recovery.journal import TensorJournal
 from spd_calib.recovery.options import METHODS, WITHOUT_TRAINING, RecoveryMethod, RecoveryOptions
 from spd_calib.recovery.planned_model import PlannedModel
+from spd_calib.recovery.precision import bfloat16_slowdown
 from spd_calib.recovery.recover import recover as treat
 from spd_calib.recovery.recovered_plan import Measured, recovered_plan
 from spd_calib.recovery.stored_form import check_can_be_written
@@ -42,6 +43,7 @@ from .provenance import provenance
 from .replication import whole_blocks_for
 from .text import TextSelection, load_texts_for
 
+SLOWER = 1.5  # times: less may be noise
 SPREAD = 4  # times as many packed sequences as are used are read, so that they are of more documents
 
 
@@ -88,6 +90,7 @@ def recover(
             at the end.
         rate: of training, relative to each weight's size.
         mixed: train with bfloat16 matrix products in the blocks; weights, the loss and every judgement are as ever.
+            Refused on a device that multiplies more slowly so.
         replicate: share of the weights a rank reads that it may read more, '7%': all heads of other ranks are
             replicated in as many blocks as that pays for, those that cost most after recovery.
         max_kl, max_ppl_increase: a budget for the recovered plan, one of them: as many blocks are given back to the
@@ -142,7 +145,10 @@ def recover(
     heads = None if replicate is None else whole_blocks_for(drops, session=session, share=replicate)
     run = resolved_for(session, run, dtype=document.provenance.dtype)
     run = replace(run, device=local_device(run.device))
-    run = replace(run, stream=_streams(session, run, trains="distillation" in options.methods))
+    trains = "distillation" in options.methods
+    if mixed and trains:
+        _check_mixed(run.device)
+    run = replace(run, stream=_streams(session, run, trains=trains))
     found = load_texts_for(session, [str(data)], _like_the_plans(text, document), spread=SPREAD)[0]
     judged = max(2, len(found.calibration) // 5)
     fitting, judging = found.calibration[:-judged], found.calibration[-judged:]
@@ -226,6 +232,15 @@ def _checked_methods(methods: Sequence[str]) -> tuple[RecoveryMethod, ...]:
     if wrong or not methods:
         raise InputError(f"`methods` {wrong[0] if wrong else ''!r} is none of {', '.join(METHODS)}.")
     return tuple(dict.fromkeys(methods))  # type: ignore[arg-type]
+
+
+def _check_mixed(device: str) -> None:
+    """Raise InputError where training with bfloat16 products would take longer, which is all that they are for."""
+    if (slower := bfloat16_slowdown(device)) > SLOWER:
+        raise InputError(
+            f"`mixed`: on this {device} products of bfloat16 take {slower:.1f} times as long as those of float32; "
+            "leave it out."
+        )
 
 
 def _source(session: Session) -> Source:
