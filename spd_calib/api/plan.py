@@ -18,7 +18,6 @@ from spd_calib.planning.replication import Replicated
 from spd_calib.planning.sync_bits import ANY_BITS, every_sync
 from spd_calib.planning.whole_plans import Calibration, HeldOut, measure_plans, part_of
 from spd_calib.sensitivity.measure import Subject
-from spd_calib.sensitivity.metrics import Tally
 
 from .latency import LatencyOptions
 from .norm_estimates import give_estimates, with_estimates
@@ -262,14 +261,10 @@ def _texts(inputs: PlanInputs, subject: Subject, *, progress: Progress) -> tuple
         subject=subject,
         batch_size=inputs.run.batch_size,
         expect=progress.expect,
-        tick=partial(_tick, progress),
+        tick=progress.measured,
     )
     calibration = partial(measure, texts=[text.calibration for text in inputs.texts], task_loss=losses[0])
     race = partial(measure, texts=[part_of(text.calibration) for text in inputs.texts])
     rounds = verification_rounds(inputs.session, inputs.texts)
     held_out = partial(measure, task_loss=losses[1])
     return Calibration(calibration, race=race), HeldOut(rounds, measure=held_out, same_documents=bool(inputs.suites))
-
-
-def _tick(progress: Progress, plan: int, tally: Tally | None) -> None:
-    progress.step("")

@@ -16,7 +16,6 @@ from spd_calib.planning.sync_bits import ANY_BITS
 from spd_calib.planning.two_phases import WORTH, RequestModel
 from spd_calib.planning.whole_plans import HeldOut, measure_plans_served, part_of
 from spd_calib.sensitivity.measure import Subject
-from spd_calib.sensitivity.metrics import Tally
 from spd_calib.sensitivity.text import Text
 
 from .options import RunOptions
@@ -74,7 +73,7 @@ def plan_by_phase(
         subject=subject,
         batch_size=run.batch_size,
         expect=progress.expect,
-        tick=partial(_tick, progress),
+        tick=progress.measured,
     )
     held_out: HeldOut[ByPhase] = HeldOut(verification_rounds(session, texts), measure=measure)
     made = make_plan_by_phase(
@@ -95,7 +94,3 @@ def plan_by_phase(
     if beside >= 100 * WORTH or not made.in_two_phases:
         progress.say(f"a choice for each phase can save {beside:.1f} % of the request's time beside one: {verdict}")
     return made
-
-
-def _tick(progress: Progress, plan: int, tally: Tally | None) -> None:
-    progress.step("")

@@ -62,9 +62,9 @@ class PlanInputs:
 
     def load(self) -> Subject:
         """Return the model that whole plans are measured on."""
-        if self.recovered:
-            return self.recovered.subject(self.session, self.run)
         drops = any_replicated(self.profile, self.reached, self.heads) if self.heads else NOTHING_DROPPED
+        if self.recovered:
+            return self.recovered.subject(self.session, self.run, tried=drops)
         return Subject(self.session.load(self.run.device, str(self.run.dtype), seed=self.run.seed, drops=drops))
 
 

@@ -20,5 +20,9 @@ class Progress:
     expect: Callable[[int], None] = _ignore
     step: Callable[[str], None] = _ignore
 
+    def measured(self, *_: object) -> None:
+        """Count a step: a plan was measured on one more batch."""
+        self.step("")
+
 
 SILENT = Progress()

@@ -17,7 +17,7 @@ from spd_calib.models.source import Source
 from spd_calib.models.stream_load import load_streamed, must_stream
 from spd_calib.parallel.comm import DistributedComm
 from spd_calib.parallel.distributed import from_main_rank, local_device
-from spd_calib.parallel.session import Session
+from spd_calib.parallel.session import Session, versions
 from spd_calib.planning.budget import cost, describe, kept
 from spd_calib.planning.budget_options import Amount, fraction
 from spd_calib.ranks import is_main_rank, world_size
@@ -162,6 +162,7 @@ def recover(
         "dtype": run.dtype,
         "tiers": repr(tiers),
         "budget": repr(budget),
+        "versions": versions(),
     }
     if heads:
         identity |= {"heads": repr(heads)}

@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from spd_calib.errors import InputError
-from spd_calib.formats.drops import SUBLAYERS, Drops, Point
+from spd_calib.formats.drops import NOTHING_DROPPED, SUBLAYERS, Drops, Point
 from spd_calib.formats.files import read, sha256_of
 from spd_calib.formats.plan import CompensationFile, Plan
 from spd_calib.formats.profile import Comparison, Profile, Recovered
@@ -39,13 +39,13 @@ class RecoveredCheckpoint:
         """Return what the checkpoint drops always, with its predictors. Raises InputError as plan_files.load_drops."""
         return load_drops(self.plan, self.path)
 
-    def subject(self, session: Session, run: RunOptions) -> Subject:
+    def subject(self, session: Session, run: RunOptions, *, tried: Drops = NOTHING_DROPPED) -> Subject:
         """Return the recovered model, what it drops always, and the dense one it was made from, as `run` says.
 
-        The session is the checkpoint's own, `run` is resolved.
+        The session is the checkpoint's own, `run` is resolved; it can run the replicated heads of `tried`, too.
         """
         always = self.drops
-        lm = session.load(run.device, str(run.dtype), seed=run.seed, stream=run.stream, drops=always)
+        lm = session.load(run.device, str(run.dtype), seed=run.seed, stream=run.stream, drops=always | tried)
         return Subject(lm, always, load_original(self.plan, run, path=self.path))
 
     @property

@@ -50,7 +50,7 @@ def _costs(student: Student, mixture: ExpertParts, feed: Feed, batches: Iterable
         partials, heads = block.attend(s, **feed.kwargs(batch))
         whole, partly = (
             keep(s, partials, block.attention_branch, block.comm).shared,
-            mlp_reads(student, s, partials, heads),
+            mlp_reads(student, s, partials, heads, **feed.kwargs(batch)),
         )
         routing = block.route(partly.shared, block.expected(drop, s))
         real = batch.mask.flatten()
