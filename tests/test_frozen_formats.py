@@ -133,4 +133,4 @@ def test_profiles_of_the_first_version_rank_the_same():
     assert fisher.kl("block_drop")[0] == (0.0311377, 0.00544919)
     assert two.ranking("block_drop", "kl") == [2, 4, 3, 1, 5, 7, 6, 0] and len(two.text.each) == 2
     assert recovered.settled[0] == Point(1, "attention") and len(recovered.settled) == 13
-    assert recovered.kl("block_drop")[0] == (0.5113427887382832, 0.05017867607124902)
+    assert recovered.kl("block_drop")[0] == (0.5113427887382832, None)  # a difference has none

@@ -129,7 +129,6 @@ def test_weights_are_read_as_often_for_much_text_as_for_little(text, tmp_path, m
         hold(weights, block)
 
     monkeypatch.setattr(BlockWeights, "hold", count)
-    monkeypatch.setattr(recovery, "COST_TOKENS", 24)  # of a sequence: one batch, forwards and backwards
     for size in (2, 8):
         found.append(0)
         recover(folder, plan, tmp_path / f"out-{size}", text, stream=True, batch_size=size)

@@ -79,21 +79,25 @@ def error_costs(feed: Feed, batches: Iterable[Batch], *, seed: int = 0) -> list[
     A direction has a mean diagonal of 1 and is shrunk by a tenth towards the identity, for few tokens; float64.
     The feed must not have moved yet.
     """
-    lm = feed.model.lm
+    lm, batches = feed.model.lm, list(batches)
+    outputs: list[list[Tensor]] = []  # of every block, of every batch: a block is run on all of them at once
+    with torch.no_grad():
+        entered = [batch.dense for batch in batches]
+        for index, block in enumerate(lm.blocks):
+            entered = [_through(block, x, b.kwargs[index]) for x, b in zip(entered, batches, strict=True)]
+            outputs.append(entered)
     generator = torch.Generator().manual_seed(seed)
-    sums: list[_Sums] = []
-    for batch in batches:
-        outputs: list[Tensor] = []
-        with torch.no_grad():
-            for block, kwargs in zip(lm.blocks, batch.kwargs, strict=True):
-                outputs.append(_through(block, outputs[-1] if outputs else batch.dense, kwargs))
-        sums = sums or [_Sums.between(_edges(y, batch.mask), y) for y in outputs]
-        gradient = _gradient_behind(lm, outputs[-1], batch, generator)
-        for index in reversed(range(lm.num_blocks)):
-            y, of_block = outputs[index], sums[index]
-            of_block.add(_classes(y, of_block.edges)[batch.mask], y[batch.mask], gradient[batch.mask].double())
-            if index:
-                gradient = _gradient_before(lm.blocks[index], outputs[index - 1], gradient, batch.kwargs[index])
+    gradients = [_gradient_behind(lm, y, b, generator) for y, b in zip(outputs[-1], batches, strict=True)]
+    sums = [_Sums.between(_edges(ys[0], batches[0].mask), ys[0]) for ys in outputs]
+    for index in reversed(range(lm.num_blocks)):
+        for y, gradient, batch in zip(outputs[index], gradients, batches, strict=True):
+            classes = _classes(y, sums[index].edges)[batch.mask]
+            sums[index].add(classes, y[batch.mask], gradient[batch.mask].double())
+        if index:
+            gradients = [
+                _gradient_before(lm.blocks[index], x, gradient, b.kwargs[index])
+                for x, gradient, b in zip(outputs[index - 1], gradients, batches, strict=True)
+            ]
     return [of_block.cost() for of_block in sums]
 
 
