@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from plans import write_plan
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import spd_calib
 from spd_calib.api import recover as api
@@ -186,3 +186,59 @@ def test_a_state_that_lost_a_file_is_refused(text, tmp_path):
     (tmp_path / "out.partial" / "closed-form-1.1.safetensors").unlink()
     with pytest.raises(InputError, match=r"out\.partial held closed-form-1\.1\.safetensors; remove the folder"):
         recover(folder, plan, out, text, stream=False)
+
+
+def test_a_second_copy_of_tied_weights_is_left_out(text, tmp_path):
+    tiny.save(tiny.build("qwen3"), folder := tmp_path / "model")
+    stored = load_file(folder / "model.safetensors")
+    stored["lm_head.weight"] = stored["model.embed_tokens.weight"].clone()
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    plan = write_plan(tmp_path / "plan.json", folder, 2, ["block_drop"] * 4)
+    recover(folder, plan, tmp_path / "out", text, stream=True, dtype="bfloat16")
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+
+
+def test_weights_that_change_meanwhile_are_refused(text, tmp_path):
+    tiny.save(tiny.build("llama"), folder := tmp_path / "model")
+    tiny.save(tiny.build("llama", seed=1), other := tmp_path / "other")
+    plan = write_plan(tmp_path / "plan.json", folder, 2, ["block_drop"] * 4)
+
+    def replace(note: str) -> None:
+        if note.startswith("block 1, refit of o"):
+            (other / "model.safetensors").replace(folder / "model.safetensors")
+
+    with pytest.raises(InputError, match=r"model\.safetensors has changed since"):
+        recover(folder, plan, tmp_path / "out", text, stream=True, progress=Progress(step=replace))
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_killed_run_had_written_is_removed(text, tmp_path):
+    tiny.save(tiny.build("llama"), folder := tmp_path / "model")
+    plan = write_plan(tmp_path / "plan.json", folder, 2, ["block_drop"] * 4)
+    (tmp_path / ".out.part").mkdir()
+    (tmp_path / ".out.part" / "piece-0").write_text("half")
+    recover(folder, plan, tmp_path / "out", text, stream=True)
+    assert not (tmp_path / ".out.part").exists() and not (tmp_path / "out" / "piece-0").exists()
+
+
+@pytest.mark.parametrize("damage", ["no note", "no blocks", "no weight", "no run"])
+def test_a_damaged_state_is_refused(text, tmp_path, damage):
+    tiny.save(tiny.build("llama"), folder := tmp_path / "model")
+    plan, out = write_plan(tmp_path / "plan.json", folder, 2, ["block_drop"] * 4), tmp_path / "out"
+
+    def kill(note: str) -> None:
+        if note.startswith("block 2"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recover(folder, plan, out, text, stream=False, progress=Progress(step=kill))
+    step, state = (tmp_path / "out.partial" / f"closed-form-1{part}.safetensors" for part in ("", ".1"))
+    if damage == "no run":
+        (tmp_path / "out.partial" / "run").unlink()
+    elif damage == "no weight":
+        kept = {name: t for name, t in load_file(state).items() if "o_proj" not in name}
+        save_file(kept, state, metadata={"note": "{}"})
+    else:
+        save_file({}, step, metadata=None if damage == "no note" else {"note": '{"attempts": []}'})
+    with pytest.raises(InputError, match=r"out\.partial"):
+        recover(folder, plan, out, text, stream=True)

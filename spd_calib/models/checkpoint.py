@@ -7,6 +7,7 @@ might change what the others mean, and where one is not of the shape or the kind
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from safetensors import safe_open
@@ -28,7 +29,7 @@ from .quantised import Piece, QuantisedTensor, Scheme, gathered
 from .schemes import scheme_of
 from .source import Source
 from .stacked import AnyTensor, StackedTensor, read_cuts
-from .stored import StoredTensor, stored_tensors
+from .stored import StoredTensor, safetensors_files, stored_tensors
 from .text_part import names_in_whole, whole_of, whole_skeleton
 
 ALL = slice(None)
@@ -234,6 +235,13 @@ class Checkpoint:
     def __init__(self, source: Source, model: PreTrainedModel):
         self.id, self.tensors = source.id, account(source, model)
         self.checked: set[str] = set()
+        self.files = {file: _state_of(file) for file in safetensors_files(source.folder)}
+
+    def check_unchanged(self) -> None:
+        """Raise InputError where a file is another than it was: pieces of two models must not be mixed."""
+        for file, state in self.files.items():
+            if _state_of(file) != state:
+                raise InputError(f"{file} has changed since {self.id} was opened; run this again.")
 
     def read(
         self, name: str, *, rows: tuple[slice, ...] = (ALL,), columns: slice = ALL, dtype: torch.dtype | None = None
@@ -254,6 +262,15 @@ class Checkpoint:
             check_weight(name, piece, model=self.id)
             self.checked.add(name)
         return piece.clone(memory_format=torch.contiguous_format)
+
+
+def _state_of(file: Path) -> tuple[int, int, int] | None:
+    """Return what a file that was written anew has another of; None where it has gone, which reading it says."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 @torch.no_grad()

@@ -45,9 +45,13 @@ class BlockWeights:
         self.held: int | None = None
 
     def hold(self, block: int) -> None:
-        """Read the weights of `block`, and let go of those held before. Raises InputError for NaN or Inf in them."""
+        """Read the weights of `block`, and let go of those held before.
+
+        Raises InputError for NaN or Inf in them, and where the files have changed or gone since they were opened.
+        """
         if block == self.held:
             return
+        self.stored.check_unchanged()
         if self.held is not None:
             for _, parameter in self.blocks[self.held]:
                 parameter.data = no_memory(parameter.shape, parameter)

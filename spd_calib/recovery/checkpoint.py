@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -117,14 +116,14 @@ def _forget_quantisation(config: Path) -> None:
 def _whole_folder(output: Path) -> Iterator[Path]:
     """Yield a folder beside `output` that takes its name at the end, or is removed."""
     check_output(output)
-    temporary: Path | None = None
+    temporary = output.absolute().parent / f".{output.name}.part"  # the same each time: what was killed left it
     try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.absolute().parent))
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(mode=0o700)
         yield temporary
         os.chmod(temporary, 0o755)
         os.replace(temporary, output)
     except (OSError, SafetensorError) as e:
         raise unwritable(output, e) from None
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -61,10 +61,17 @@ class FinishedSteps:
         step = read(name)
         if step is None:
             return False
-        for block, place in step[1]["blocks"].items():
-            self.put_state(int(block), self._state(place, read(place)))
-            self._lies_under(place, int(block))
-        self.judge.go_on_from([Attempt(**a) for a in step[1]["attempts"]], measured=measured)
+        try:
+            for block, place in step[1]["blocks"].items():
+                self.put_state(int(block), self._state(place, read(place)))
+                self._lies_under(place, int(block))
+            attempts = [Attempt(**a) for a in step[1]["attempts"]]
+        except (KeyError, TypeError, ValueError, RuntimeError):  # names, shapes: another's, or damaged
+            assert self.journal is not None
+            raise InputError(
+                f"{self.journal.folder} holds a state of {name} that does not fit; remove the folder, and begin again."
+            ) from None
+        self.judge.go_on_from(attempts, measured=measured)
         return True
 
     def has_trained(self, name: str) -> bool:

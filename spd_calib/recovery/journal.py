@@ -62,7 +62,7 @@ class TensorJournal:
         try:
             with safe_open(path, "pt") as f:
                 return {key: f.get_tensor(key) for key in f.keys()}, json.loads(f.metadata()["note"])  # noqa: SIM118
-        except (OSError, SafetensorError):
+        except (OSError, SafetensorError, TypeError, KeyError, ValueError):  # also without a note
             raise InputError(f"{path} is not whole; remove {self.folder} and begin again.") from None
 
     def remove(self) -> None:
@@ -90,7 +90,9 @@ class TensorJournal:
         else:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         found = os.pread(self._file, 100, 0)
-        if not self.run.encode().startswith(found):  # killed while it wrote this, it has saved nothing else
+        whole = found == self.run.encode()
+        # killed while it wrote this, it has saved nothing else
+        if not self.run.encode().startswith(found) or (not whole and any(self.folder.glob("*.safetensors"))):
             self.close()
             raise InputError(
                 f"{self.folder} holds the state of another recovery (plan, text or options differ); remove it first."

@@ -5,6 +5,7 @@ images, whose other tensors stay as they are, to the byte, and a model that is r
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spd_calib.errors import InputError
-from spd_calib.models.checkpoint import account
+from spd_calib.models.checkpoint import account, same_bytes
 from spd_calib.models.load import Source
 from spd_calib.models.quantised import QuantisedTensor
 from spd_calib.models.schemes import scheme_of
@@ -80,7 +81,10 @@ def _in_pieces(named: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor
 
 
 def _as_stored(model: PlannedModel, source: Source, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of the files of `source` by its name: those of `model` in `dtype`, all others as they are."""
+    """Yield the weights of `model` in `dtype`, by their names in `source`; of a larger model, the rest as it is.
+
+    A second copy of tied weights is left out, as transformers does.
+    """
     given, weights = set[str](), model.weights()
     stored = account(source, model.lm.model)
     for of_model, weight in weights:
@@ -88,8 +92,12 @@ def _as_stored(model: PlannedModel, source: Source, dtype: torch.dtype) -> Itera
             if name not in given:  # of tied weights the second is the first
                 given.add(name)
                 yield name, tensor
+    if not is_part(model.lm.model.config):
+        return
+    names = Counter(tensor.name for tensor in stored.values())
+    tied = [tensor for tensor in stored.values() if names[tensor.name] > 1]
     for name, other in stored_tensors(source.folder).items():
-        if name not in given:
+        if name not in given and not any(same_bytes(other, tensor) for tensor in tied):
             with opened({other.file}) as files:
                 yield name, files[other.file].get_tensor(name)
 
