@@ -30,6 +30,17 @@ def recover(folder, plan, out, text, *, stream, **given):
     return spd_calib.recover(plan, out, data=str(text), model=folder, text=SELECTION, run=run, **given)
 
 
+def kill(folder, plan, out, text, *, stream, at):
+    """Begin a recovery, and end it where it says what begins so."""
+
+    def end(note: str) -> None:
+        if note.startswith(at):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recover(folder, plan, out, text, stream=stream, progress=Progress(step=end))
+
+
 def weights_in(folder):
     """Return the parameters of a checkpoint as transformers' own class has them."""
     source = locate(str(folder))
@@ -142,12 +153,7 @@ def test_a_killed_run_goes_on(text, tmp_path, monkeypatch, first, second):
     plan, out = write_plan(tmp_path / "plan.json", folder, 2, ["block_drop"] * 4), tmp_path / "out"
     recover(folder, plan, tmp_path / "whole", text, stream=False)
 
-    def kill(note: str) -> None:
-        if note.startswith("block 2, refit of o"):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        recover(folder, plan, out, text, stream=first, progress=Progress(step=kill))
+    kill(folder, plan, out, text, stream=first, at="block 2, refit of o")
     assert (tmp_path / "out.partial").is_dir()
     treated, treat = [], recovery.treat_block
     monkeypatch.setattr(recovery, "treat_block", lambda block, *a, **k: treated.append(block) or treat(block, *a, **k))
@@ -177,12 +183,7 @@ def test_a_state_that_lost_a_file_is_refused(text, tmp_path):
     tiny.save(tiny.build("llama"), folder := tmp_path / "model")
     plan, out = write_plan(tmp_path / "plan.json", folder, 2, ["block_drop"] * 4), tmp_path / "out"
 
-    def kill(note: str) -> None:
-        if note.startswith("block 2"):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        recover(folder, plan, out, text, stream=False, progress=Progress(step=kill))
+    kill(folder, plan, out, text, stream=False, at="block 2")
     (tmp_path / "out.partial" / "closed-form-1.1.safetensors").unlink()
     with pytest.raises(InputError, match=r"out\.partial held closed-form-1\.1\.safetensors; remove the folder"):
         recover(folder, plan, out, text, stream=False)
@@ -226,12 +227,7 @@ def test_a_damaged_state_is_refused(text, tmp_path, damage):
     tiny.save(tiny.build("llama"), folder := tmp_path / "model")
     plan, out = write_plan(tmp_path / "plan.json", folder, 2, ["block_drop"] * 4), tmp_path / "out"
 
-    def kill(note: str) -> None:
-        if note.startswith("block 2"):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        recover(folder, plan, out, text, stream=False, progress=Progress(step=kill))
+    kill(folder, plan, out, text, stream=False, at="block 2")
     step, state = (tmp_path / "out.partial" / f"closed-form-1{part}.safetensors" for part in ("", ".1"))
     if damage == "no run":
         (tmp_path / "out.partial" / "run").unlink()
