@@ -1,7 +1,6 @@
 """Treated blocks whose weights lie on disk, of which one block's at a time are in memory."""
 
 from collections.abc import Callable, Mapping
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -18,18 +17,13 @@ class ParkedStudents:
     """
 
     def __init__(self) -> None:
-        self._parked = WeakSet[Student]()
         self._held: Student | None = None
         self._rounded: torch.dtype | None = None
 
     def park(self, student: Student, read: Callable[[], Mapping[str, Tensor]]) -> None:
         """Let go of a student's matrices; `read` returns its state (Student.state) for the time when it is to run."""
         self._let_go(student)
-        self._parked.add(student)
         student.block.read_weights = lambda _: self._hold(student, read)
-
-    def __contains__(self, student: Student) -> bool:
-        return student in self._parked
 
     def round_to(self, dtype: torch.dtype) -> None:
         """Round whatever is read from now on to `dtype`; the weights are then used in the dtype they have."""

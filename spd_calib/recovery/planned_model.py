@@ -79,7 +79,7 @@ class PlannedModel:
         """
         self._parked.round_to(dtype)
         for student in self.students.values():
-            on_disk = student in self._parked or (self.lm.streamed and self.is_dense(student))
+            on_disk = student.block.read_weights is not None
             for p in student.layer.parameters():
                 if not (on_disk and p.dim() > 1):
                     p.copy_(p.to(dtype))
