@@ -66,7 +66,7 @@ class FinishedSteps:
                 self.put_state(int(block), self._state(place, read(place)))
                 self._lies_under(place, int(block))
             attempts = [Attempt(**a) for a in step[1]["attempts"]]
-        except (KeyError, TypeError, ValueError, RuntimeError):  # names, shapes: another's, or damaged
+        except (KeyError, TypeError, ValueError):  # names, shapes: another's, or damaged
             assert self.journal is not None
             raise InputError(
                 f"{self.journal.folder} holds a state of {name} that does not fit; remove the folder, and begin again."

@@ -124,9 +124,15 @@ class Student:
         return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
 
     def with_state(self, tensors: Mapping[str, Tensor]) -> "Student":
-        """Return a copy of the student with the weights and predictors that `state` returned."""
+        """Return a copy of the student with the weights and predictors that `state` returned.
+
+        Raises ValueError for the state of another layer.
+        """
         other, prefix = self.copy(), "layer."
-        other.layer.load_state_dict({n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)})
+        own = {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
+        if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in other.layer.state_dict().items()}:
+            raise ValueError("the state is of another layer")
+        other.layer.load_state_dict(own)
         of_ranks: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith("compensation."):
