@@ -265,7 +265,7 @@ class Checkpoint:
 
 
 def _state_of(file: Path) -> tuple[int, int, int] | None:
-    """Return what a file that was written anew has another of; None where it has gone, which reading it says."""
+    """Return what a file that was written anew has another of; None where it has gone."""
     try:
         found = file.stat()
     except OSError:
