@@ -7,7 +7,7 @@ import tiny
 import torch
 from planned_models import EVERY
 from plans import write_plan
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import spd_calib
 from spd_calib.api.progress import Progress
@@ -94,9 +94,15 @@ def test_from_python_the_plan_comes_back_and_progress_is_told(llama, text, tmp_p
 
 
 def test_a_checkpoint_in_bfloat16_stays_in_bfloat16(text, tmp_path) -> None:
-    """Weights are stored as the model's configuration says, and what is verified is what is stored."""
+    """Weights are stored as they were, and what is verified is what is stored.
+
+    The rotary frequencies that old checkpoints hold in float32 beside them do not count.
+    """
     model = tiny.build("llama").to(torch.bfloat16)
     folder = tiny.save(model, tmp_path / "model")
+    held = load_file(folder / "model.safetensors")
+    frequencies = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(4)}
+    save_file(held | frequencies, folder / "model.safetensors", metadata={"format": "pt"})
     plan = write_plan(tmp_path / "plan.json", folder, 4, ["block_drop"] * 4)
     made = spd_calib.recover(
         plan, tmp_path / "out", data=str(text), text=SELECTION, methods=["grouping", "distillation"], steps=10,
