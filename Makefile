@@ -1,4 +1,4 @@
-# make demo: the whole pipeline on the shipped model.  make test: all tests.  Each sets .venv up by itself.
+# make demo: the whole pipeline on the shipped model.  make test: all tests but vLLM's.  Each sets .venv up by itself.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -110,10 +110,12 @@ TEXTS := --data ../shared/data/wikitext2-a.txt --second ../shared/data/tinystori
 llm: $(READY)
 	test -d $(LLMS)/smollm2-135m || ../shared/models/real_llms.sh $(LLMS) $(BIN)/python
 	$(BIN)/python benchmarks/paper_table.py $(LLMS)/smollm2-135m --tp 3 $(TEXTS) --tasks ../shared/tasks/make.py
-	$(BIN)/python benchmarks/paper_table.py $(LLMS)/gemma3-270m --tp 4 $(TEXTS) --tasks ../shared/tasks/make.py
-	$(BIN)/python benchmarks/recovery_llm.py $(LLMS)/smollm2-135m --tp 3 $(TEXTS)
+	$(BIN)/python benchmarks/paper_table.py $(LLMS)/gemma3-270m --tp 4 $(TEXTS) --shares 1 --sequences 48 --trained 144 \
+		--measured 12 --steps 60 --methods "as is, no estimate;as is;free at run time;distilled"
+	$(BIN)/python benchmarks/recovery_llm.py $(LLMS)/smollm2-135m --tp 3 $(TEXTS) --sequences 72 --judged 8 --measured 16 \
+		--methods "grouping, mean, refit;grouping, predictors, refit" --output results/llm/smollm2-135m-tp3-minutes.json
 	$(BIN)/python benchmarks/quantised_syncs.py $(LLMS)/smollm2-135m --tp 3 --data ../shared/data/wikitext2-a.txt \
-		-o results/llm/quantised_syncs.json
+		--seq-len 96 --choose 2 --verify 8 -o results/llm/quantised_syncs.json
 
 # What plans save over a link with a delay, or of a limited rate, and what a choice for each phase could: needs root, ip,
 # tc and /dev/net/tun; the first without them on loopback only.

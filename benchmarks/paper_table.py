@@ -279,6 +279,8 @@ def main() -> None:
     texts = f"--data ../shared/data/{args.data.name} --second ../shared/data/{args.second.name}"
     tasks = " --tasks ../shared/tasks/make.py" if args.tasks else ""
     command = f"python benchmarks/paper_table.py build/llms/{args.model.name} --tp {args.tp} {texts}{tasks}"
+    if (measured := json.loads(path.read_text(encoding="utf-8"))["measured"]) != parser.get_default("measured"):
+        command += f" --measured {measured}"  # rows of one table alone may differ in it
     path.with_suffix(".md").write_text(report(path, command), encoding="utf-8")
 
 

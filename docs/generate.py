@@ -49,7 +49,7 @@ def formats_page() -> str:
         parts.append(_table(document))
     parts.append("\n## What stands inside them\n")
     for name, part in sorted(shared.items()):
-        parts.append(f"\n### {name}\n\n{_first(part)}\n\n")
+        parts.append(f"\n### {name}\n\n{_said(part)}\n\n")
         parts.append(_table(part) if "properties" in part else _values(part))
     return "".join(parts)
 
@@ -83,8 +83,8 @@ def _form(row: LayerNames) -> str:
     return "scaled" if row.scale else "pre-norm"
 
 
-def _first(part: dict) -> str:
-    return " ".join(part.get("description", "").split("\n\n")[0].split())
+def _said(part: dict) -> str:
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in part.get("description", "").split("\n\n"))
 
 
 def _values(part: dict) -> str:

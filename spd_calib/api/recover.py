@@ -83,9 +83,10 @@ def recover(
             default those of the text that the plan was verified on.
         methods: some of 'grouping', 'compensation', 'refit' and 'distillation', which is left out by default.
         max_rank: bound on the predictors' rank; 0 allows the mean alone (default: the mean where refit does the
-            rest, else the full predictor, too).
+            rest; without it, behind norms and in mixtures of experts, the full predictor, too).
         exchange: what one per cent more weights of a block must explain, in per cent of what its ranks miss.
-        tau1, tau2: blocks up to tau1 of KL are left alone, blocks above tau2 regrouped (default: see block_tiers).
+        tau1, tau2: blocks up to tau1 of KL are not trained. Without refit they are left alone, and, with distillation,
+            blocks above tau2 alone are regrouped (default: see block_tiers).
         steps, final_steps: of training a block (0: none is trained alone), and of training all treated blocks together
             at the end.
         rate: of training, relative to each weight's size.

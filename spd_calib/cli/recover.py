@@ -32,16 +32,17 @@ def recover(
     ] = "grouping,compensation,refit",
     max_rank: Annotated[
         int | None,
-        typer.Option(min=0, help="Bound on predictors; 0: a mean [0 with refit].", rich_help_panel=TREAT),
+        typer.Option(min=0, help="Of predictors; 0: a mean [0 with refit; see docs].", rich_help_panel=TREAT),
     ] = None,
     exchange: Annotated[
         float, typer.Option(min=0, help="% of the missing that 1 % more weights explain.", rich_help_panel=TREAT)
     ] = 1.0,
     tau1: Annotated[
-        float | None, typer.Option(min=0, help="Blocks up to this KL are left alone [see docs].", rich_help_panel=TREAT)
+        float | None,
+        typer.Option(min=0, help="Blocks up to this KL are not trained [see docs].", rich_help_panel=TREAT),
     ] = None,
     tau2: Annotated[
-        float | None, typer.Option(min=0, help="Blocks above this KL are regrouped, too.", rich_help_panel=TREAT)
+        float | None, typer.Option(min=0, help="Above this KL: without refit, regrouped, too.", rich_help_panel=TREAT)
     ] = None,
     seq_len: Annotated[
         int | None, typer.Option(min=2, help="Tokens of a document used [the plan's].", rich_help_panel=TEXT)

@@ -17,8 +17,8 @@ TEXT, MESSAGES = "text", "messages"  # the columns that are read where the user 
 FORMATS = ".jsonl, .json, .txt, .csv, .tsv or .parquet"
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")  # what `datasets` unpacks while it reads
 HUB_DEFAULTS = {  # config and split where the user names none
-    "wikitext": ("wikitext-2-raw-v1", "test"),
-    "Salesforce/wikitext": ("wikitext-2-raw-v1", "test"),
+    "wikitext": ("wikitext-2-raw-v1", "train"),  # perplexity is published on its test split
+    "Salesforce/wikitext": ("wikitext-2-raw-v1", "train"),
     "allenai/c4": ("en", "validation"),
 }
 BYTE_ORDER_MARK = "\ufeff"
