@@ -4,18 +4,21 @@ import json
 
 import pytest
 import tiny
+import torch
 
 import spd_calib
 from spd_calib.api.latency import LatencyOptions
 from spd_calib.api.opening import open_model
 from spd_calib.api.plan import plan_with_details
 from spd_calib.api.text import NOTHING_FITTED, TextSelection, load_texts_for
+from spd_calib.formats.drops import NOTHING_DROPPED
 from spd_calib.formats.files import read
 from spd_calib.formats.plan import Plan
 from spd_calib.formats.profile import Profile
 from spd_calib.formats.recovery import REPORT_FILE, Recovery
 from spd_calib.models.plan_files import load_plan
 from spd_calib.planning.budget_options import BudgetOptions
+from spd_calib.reporting import tables
 from spd_calib.sensitivity.measure import Subject, measure
 
 RUN = spd_calib.RunOptions(device="cpu", batch_size=4)
@@ -76,6 +79,23 @@ def test_a_plan(profiled, tmp_path, family, asked):
     budget = BudgetOptions(**{name: value for name, value in asked.items() if name not in options})
     plan_with_details(profiled / f"{family}.json", budget, **options, run=RUN).write(tmp_path / "plan.json")
     holds(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("asked", [{"max_bytes": "40%"}, {"drop": 5, "sync_bits": 8}], ids=str)
+def test_the_bytes_of_a_plan(profiled, family, asked):
+    """Those that its messages really have, also where a deferred sum travels beside the next one, behind a norm."""
+    plan = spd_calib.plan(profiled / f"{family}.json", run=RUN, **asked)
+    lm = open_model(plan.model.id, tp=2).load("cpu", "bfloat16")  # 16 bits a value
+    comm, sent = lm.blocks[0].comm, []
+    for drops in (NOTHING_DROPPED, plan.drops):
+        before = comm.bytes
+        with lm.running(drops):
+            lm(torch.randint(4, 100, (1, 8)))
+        sent.append(comm.bytes - before)
+    share = sent[1] / sent[0]
+    assert f"; {100 * share:.0f} % of the bytes of all at 16 bits a value" in tables.saving(plan)
+    assert share <= 0.4 or plan.budget.kind != "max_bytes"
 
 
 def recovered(profiled, tmp_path, text, family, *, drop="100%", replicate=None, **given):

@@ -15,6 +15,7 @@ from spd_calib.parallel.model import TensorParallelLM
 from spd_calib.planning import plan as planning
 from spd_calib.planning import whole_plans
 from spd_calib.planning.replication import Replicated
+from spd_calib.planning.sync_bits import limit_of_bytes
 from spd_calib.planning.whole_plans import Calibration, HeldOut, Round, measure_plans
 from spd_calib.sensitivity.measure import Subject, measure
 
@@ -180,7 +181,9 @@ def test_what_quantised_syncs_cost_is_predicted_with_the_drops(monkeypatch):
 def test_a_share_of_the_bytes_is_kept_by_bits_and_drops(monkeypatch):
     """Of 6 syncs 30 % are left: as much as 1.8 whole ones."""
     quantising(monkeypatch)
-    plan, choice, _ = made(budget("max_bytes", 0.3, [DROP]))
+    plan, choice, _ = made(
+        budget("max_bytes", 0.3, [DROP]), limit=limit_of_bytes(0.3, num_blocks=3, side_by_side=False)
+    )
     sent = [
         0 if strategy == DROP else (bits or 16) / 8 + (3 / 64 if bits else 0)
         for b in plan.blocks

@@ -97,7 +97,7 @@ def chosen(share: float, measure, always: float = 0.0, limit: Limit | None = Non
     return choose_within(
         profile,
         budget("min_speedup" if limit else "max_bytes", share, strategies=[Strategy.BLOCK_DROP]),
-        limit or limit_of_bytes(share, num_blocks=3),
+        limit or limit_of_bytes(share, num_blocks=3, side_by_side=False),
         num_blocks=3,
         calibration=Calibration(measure),
         verify=verify,

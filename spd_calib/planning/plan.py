@@ -22,7 +22,7 @@ from .baselines import Baselines
 from .candidates import Candidate, candidates, drops_of, tier
 from .replication import Replicated, without
 from .search import Choice, choose
-from .sync_bits import Limit, choose_within, limit_of_bytes
+from .sync_bits import Limit, choose_within
 from .whole_plans import Calibration, HeldOut
 
 Recovery = Literal["distillation", "grouping+distillation"]
@@ -61,8 +61,7 @@ def make_plan(
     checkpoint that `recover` wrote, `recovered` is its own plan, and `predictors` the file of its predictors, if any,
     that will lie beside the new plan. `quantised` are the syncs that have bits where they are kept; whatever
     `calibration` and `held_out` measure has them, too, and the blocks `replicated`, which are dropped in any case. With
-    `limit` every sync point is treated so that it is kept to; a share of bytes makes such a limit by itself.
-    Raises SpdError where the budget cannot be met.
+    `limit` every sync point is treated so that it is kept to. Raises SpdError where the budget cannot be met.
     """
     of_all, whole = profile, budget
     if replicated.drops:
@@ -71,8 +70,6 @@ def make_plan(
             budget = budget.model_copy(update={"value": max(0.0, budget.value - len(replicated.drops))})
     found = candidates(profile, budget)
     baselines = Baselines(drops_of(found), calibration) if compare else None
-    if budget.kind == "max_bytes":
-        limit = limit_of_bytes(budget.value, num_blocks=len(module_paths))
     if limit is not None:
         choice = choose_within(
             profile, budget, limit, num_blocks=len(module_paths), calibration=calibration, verify=held_out.verify

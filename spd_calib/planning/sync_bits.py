@@ -58,11 +58,17 @@ class Limit:
     told: Callable[[float], str]
 
 
-def limit_of_bytes(share: float, *, num_blocks: int) -> Limit:
-    """Return the limit of this share of the bytes that all syncs' messages have at 16 bits; prices are of a value."""
+def limit_of_bytes(share: float, *, num_blocks: int, side_by_side: bool) -> Limit:
+    """Return the limit of this share of the bytes that all syncs' messages have at 16 bits; prices are of a value.
+
+    Where partial sums that wait travel `side_by_side` with those of the next sync, behind norms, a deferred one takes
+    as much as that sync lets it: up to 16 bits.
+    """
 
     def price(treatment: Drop) -> float:
-        return bytes_a_value(treatment.bits) if treatment.strategy == Strategy.KEEP_SYNC else 0.0
+        if treatment.strategy == Strategy.KEEP_SYNC:
+            return bytes_a_value(treatment.bits)
+        return bytes_a_value(None) if side_by_side and treatment.strategy == Strategy.BLOCK_DROP else 0.0
 
     return Limit(share * 2 * num_blocks * bytes_a_value(None), price, lambda price: f"{price:.3g} bytes a value")
 
