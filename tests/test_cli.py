@@ -13,6 +13,7 @@ from spd_calib.formats.files import read
 from spd_calib.formats.pareto import Pareto
 from spd_calib.formats.plan import Plan
 from spd_calib.formats.profile import Profile
+from spd_calib.models.load import locate
 from spd_calib.parallel.session import open_session
 from spd_calib.sensitivity.measure import Subject, measure
 from spd_calib.sensitivity.text import TextOptions, load_text
@@ -232,6 +233,23 @@ def test_an_unreachable_hub_is_a_clear_error(spd, text, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", closed)
     outcome = spd("profile", "org/name", "--tp", 2, "--data", text, "-o", tmp_path / "p.json")
     assert outcome.code == 2 and "the model hub cannot be reached" in outcome.err
+
+
+def test_what_is_fetched_from_the_hub(monkeypatch, tmp_path):
+    """Weights, configuration and tokenizer, with its chat templates, in whatever format they are; no pickles."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    there = ["config.json", "model.safetensors", "tokenizer.model", "vocab.txt", "chat_template.jinja", "a.bin"]
+    fetched = []
+
+    def fetch(name, *, revision, allow_patterns):
+        fetched.extend(filter_repo_objects(there, allow_patterns=allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    locate("org/name")
+    assert fetched == there[:-1]
 
 
 def test_help_answers_without_heavy_imports(tmp_path):

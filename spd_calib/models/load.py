@@ -74,7 +74,7 @@ def _fetch(model: str, revision: str | None) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
-    wanted = ["*.safetensors", "*.json", "*.model", "*.txt"]
+    wanted = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
     try:
         return snapshot_download(model, revision=revision, allow_patterns=wanted)
     except GatedRepoError:
