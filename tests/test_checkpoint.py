@@ -26,14 +26,14 @@ from spd_calib.sensitivity.measure import Subject, measure
 SELECTION = spd_calib.TextSelection(seq_len=24, max_samples=24, verify_samples=8)
 
 
-def recovered(folder: Path, llama: Path, text: Path, **options) -> Plan:
+def recovered(folder: Path, llama: Path, text: Path, *, output: Path | None = None, **options) -> Plan:
     """The tiny model with every attention's sync point dropped, recovered without training into `folder`/out."""
     given = write_plan(folder / "given.json", llama, 4, ["block_drop"] * 4)
     plan = read(Plan, given)
     given.unlink()
     return spd_calib.recover(
         plan,
-        folder / "out",
+        output or folder / "out",
         data=str(text),
         text=SELECTION,
         methods=("grouping", "compensation"),
@@ -107,6 +107,18 @@ def test_an_output_that_is_there_is_left_alone(tmp_path: Path) -> None:
         checkpoint.check_output(tmp_path / "there")
     with pytest.raises(InputError, match="does not exist"):
         checkpoint.check_output(tmp_path / "no" / "such")
+    with pytest.raises(InputError, match="is a mount point"):
+        checkpoint.check_output(Path("/"))
+
+
+@pytest.mark.parametrize("name", ["link", "."])
+def test_an_empty_folder_by_another_name_is_written(tmp_path, llama, text, monkeypatch, name) -> None:
+    """It is replaced by the checkpoint's folder; of a link that is the one it names."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    monkeypatch.chdir(tmp_path / "empty")
+    recovered(tmp_path, llama, text, output=Path(name) if name == "." else tmp_path / name)
+    assert (tmp_path / "empty" / "plan.json").exists() and not list(tmp_path.glob("*.partial"))
 
 
 @pytest.mark.parametrize("said", ["bfloat16", "int8"])

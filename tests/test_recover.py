@@ -198,6 +198,7 @@ def test_a_killed_recovery_goes_on_where_it_was(tmp_path: Path, max_rank: int, e
         state, through = student.state(), whole.students[block].state()
         assert state.keys() == through.keys() and all(torch.equal(state[k], through[k]) for k in state)
     assert [(a.block, a.treatment) for a in report.attempts] == [(a.block, a.treatment) for a in expected.attempts]
+    assert not list((tmp_path / "state").glob("training-*"))  # four times what was trained
     with pytest.raises(InputError, match="another recovery"):
         TensorJournal(tmp_path / "state", {"run": 2})
 

@@ -1,6 +1,7 @@
 """Winning back what a plan costs: from a plan and text to a checkpoint with a plan in it."""
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -117,7 +118,7 @@ def recover(
     if not 0 <= rate <= 1:
         raise InputError(f"`rate` {rate} is no learning rate; give a share of a weight's size, such as 0.01.")
     budget = _budget(max_kl, max_ppl_increase)
-    output = Path(output)
+    output = Path(os.path.realpath(output))  # of a link the folder that it names; "." has a name then
     if model is not None and not isinstance(model, str | Path):
         raise InputError("Recovery writes a folder like the one the model came from; give that folder as `model`.")
     document, path = document_of(Plan, plan)

@@ -43,6 +43,8 @@ class MakePlan(Protocol):
 
 def check_output(output: Path) -> None:
     """Raise InputError, before the work rather than after it, where no checkpoint could be written to `output`."""
+    if output.is_mount():
+        raise InputError(f"{output} is a mount point, whose place no folder can take; name a new folder in it.")
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise InputError(f"{output} is there already; name a new folder, or remove it.")
     if not output.absolute().parent.is_dir() or not os.access(output.absolute().parent, os.W_OK):

@@ -96,6 +96,7 @@ class FinishedSteps:
             written = {block: self._written[self.model.students[block]] for block in blocks}
             attempts = [a.model_dump() for a in self.judge.attempts]
             self.journal.save(name, {}, note={"attempts": attempts, "blocks": written})
+            self.journal.forget(f"training-{name}")  # four times what it trained
 
     def _lies_under(self, name: str, block: int) -> None:
         """Note that the state of a block's student lies in the journal; of a model read from disk it is read there."""

@@ -65,6 +65,10 @@ class TensorJournal:
         except (OSError, SafetensorError, TypeError, KeyError, ValueError):  # also without a note
             raise InputError(f"{path} is not whole; remove {self.folder} and begin again.") from None
 
+    def forget(self, name: str) -> None:
+        """Remove what is kept of a step, if anything is."""
+        (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
+
     def remove(self) -> None:
         """Remove the folder: the run is done."""
         shutil.rmtree(self.folder, ignore_errors=True)
