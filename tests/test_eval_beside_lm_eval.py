@@ -427,6 +427,10 @@ def test_what_the_tasks_do_not_bear_is_one_sentence(tasks, plan, tmp_path):
             run(options)
     with pytest.raises(InputError, match="No documents are named of the task e_rolling"):
         run(EvalOptions(samples={"e_choice": [0]}), ("e_choice", "e_rolling"))
+    with pytest.raises(InputError, match="No documents are named of the task e_choice"):
+        run(EvalOptions(samples={"e_choice": []}))
+    with pytest.raises(InputError, match=r"A batch of 7\.0 requests cannot be run"):
+        EvalOptions(batch_size=7.0)
     bare = plans.write_plan(tmp_path / "bare.json", model_dir(), 4, ATTENTION)
     with pytest.raises(InputError, match="no chat template"):
         evaluate(

@@ -70,7 +70,7 @@ class EvalOptions:
             raise InputError(f"{self.num_fewshot} few-shot examples cannot be shown; give 0 or more.")
         if self.fewshot_as_multiturn and not self.apply_chat_template:
             raise InputError("Few-shot examples as turns of a conversation need the chat template; apply it, too.")
-        if self.batch_size != "auto" and self.batch_size < 1:
+        if self.batch_size != "auto" and not (isinstance(self.batch_size, int) and self.batch_size >= 1):
             raise InputError(f"A batch of {self.batch_size} requests cannot be run; give 1 or more, or auto.")
         if unknown := sorted(set(self.model_args) - set(MODEL_ARGUMENTS)):
             known = ", ".join(MODEL_ARGUMENTS)

@@ -19,6 +19,7 @@ from .quiet import Step
 Request = tuple[Any, list[int], list[int]]  # lm-eval's name for it, and the token ids of context and continuation
 Answer = tuple[float, bool]  # the continuation's log-probability, and whether every token of it is the likeliest
 Ask = Callable[..., list[Answer]]
+TOGETHER = 8  # choices of most documents
 ROUNDING = 1e-4  # of log-probabilities in float32, relative where they exceed 1
 
 
@@ -133,15 +134,20 @@ class _Sharing:
 
 
 def _rows(requests: Sequence[Request], max_length: int) -> list[Row]:
-    """Return the contexts that several requests have in common, where nothing must be cut off."""
+    """Return the contexts that several requests have in common, where nothing must be cut off.
+
+    A row has TOGETHER continuations at most: attention over it is of all of them, and of an empty context (a BOS) there
+    may be thousands.
+    """
     by_context: dict[tuple[int, ...], list[int]] = {}
     for place, (_, context, continuation) in enumerate(requests):
         if len(context) + len(continuation) <= max_length + 1:
             by_context.setdefault(tuple(context), []).append(place)
     return [
-        Row(list(context), [requests[i][2] for i in places], places)
+        Row(list(context), [requests[i][2] for i in some], some)
         for context, places in by_context.items()
-        if len(places) > 1
+        for some in (places[at : at + TOGETHER] for at in range(0, len(places), TOGETHER))
+        if len(some) > 1
     ]
 
 

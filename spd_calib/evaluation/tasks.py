@@ -125,7 +125,7 @@ def _documents(tasks: Mapping[str, Any], options: EvalOptions, *, half: int | No
     if options.samples is not None:
         if missing := [name for name in options.samples if name not in tasks]:
             raise InputError(f"Documents are named of {missing[0]}, which is none of the tasks {', '.join(tasks)}.")
-        if without := [name for name in tasks if name not in options.samples]:
+        if without := [name for name in tasks if not options.samples.get(name)]:
             raise InputError(f"No documents are named of the task {without[0]}; name some, or leave the task out.")
         found = {name: sorted(options.samples[name]) for name in tasks}
         for name, task in tasks.items():
