@@ -284,7 +284,7 @@ def _shared_sequences(a: TextRef, b: TextRef) -> int:
 
 
 def _shared(a: TextRef, b: TextRef) -> int:
-    if any(getattr(a, name) != getattr(b, name) for name in ("source", "seq_len", "min_len", "pack")):
+    if any(getattr(a, name) != getattr(b, name) for name in ("source", "column", "seq_len", "min_len", "pack")):
         return 0
     return max(0, min(a.first + a.sequences, b.first + b.sequences) - max(a.first, b.first))
 

@@ -118,7 +118,8 @@ def _verifies(verified: Verified, kept: TextRef) -> bool:
     """Say whether the text is the one that a profile keeps for verifying, or, of a repaired plan, a round behind it."""
 
     def place(text: TextRef, rounds: int) -> tuple:
-        return text.source, text.seq_len, text.min_len, text.pack, text.sequences, text.first + rounds * text.sequences
+        first = text.first + rounds * text.sequences
+        return text.source, text.column, text.seq_len, text.min_len, text.pack, text.sequences, first
 
     if verified.round == 0:
         return verified.text == kept
