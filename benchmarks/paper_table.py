@@ -280,7 +280,7 @@ def main() -> None:
     tasks = " --tasks ../shared/tasks/make.py" if args.tasks else ""
     command = f"python benchmarks/paper_table.py build/llms/{args.model.name} --tp {args.tp} {texts}{tasks}"
     if (measured := json.loads(path.read_text(encoding="utf-8"))["measured"]) != parser.get_default("measured"):
-        command += f" --measured {measured}"  # rows of one table alone may differ in it
+        command += f" --measured {measured}"  # the same for all rows of a table
     path.with_suffix(".md").write_text(report(path, command), encoding="utf-8")
 
 

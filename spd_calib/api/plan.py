@@ -15,7 +15,7 @@ from spd_calib.planning.budget_options import Amount, BudgetOptions
 from spd_calib.planning.pareto import pareto_of
 from spd_calib.planning.plan import make_plan
 from spd_calib.planning.replication import Replicated
-from spd_calib.planning.sync_bits import ANY_BITS, every_sync, limit_of_bytes
+from spd_calib.planning.sync_bits import ANY_BITS, every_sync
 from spd_calib.planning.whole_plans import Calibration, HeldOut, measure_plans, part_of
 from spd_calib.sensitivity.measure import Subject
 
@@ -188,10 +188,7 @@ def plan_with_details(
         subject = replace(subject, always=subject.always | replicated.drops)
         calibration, held_out = _texts(inputs, subject, progress=progress)
     file, content = (recovered.predictors() if recovered else None) or (None, None)
-    made_by, limit = provenance(inputs.run), inputs.limit
-    if inputs.reached.kind == "max_bytes":
-        waits = any(block.attention_out_norm is not None for block in subject.lm.blocks)
-        limit = limit_of_bytes(inputs.reached.value, num_blocks=subject.lm.num_blocks, side_by_side=waits)
+    made_by = provenance(inputs.run)
     planned = make_plan(
         inputs.profile,
         inputs.reached,
@@ -205,7 +202,7 @@ def plan_with_details(
         predictors=file,
         quantised=quantised,
         replicated=replicated,
-        limit=limit,
+        limit=inputs.limit,
     )
     finished, estimates = with_estimates(planned.plan, subject)
     of_copy = inputs.of_copy

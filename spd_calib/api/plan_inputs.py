@@ -19,11 +19,11 @@ from spd_calib.planning.candidates import candidates
 from spd_calib.planning.latency import LatencyModel
 from spd_calib.planning.model_sizes import NOTHING_ADDED
 from spd_calib.planning.replication import Affordable
-from spd_calib.planning.sync_bits import Limit, limit_of_seconds
+from spd_calib.planning.sync_bits import Limit, limit_of_bytes, limit_of_seconds
 from spd_calib.sensitivity.measure import Subject
 from spd_calib.sensitivity.text import Text
 
-from .latency import LatencyOptions, latency_models
+from .latency import LatencyOptions, latency_models, sizes_of
 from .opening import Model, document_of, resolved_for
 from .options import RunOptions
 from .progress import Progress
@@ -98,6 +98,9 @@ def open_inputs(
     if suites:
         budget = budget.model_copy(update={"tasks": suites[0].names})
     limit, reached = None, budget
+    if budget.kind == "max_bytes":
+        sizes = sizes_of(session)
+        limit = limit_of_bytes(budget.value, num_blocks=sizes.blocks, side_by_side=sizes.side_by_side)
     if budget.kind == "min_speedup" and latency and latency.new_tokens is None:
         if any_bits:
             limit = limit_of_seconds(budget.value, models[latency.phase])

@@ -171,7 +171,7 @@ def recover(
         progress.say(f"heads to replicate in {heads.blocks} blocks: {100 * heads.share:.1f} % more weights to read")
     progress.expect(_steps_at_most(tiers, options, replicates=heads is not None, gives_back=budget is not None))
     made: Plan | None = None
-    with TensorJournal(output.absolute().parent / f"{output.name}.partial", identity) as journal:
+    with TensorJournal(output.with_name(f"{output.name}.partial"), identity) as journal:
         report = treat(
             planned,
             fitting=fitting,

@@ -19,7 +19,7 @@ from spd_calib.formats.common import ModelRef
 from spd_calib.formats.files import dumps, sha256_of, unwritable
 from spd_calib.formats.plan import CompensationFile, Plan
 from spd_calib.formats.recovery import REPORT_FILE, Recovery
-from spd_calib.models.checkpoint import ROTARY
+from spd_calib.models.checkpoint import NUMBERS, ROTARY
 from spd_calib.models.load import DTYPES, Source, model_ref, read_config
 from spd_calib.models.plan_files import predictor_tensors
 from spd_calib.models.schemes import scheme_of, without_quantisation
@@ -62,8 +62,7 @@ def storage_dtype(source: Source) -> torch.dtype:
     if scheme_of(config) is not None:
         named = str(getattr(config, "dtype", None) or getattr(whole_of(config), "dtype", None))
         return DTYPES.get(named.removeprefix("torch."), torch.float32)
-    weights = [tensor.dtype for name, tensor in stored_tensors(source.folder).items() if not ROTARY.search(name)]
-    found = set(weights) & {"BF16", "F16", "F32", "F64"}
+    found = {t.dtype for name, t in stored_tensors(source.folder).items() if not ROTARY.search(name)} & set(NUMBERS)
     narrow = {"BF16": torch.bfloat16, "F16": torch.float16}
     return narrow.get(found.pop(), torch.float32) if len(found) == 1 else torch.float32
 

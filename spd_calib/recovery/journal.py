@@ -42,7 +42,7 @@ class TensorJournal:
 
     def save(self, name: str, tensors: dict[str, Tensor], *, note: dict) -> None:
         """Keep the tensors and the note (JSON values) of a step. Raises SpdError where the disk refuses."""
-        path = self.folder / f"{name}.safetensors"
+        path = self._path(name)
         temporary = path.with_suffix(".part")
         try:
             if self._file is None:
@@ -56,7 +56,7 @@ class TensorJournal:
 
     def load(self, name: str) -> tuple[dict[str, Tensor], dict] | None:
         """Return the tensors and the note of a step; None where it is not finished."""
-        path = self.folder / f"{name}.safetensors"
+        path = self._path(name)
         if not path.exists():
             return None
         try:
@@ -67,7 +67,7 @@ class TensorJournal:
 
     def forget(self, name: str) -> None:
         """Remove what is kept of a step, if anything is."""
-        (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
+        self._path(name).unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Remove the folder: the run is done."""
@@ -85,6 +85,9 @@ class TensorJournal:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
 
     def _take(self) -> None:
         """Lock the folder, and write down the run that it is of, unless a run that was killed has done so."""

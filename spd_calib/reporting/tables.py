@@ -189,14 +189,14 @@ def _sent(plan: Plan, drops: Drops) -> float:
 
     Behind a norm (a predictor scales what it makes of the own partial sum) a deferred sum travels beside the next one.
     """
-    scaled = {Point(b.index, "attention"): b.compensation for b in plan.blocks}
-    scaled |= {Point(b.index, "mlp"): b.mlp_compensation for b in plan.blocks}
     sent, sums = 0.0, 1
-    for point in (Point(b.index, sublayer) for b in plan.blocks for sublayer in SUBLAYERS):
-        if point not in drops:
-            sent, sums = sent + sums * bytes_a_value(drops.at(point).bits), 1
-        elif (found := scaled[point]) is not None and found.scaled:
-            sums += 1
+    for block in plan.blocks:
+        for sublayer, predictor in zip(SUBLAYERS, (block.compensation, block.mlp_compensation), strict=True):
+            point = Point(block.index, sublayer)
+            if point not in drops:
+                sent, sums = sent + sums * bytes_a_value(drops.at(point).bits), 1
+            elif predictor is not None and predictor.scaled:
+                sums += 1
     return sent
 
 
